@@ -1,0 +1,380 @@
+"""The campaign: ask, evaluate, record, tell, until the budget is spent; then judge and write the child.
+
+One loop serves both a fresh start and a resume: it asks the optimizer again from its seed, finds in
+the ledger what was asked and scored before, and does only what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
+from orchestrator.genome import GenomeSpace, build_space
+from orchestrator.inputs import Inputs, absolute_places, open_inputs
+from orchestrator.lease import Lease, acquire_lease
+from orchestrator.ledger import Ledger, LeaseLostError
+from orchestrator.pool import Job, Pool, Progress
+from orchestrator.search import build_optimizer
+from orchestrator.state import CampaignState, Candidate, scored_record
+from orchestrator.statistics import Comparison, Score, compare, objective, score
+from workers.errors import BadInputError
+from workers.merging import Recipe, passthrough_recipe
+from workers.storage import Store, check_store, open_store
+
+STAGNANT_GENERATIONS = 3
+"""After so many generations without a recipe that is new, the search has nothing left to ask."""
+
+
+class CampaignError(RuntimeError):
+    """The campaign cannot go on, though its input was right."""
+
+
+class Watcher(Protocol):
+    """Who is told how a campaign goes. `notify` comes after each thing that happened."""
+
+    def begin(self, campaign: Campaign) -> None: ...
+    def stage(self, name: str) -> None: ...
+    def notify(self, campaign: Campaign) -> None: ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The held-out results of child and parents."""
+
+    scores: dict[str, dict[str, Score]]
+    """"child" and every parent -> task -> score."""
+    comparisons: list[Comparison]
+    """Child against each parent, per task and over all items."""
+    fitness: dict[str, float]
+    """"child" and every parent -> the campaign's objective on the held-out items."""
+
+    @property
+    def beaten(self) -> list[str]:
+        """Parents that the child beats: a higher objective, and p < 0.05 over all items."""
+        return [
+            c.parent
+            for c in self.comparisons
+            if c.task == "all"
+            and self.fitness["child"] > self.fitness[c.parent]
+            and c.child_only > c.parent_only
+            and c.p_value < 0.05
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "holdout": {
+                name: {task: value.to_dict() for task, value in scores.items()}
+                for name, scores in self.scores.items()
+            },
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "holdout_fitness": self.fitness,
+            "beaten": self.beaten,
+        }
+
+
+class Campaign:
+    """One campaign, from its configuration to its published child."""
+
+    def __init__(self, config: CampaignConfig, watcher: Watcher) -> None:
+        self.config = config
+        self.watcher = watcher
+        self.store: Store = open_store(config.store).substore(config.name)
+        self.inputs: Inputs = open_inputs(config)
+        self.space: GenomeSpace = build_space(
+            config.genome,
+            self.inputs.father_map,
+            self.inputs.references,
+            self.inputs.base_reference,
+            config.seed,
+        )
+        # Built here so that a bad configuration fails before anything is written.
+        self.optimizer = build_optimizer(
+            config.search.optimizer,
+            self.space.start,
+            config.search.step,
+            config.search.population,
+            config.seed,
+        )
+        self.state = CampaignState(config.objective)
+        self.recipes: dict[str, Recipe] = {}
+        self.parent_recipes = {
+            name: self._know(passthrough_recipe(self.inputs.references, name))
+            for name in self.inputs.parents
+        }
+        self.pool: Pool | None = None
+        self.started = time.monotonic()
+        self.first_told_seconds: float | None = None
+        self._ledger: Ledger | None = None
+        self._lease: Lease | None = None
+
+    # -- the whole way -----------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Run or resume to the end; the result as plain data.
+
+        Raises `BadInputError` for input that cannot work, `LeaseLostError` if another driver takes
+        over, `PoolError` or `CampaignError` if it cannot go on. Whatever ends it, the same call
+        continues it.
+        """
+        self.watcher.begin(self)
+        check_store(self.store)
+        self._lease = acquire_lease(self.store, self.watcher.stage)
+        try:
+            self._open_ledger()
+            with self._make_pool() as self.pool:
+                self._evaluate(self.parent_recipes.values(), "search")
+                self._search()
+                candidate = self._select()
+                judgement = self._judge(candidate)
+                return self._finish(candidate, judgement)
+        finally:
+            self._lease.release()
+
+    def _open_ledger(self) -> None:
+        """Read the ledger, make sure it is this campaign's, and begin to write."""
+        assert self._lease is not None
+        ledger = Ledger(self.store)
+        identity = self.inputs.identity(self.config)
+        budget = self.config.search.evaluations
+        recorded = ledger.last("campaign")
+        if recorded is not None:
+            self._check_identity(recorded["identity"], identity)
+        ledger.open_epoch(self._lease.epoch)
+        self._ledger = ledger
+        self.state = CampaignState(self.config.objective, ledger.records)
+        if recorded is None or recorded["identity"]["search"]["evaluations"] != budget:
+            self._record("campaign", identity=identity, config=config_to_dict(self.config))
+
+    def _check_identity(self, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+        different = differing_keys(recorded, wanted)
+        old, new = recorded["search"]["evaluations"], wanted["search"]["evaluations"]
+        if new > old:
+            different.remove("search.evaluations")  # a larger budget is welcome
+        if different:
+            raise BadInputError(
+                f"{self.store.uri}: holds a campaign with another configuration; these keys differ: "
+                f"{', '.join(different)}. Give the old values back, or choose another name"
+            )
+
+    def _record(self, kind: str, **content: Any) -> None:
+        """Into the ledger first, then into the state."""
+        assert self._ledger is not None and self._lease is not None
+        if self._lease.lost:
+            raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
+        self.state.apply(self._ledger.append(kind, **content))
+
+    def _make_pool(self) -> Pool:
+        # Here, not above: what runs on workers needs torch, and a driver that only reads does not.
+        from workers.actors import WorkerSpec
+
+        parents, base = absolute_places(self.config)
+        engine = self.config.engine
+        spec = WorkerSpec(
+            parents=parents,
+            base=base,
+            tasks=self.inputs.tasks,
+            batch_size=engine.batch_size,
+            engine={"dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+        )
+        return Pool(spec, self.config.workers, self.config.address, self._check_engine)
+
+    def _check_engine(self, description: dict[str, Any]) -> None:
+        """All scores of a campaign come from engines that are alike, today's and last week's."""
+        assert self._ledger is not None
+        recorded = self._ledger.last("engine")
+        if recorded is None:
+            self._record("engine", description=description)
+            return
+        different = differing_keys(recorded["description"], description)
+        if different:
+            changes = ", ".join(
+                f"{key} {recorded['description'].get(key)!r} -> {description.get(key)!r}"
+                for key in different
+            )
+            raise CampaignError(
+                f"this worker would score differently from those before ({changes}); restore the "
+                "environment that the campaign began with, or start one of another name"
+            )
+
+    # -- evaluating --------------------------------------------------------------------------
+
+    def _know(self, recipe: Recipe) -> Recipe:
+        self.recipes[recipe.id] = recipe
+        return recipe
+
+    def _evaluate(self, recipes: Iterable[Recipe], split: str) -> None:
+        """Score the recipes on the split, as far as the ledger does not know already."""
+        assert self.pool is not None
+        jobs = []
+        for recipe in {recipe.id: recipe for recipe in recipes}.values():
+            evaluation = self.state.evaluation(recipe.id, split)
+            if not evaluation.complete:
+                jobs.append(Job(recipe.id, recipe, split, finished=evaluation.finished_items))
+        for progress in self.pool.run(jobs):
+            self._record_progress(progress)
+            self.watcher.notify(self)
+
+    def _record_progress(self, progress: Progress) -> None:
+        job = progress.job
+        if progress.scored is not None:
+            self._record(
+                "scored", **scored_record(job.key, job.split, progress.worker, progress.scored)
+            )
+        else:
+            self._record(
+                "failed",
+                recipe=job.key,
+                split=job.split,
+                worker=progress.worker,
+                error=progress.error,
+                given_up=progress.given_up,
+            )
+
+    # -- searching ---------------------------------------------------------------------------
+
+    def _search(self) -> None:
+        """Generations until the budget is spent or the optimizer has nothing left to ask."""
+        self.watcher.stage("search")
+        budget = self.config.search.evaluations
+        generation = stagnant = 0
+        known: set[str] = set()
+        while stagnant < STAGNANT_GENERATIONS and self.optimizer.stopped() is None:
+            points = self.optimizer.ask()
+            asked = self._asked(generation, points)
+            paid = self.state.within_budget(budget)[generation:]
+            candidates = paid[0] if paid else []
+            self._evaluate((self.recipes[c.recipe_id] for c in candidates), "search")
+            if len(candidates) < len(asked):
+                return
+            self.optimizer.tell(points, self._fitness_for_tell(asked))
+            if self.first_told_seconds is None:
+                self.first_told_seconds = time.monotonic() - self.started
+            new = {c.recipe_id for c in asked} - known
+            stagnant = 0 if new else stagnant + 1
+            known |= new
+            generation += 1
+
+    def _asked(self, generation: int, points: list[list[float]]) -> list[Candidate]:
+        """The generation's candidates: as recorded, or recorded now."""
+        genomes = [self.space.point(point) for point in points]
+        recipes = [self._know(self.space.decode(genome)) for genome in genomes]
+        if generation == len(self.state.generations):
+            self._record(
+                "asked",
+                generation=generation,
+                candidates=[
+                    {"genome": genome, "recipe": recipe.id}
+                    for genome, recipe in zip(genomes, recipes, strict=True)
+                ],
+            )
+        asked = self.state.generations[generation]
+        if [candidate.recipe_id for candidate in asked] != [recipe.id for recipe in recipes]:
+            raise CampaignError(
+                f"{self.store.uri}: the optimizer does not repeat generation {generation} as recorded: "
+                "another version of it, or of NumPy, ran before. Restore that environment, or start a "
+                "campaign of another name"
+            )
+        return asked
+
+    def _fitness_for_tell(self, asked: list[Candidate]) -> list[float]:
+        """Fitness in ask order; a failed candidate counts as the worst of its generation."""
+        fitness = [self.state.fitness(candidate.recipe_id) for candidate in asked]
+        known = [value for value in fitness if value is not None]
+        if not known:
+            reason = self.state.evaluation(asked[0].recipe_id, "search").failed
+            raise CampaignError(f"every candidate of a generation failed; the first: {reason}")
+        return [min(known) if value is None else value for value in fitness]
+
+    def _select(self) -> Candidate:
+        best = self.state.best(self.config.search.evaluations)
+        if best is None:
+            raise CampaignError("no candidate could be evaluated")
+        candidate, fitness = best
+        self._record_once(
+            "selected", recipe=candidate.recipe_id, genome=candidate.genome, fitness=fitness
+        )
+        return candidate
+
+    def _record_once(self, kind: str, **content: Any) -> None:
+        """Record a decision unless the newest of its kind says the same."""
+        assert self._ledger is not None
+        last = self._ledger.last(kind)
+        if last is None or {k: v for k, v in last.items() if k not in ("kind", "epoch")} != content:
+            self._record(kind, **content)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _judge(self, candidate: Candidate) -> Judgement:
+        """Child and parents on the held-out items, all of them the same."""
+        self.watcher.stage("held-out evaluation")
+        child = self.recipes[candidate.recipe_id]
+        self._evaluate([child, *self.parent_recipes.values()], "holdout")
+        results = {
+            name: self.state.evaluation(recipe.id, "holdout")
+            for name, recipe in {"child": child, **self.parent_recipes}.items()
+        }
+        for name, evaluation in results.items():
+            if evaluation.failed is not None:
+                raise CampaignError(f"the held-out evaluation of {name} failed: {evaluation.failed}")
+        return judge({name: evaluation.results for name, evaluation in results.items()},
+                     self.config.objective)  # fmt: skip
+
+    def _finish(self, candidate: Candidate, judgement: Judgement) -> dict[str, Any]:
+        """Write and publish the child, then the report; the campaign's result."""
+        from orchestrator.publish import publish_child
+        from orchestrator.report import write_report
+
+        assert self.pool is not None
+        self.watcher.stage("writing the child")
+        recipe = self.recipes[candidate.recipe_id]
+        folder = f"child-{recipe.id[:12]}"
+        target = self.store.substore(folder)
+        self._record_once("child", recipe=recipe.id, folder=folder)
+        target.discard_unfinished("")
+        weights = self.pool.call("write_child", recipe.to_dict(), target.uri)
+        publish_child(self, candidate, judgement, weights, target)
+        self.watcher.stage("writing the report")
+        result = self._result(recipe, judgement, target)
+        self._record_once("finished", **{k: v for k, v in result.items() if k != "status"})
+        write_report(self.store)
+        self.watcher.notify(self)
+        return result
+
+    def _result(self, recipe: Recipe, judgement: Judgement, target: Store) -> dict[str, Any]:
+        return {
+            "status": "done",
+            "campaign": self.store.uri,
+            "child": target.uri,
+            "recipe_id": recipe.id,
+            "evaluations": self.state.evaluated(self.config.search.evaluations),
+            **judgement.to_dict(),
+            "report": f"{self.store.uri}/report.html",
+        }
+
+
+def judge(results: dict[str, dict[str, Any]], kind: str) -> Judgement:
+    """Scores, comparisons and fitness from held-out results: name -> task -> item id -> result."""
+    scores = {
+        name: {task: score(items) for task, items in tasks.items()}
+        for name, tasks in results.items()
+    }
+    comparisons = []
+    pooled = {
+        name: {(task, i): item for task, items in tasks.items() for i, item in items.items()}
+        for name, tasks in results.items()
+    }
+    for parent in results:
+        if parent == "child":
+            continue
+        comparisons.append(compare(pooled["child"], pooled[parent], parent, "all"))
+        for task in results[parent]:
+            comparisons.append(compare(results["child"][task], results[parent][task], parent, task))
+    fitness = {
+        name: objective((value.score for value in tasks.values()), kind)
+        for name, tasks in scores.items()
+    }
+    return Judgement(scores, comparisons, fitness)
+

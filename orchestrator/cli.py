@@ -1,0 +1,165 @@
+"""The `darwin` command. Each command imports what it needs when it runs, so `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+
+app = typer.Typer(
+    name="darwin",
+    help="Breed language models without training: search for the merge that beats every parent.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+CampaignPlace = Annotated[str, typer.Argument(metavar="STORE/NAME", help="Where the campaign is kept.")]
+
+
+@app.command()
+def run(
+    campaign: Annotated[str, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a campaign, or resume it if its store already holds it."""
+    from orchestrator.config import load_config
+
+    config = load_config(campaign, overrides)
+    from orchestrator.campaign import Campaign
+    from orchestrator.progress import ProgressView
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ProgressView() as view:
+        result = Campaign(config, view).run()
+    if as_json:
+        _print_json(result)
+        return
+    beaten = result["beaten"]
+    _say(f"child    {result['child']}")
+    _say(f"report   {result['report']}")
+    _say(
+        "held out "
+        + ", ".join(f"{name} {value:.3f}" for name, value in result["holdout_fitness"].items())
+    )
+    _say(f"beats    {', '.join(beaten) if beaten else 'no parent'} (p < 0.05 on held-out items)")
+
+
+@app.command()
+def status(place: CampaignPlace, as_json: JsonFlag = False) -> None:
+    """Where a campaign stands, read from its store alone."""
+    from orchestrator.overview import campaign_overview, render_overview
+
+    overview = campaign_overview(place)
+    if as_json:
+        _print_json(overview)
+    else:
+        _say(render_overview(overview))
+
+
+@app.command()
+def report(place: CampaignPlace, as_json: JsonFlag = False) -> None:
+    """Write a finished campaign's report.html again, from its store alone."""
+    from orchestrator.overview import open_campaign_store
+    from orchestrator.report import write_report
+
+    written = write_report(open_campaign_store(place))
+    if as_json:
+        _print_json({"status": "done", "report": written})
+    else:
+        _say(written)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or s3://bucket/prefix.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write one child, without a search."""
+    from orchestrator.single_merge import merge_recipe
+
+    result = merge_recipe(recipe, out)
+    if as_json:
+        _print_json(result)
+    else:
+        _say(f"{result['child']}: {result['tensors']} tensors, recipe {result['recipe_id'][:12]}")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its folder or s3:// place.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """A checkpoint's architecture map: components, layers, experts, dtypes, bytes, unknown tensors."""
+    from orchestrator.overview import checkpoint_overview, render_checkpoint
+
+    overview = checkpoint_overview(checkpoint)
+    if as_json:
+        _print_json(overview)
+    else:
+        _say(render_checkpoint(overview))
+
+
+def main() -> None:
+    """Run the command line; errors of users end it with one line and the right exit code."""
+    from workers.errors import BadInputError
+
+    as_json = "--json" in sys.argv
+    try:
+        typer.main.get_command(app).main(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _fail("interrupted", "stopped; the same command continues from here", as_json)
+        sys.exit(INTERRUPTED)
+    except BadInputError as error:
+        _fail("bad input", str(error), as_json)
+        sys.exit(BAD_INPUT)
+    except Exception as error:
+        if not _is_foreseen(error):
+            raise
+        _fail("failed", str(error), as_json)
+        sys.exit(FAILED)
+    sys.exit(DONE)
+
+
+def _is_foreseen(error: Exception) -> bool:
+    """Whether the message says it all; anything else is a bug, and its traceback is wanted."""
+    from orchestrator.campaign import CampaignError
+    from orchestrator.ledger import LeaseLostError
+    from orchestrator.pool import PoolError
+    from workers.storage import StorageError
+
+    return isinstance(error, CampaignError | LeaseLostError | PoolError | StorageError)
+
+
+def _fail(status: str, message: str, as_json: bool) -> None:
+    print(f"darwin: {message}", file=sys.stderr)
+    if as_json:
+        _print_json({"status": status, "error": message})
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, ensure_ascii=False))
+
+
+def _say(text: Any) -> None:
+    from rich.console import Console
+
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

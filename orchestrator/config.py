@@ -1,0 +1,251 @@
+"""The campaign's configuration: typed, checked without torch, unknown keys are errors.
+
+Paths are taken as in the shell that starts `darwin`: plain (relative to the current folder), `file://`,
+`s3://`, or `shipped:NAME` for what comes with the package. Names of genome spaces and tasks are
+names of files in `conf/genome` and `conf/task`, or paths of one's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from workers.errors import BadInputError
+
+SHIPPED = Path(__file__).resolve().parent.parent / "conf"
+
+OPERATIONAL_KEYS = ("store", "address", "workers.count", "workers.cpus", "workers.gpus")
+"""Keys that may change when a campaign is resumed: they cannot change its result."""
+
+
+@dataclass
+class ParentConfig:
+    """One parent. The first of the list is the father: the child has its layout and tokenizer."""
+
+    name: str = MISSING
+    path: str = MISSING
+    hub: str | None = None
+    """Its id on the Hugging Face Hub, for the child's model card."""
+
+
+@dataclass
+class GeneBounds:
+    """Bounds of one family of genes and the value that the search starts from."""
+
+    low: float = MISSING
+    high: float = MISSING
+    start: float = MISSING
+
+
+@dataclass
+class GenomeConfig:
+    """The genome space and the merge method whose parameters it searches."""
+
+    space: str = "components"
+    method: str = "task_arithmetic"
+    genes: dict[str, GeneBounds] = field(default_factory=dict)
+    """Overrides of the space's bounds, by parameter name."""
+    blocks: int | None = None
+    """Layer blocks of each group that the space cuts into blocks; None is the space's own number."""
+
+
+@dataclass
+class SearchConfig:
+    """The optimizer and its budget."""
+
+    optimizer: str = "cma_es"
+    evaluations: int = 200
+    """Candidates that are scored, exactly; parents are not counted."""
+    population: int | None = None
+    """Candidates of a generation; None leaves it to the optimizer."""
+    step: float = 0.25
+    """First standard deviation, as a share of each gene's range."""
+
+
+@dataclass
+class TaskConfig:
+    """A task of the campaign and how many of its items are used."""
+
+    name: str = MISSING
+    search_items: int | None = None
+    """The first so many; None is all."""
+    holdout_items: int | None = None
+
+
+@dataclass
+class EngineConfig:
+    """How candidates are run."""
+
+    dtype: str = "auto"
+    """The dtype that the live model computes in; auto is the checkpoint's."""
+    device: str = "cpu"
+    threads: int = 1
+    batch_size: int = 32
+
+
+@dataclass
+class WorkersConfig:
+    """How many workers there are, and what Ray reserves for each."""
+
+    count: int = 1
+    cpus: float = 1
+    gpus: float = 0
+
+
+@dataclass
+class CampaignConfig:
+    """One campaign."""
+
+    name: str = MISSING
+    parents: list[ParentConfig] = MISSING
+    tasks: list[TaskConfig] = MISSING
+    store: str = "runs"
+    """Where campaigns are kept; this one in the folder `name` of it."""
+    base: str | None = None
+    """The parents' common ancestor, for methods that merge differences to it."""
+    genome: GenomeConfig = field(default_factory=GenomeConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    objective: str = "mean"
+    """Fitness from the scores of the tasks: their `mean`, or the `worst` of them."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    address: str | None = None
+    """A running Ray cluster (`auto`, `host:port` or `ray://...`); None starts Ray on this machine."""
+    seed: int = 0
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> CampaignConfig:
+    """The campaign of a YAML file (or of a name in `conf/campaign`), with `key=value` overrides.
+
+    Raises `BadInputError` naming the file and the key.
+    """
+    file = find_shipped("campaign", path)
+    schema = OmegaConf.structured(CampaignConfig)
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.load(file))
+        for override in overrides or []:
+            _override(merged, override)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise BadInputError(f"{file}: the key {sorted(missing)[0]!r} is missing")
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{file}: {_first_line(error)}") from error
+    assert isinstance(config, CampaignConfig)
+    _check_values(config, str(file))
+    return config
+
+
+def _override(config: Any, override: str) -> None:
+    """Apply one `key=value`; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise BadInputError(f"{override!r} is not key=value")
+    try:
+        OmegaConf.update(config, key, yaml.safe_load(value), merge=True, force_add=False)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
+        raise BadInputError(f"{override}: {_first_line(error)}") from error
+
+
+def config_from_dict(data: dict[str, Any]) -> CampaignConfig:
+    """A configuration that `config_to_dict` wrote, from a ledger."""
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(CampaignConfig), OmegaConf.create(data))
+    )
+    assert isinstance(config, CampaignConfig)
+    return config
+
+
+def config_to_dict(config: CampaignConfig) -> dict[str, Any]:
+    """Plain data of a configuration."""
+    data = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def find_shipped(kind: str, name: str) -> Path:
+    """The YAML file that `name` means: a path of one's own, or a name in `conf/KIND`."""
+    own = Path(os.path.expanduser(name))
+    if own.suffix in (".yaml", ".yml"):
+        if not own.is_file():
+            raise BadInputError(f"there is no file {name}")
+        return own
+    shipped = SHIPPED / kind / f"{name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not shipped.is_file():
+        known = ", ".join(sorted(path.stem for path in (SHIPPED / kind).glob("*.yaml")))
+        raise BadInputError(
+            f"{name!r} is no {kind} that ships ({known}); a {kind} of one's own is given as the path "
+            "of its .yaml file"
+        )
+    return shipped
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two plain configurations."""
+    one, two = _flatten(old), _flatten(new)
+    return sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+
+
+def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, dict) and data:
+        return {k: v for key, value in data.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
+    if isinstance(data, list) and data:
+        return {k: v for n, value in enumerate(data) for k, v in _flatten(value, f"{prefix}{n}.").items()}
+    return {prefix[:-1]: data}
+
+
+def _check_values(config: CampaignConfig, file: str) -> None:
+    def refuse(key: str, problem: str) -> None:
+        raise BadInputError(f"{file}: {key}: {problem}")
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        refuse("name", f"{config.name!r} must be letters, digits, '.', '_' and '-'")
+    names = [parent.name for parent in config.parents]
+    if len(names) < 2:
+        refuse("parents", "a merge needs two or more")
+    if len(set(names)) < len(names):
+        refuse("parents", f"the names {names} are not all different")
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in ("base", "child"):
+            refuse("parents", f"the name {name!r} must be letters, digits, '_' and '-', and "
+                              "neither base nor child")  # fmt: skip
+    if not config.tasks:
+        refuse("tasks", "a campaign needs one or more")
+    tasks = [Path(task.name).stem for task in config.tasks]
+    if len(set(tasks)) < len(tasks):
+        refuse("tasks", f"the names {tasks} are not all different")
+    if config.objective not in ("mean", "worst"):
+        refuse("objective", f"{config.objective!r} is neither mean nor worst")
+    whole_numbers = {
+        "genome.blocks": config.genome.blocks,
+        "search.evaluations": config.search.evaluations,
+        "search.population": config.search.population,
+        "engine.threads": config.engine.threads,
+        "engine.batch_size": config.engine.batch_size,
+        "workers.count": config.workers.count,
+    }
+    for number, task in enumerate(config.tasks):
+        whole_numbers[f"tasks.{number}.search_items"] = task.search_items
+        whole_numbers[f"tasks.{number}.holdout_items"] = task.holdout_items
+    for key, value in whole_numbers.items():
+        if value is not None and value < 1:
+            refuse(key, f"{value} must be 1 or more")
+    if config.search.step <= 0:
+        refuse("search.step", f"{config.search.step} must be above 0")
+    if config.workers.cpus < 0 or config.workers.gpus < 0:
+        refuse("workers", "cpus and gpus must not be negative")
+    if config.engine.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", config.engine.device):
+        refuse("engine.device", f"{config.engine.device!r} is neither cpu nor cuda")
+    if config.engine.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        refuse("engine.dtype", f"{config.engine.dtype!r} is none of auto, float32, bfloat16, float16")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

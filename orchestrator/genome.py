@@ -1,0 +1,244 @@
+"""Genome spaces: named, bounded genes, and how they decode to a recipe.
+
+A space is data (`conf/genome/*.yaml`): groups of components, optionally cut into blocks of layers, and per
+merge method the parameters that are genes. A gene exists per group, block and parent as its
+parameter's `per` says, and is named after them: `weight.reverse.attention.0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.config import GenomeConfig, find_shipped
+from workers.checkpoints import ArchitectureMap
+from workers.checkpoints.architecture import COMPONENTS
+from workers.errors import BadInputError
+from workers.merging import (
+    MergeMethod,
+    ParentReference,
+    Recipe,
+    Rule,
+    Selector,
+    get_method,
+)
+
+DECIMALS = 6
+"""Genes are rounded to this many decimals, so that a genome reads, compares and replays exactly."""
+
+AXES = ("parent", "group", "block")
+
+
+@dataclass(frozen=True, slots=True)
+class Gene:
+    """One number that the search varies."""
+
+    name: str
+    low: float
+    high: float
+    start: float
+
+
+@dataclass(frozen=True)
+class Region:
+    """Tensors that share their genes: a group, or one block of layers of it."""
+
+    group: str
+    block: int | None
+    where: Selector
+    fixed: tuple[tuple[Selector, dict[str, float]], ...] = ()
+    """Tensors in it whose parameters are not searched but have these values."""
+
+
+@dataclass(frozen=True)
+class GeneFamily:
+    """A method parameter that is searched, and the axes along which it varies."""
+
+    parameter: str
+    per: tuple[str, ...]
+    low: float
+    high: float
+    start: float
+
+    def gene_name(self, region: Region, parent: str) -> str:
+        parts = [self.parameter]
+        if "parent" in self.per:
+            parts.append(parent)
+        if "group" in self.per:
+            parts.append(region.group)
+        if "block" in self.per and region.block is not None:
+            parts.append(str(region.block))
+        return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class GenomeSpace:
+    """A space made for certain parents: its genes, and the decoding to recipes."""
+
+    method: MergeMethod
+    regions: tuple[Region, ...]
+    families: tuple[GeneFamily, ...]
+    parents: tuple[ParentReference, ...]
+    base: ParentReference | None
+    seed: int
+    genes: tuple[Gene, ...]
+
+    def point(self, unit: Sequence[float]) -> dict[str, float]:
+        """The genome at a point of the unit cube, one coordinate per gene in order."""
+        return {
+            gene.name: round(gene.low + (gene.high - gene.low) * coordinate, DECIMALS)
+            for gene, coordinate in zip(self.genes, unit, strict=True)
+        }
+
+    @property
+    def start(self) -> list[float]:
+        """Where a search begins, in the unit cube."""
+        return [(gene.start - gene.low) / (gene.high - gene.low) for gene in self.genes]
+
+    def decode(self, genome: dict[str, float]) -> Recipe:
+        """The recipe of a genome. Components outside all groups stay the father's."""
+        rules = []
+        for region in self.regions:
+            parameters = self._parameters(region, genome)
+            for where, values in region.fixed:
+                rules.append(Rule(where, self.method.name, parameters | values))
+            rules.append(Rule(region.where, self.method.name, parameters))
+        return Recipe(self.parents, tuple(rules), self.base, self.seed)
+
+    def _parameters(self, region: Region, genome: dict[str, float]) -> dict[str, Any]:
+        parameters: dict[str, Any] = {}
+        for family in self.families:
+            declared = self.method.parameter(family.parameter)
+            assert declared is not None
+            if declared.scope == "per_parent":
+                parameters[family.parameter] = {
+                    parent.name: genome[family.gene_name(region, parent.name)]
+                    for parent in self.parents
+                }
+            else:
+                parameters[family.parameter] = genome[family.gene_name(region, "")]
+        return parameters
+
+
+def build_space(
+    config: GenomeConfig,
+    father: ArchitectureMap,
+    parents: tuple[ParentReference, ...],
+    base: ParentReference | None,
+    seed: int,
+) -> GenomeSpace:
+    """Make the configured space for these parents. Raises `BadInputError` naming file and key."""
+    file = find_shipped("genome", config.space)
+    data = yaml.safe_load(file.read_text())
+    if not isinstance(data, dict) or not {"groups", "genes"} <= data.keys():
+        raise BadInputError(f"{file}: a genome space needs the keys groups and genes")
+    unknown = data.keys() - {"groups", "blocks", "genes", "exceptions"}
+    if unknown:
+        raise BadInputError(f"{file}: unknown key {sorted(unknown)[0]!r}")
+    method = get_method(config.method)
+    families = _families(str(file), data["genes"], method, config)
+    base = base if method.uses_base else None
+    method.check_inputs(tuple(parent.name for parent in parents), base is not None)
+    blocks = data.get("blocks") or {}
+    if config.blocks is not None:
+        blocks = dict.fromkeys(blocks, config.blocks)
+    regions = tuple(
+        replace(region, fixed=_fixed(file, data.get("exceptions") or [], region, method, father))
+        for region in _regions(str(file), data["groups"], blocks, father)
+    )
+    genes: dict[str, Gene] = {}
+    for family, region, parent in product(families, regions, parents):
+        name = family.gene_name(region, parent.name)
+        genes[name] = Gene(name, family.low, family.high, family.start)
+    return GenomeSpace(method, regions, families, parents, base, seed, tuple(genes.values()))
+
+
+def _families(
+    file: str, genes: Any, method: MergeMethod, config: GenomeConfig
+) -> tuple[GeneFamily, ...]:
+    if not isinstance(genes, dict) or method.name not in genes:
+        raise BadInputError(
+            f"{file}: genes has none for the method {method.name!r}; it has them for "
+            f"{', '.join(genes) if isinstance(genes, dict) else 'none'}"
+        )
+    families = {}
+    for name, given in genes[method.name].items():
+        families[name] = dict(given)
+    for name, bounds in config.genes.items():
+        if name not in families:
+            raise BadInputError(
+                f"genome.genes: {name!r} is no gene of this space with method {method.name}; its "
+                f"genes are {', '.join(families)}"
+            )
+        families[name] |= {"low": bounds.low, "high": bounds.high, "start": bounds.start}
+    return tuple(_family(file, name, given, method) for name, given in families.items())
+
+
+def _family(file: str, name: str, given: dict[str, Any], method: MergeMethod) -> GeneFamily:
+    where = f"{file}: genes.{method.name}.{name}"
+    declared = method.parameter(name)
+    if declared is None or declared.scope == "parent_name":
+        raise BadInputError(f"{where}: the method ignores it: it has no such number")
+    if set(given) != {"per", "low", "high", "start"}:
+        raise BadInputError(f"{where}: needs exactly per, low, high and start")
+    per = tuple(given["per"])
+    if not set(per) <= set(AXES):
+        raise BadInputError(f"{where}: per may hold {', '.join(AXES)}, not {list(per)}")
+    if ("parent" in per) and declared.scope == "shared":
+        raise BadInputError(f"{where}: the method takes one value for all parents")
+    low, high, start = (float(given[key]) for key in ("low", "high", "start"))
+    if not low < high or not low <= start <= high:
+        raise BadInputError(f"{where}: start {start} must lie between low {low} and high {high}")
+    if low < declared.low or high > declared.high:
+        raise BadInputError(
+            f"{where}: bounds [{low}, {high}] leave what the method allows, "
+            f"[{declared.low}, {declared.high}]"
+        )
+    return GeneFamily(name, per, low, high, start)
+
+
+def _regions(
+    file: str, groups: dict[str, list[str]], blocks: dict[str, int], father: ArchitectureMap
+) -> tuple[Region, ...]:
+    """The groups that this model has, cut into blocks where the space says so."""
+    regions = []
+    for group, components in groups.items():
+        for component in components:
+            if component not in COMPONENTS:
+                raise BadInputError(f"{file}: groups.{group}: {component!r} is no component")
+        layers = {t.layer for t in father.tensors if t.component in components}
+        count = min(blocks.get(group, 1), father.layers)
+        if count > 1 and layers - {None}:
+            edges = [number * father.layers // count for number in range(count + 1)]
+            for block in range(count):
+                span = (edges[block], edges[block + 1] - 1)
+                if any(layer is not None and span[0] <= layer <= span[1] for layer in layers):
+                    regions.append(Region(group, block, Selector(tuple(components), span)))
+            if None in layers:
+                # What lies outside all layers (a final norm) goes with the last block.
+                regions.append(Region(group, count - 1, Selector(tuple(components))))
+        elif layers:
+            regions.append(Region(group, None, Selector(tuple(components))))
+    if not regions:
+        raise BadInputError(f"{file}: no group has a tensor in {father.checkpoint.location}")
+    return tuple(regions)
+
+
+def _fixed(
+    file: Path, exceptions: list[Any], region: Region, method: MergeMethod, father: ArchitectureMap
+) -> tuple[tuple[Selector, dict[str, float]], ...]:
+    """The space's exceptions that concern this method and have tensors in this region."""
+    found = []
+    for exception in exceptions:
+        if not isinstance(exception, dict) or set(exception) != {"names", "parameters"}:
+            raise BadInputError(f"{file}: exceptions: each needs exactly names and parameters")
+        values = {k: v for k, v in exception["parameters"].items() if method.parameter(k)}
+        where = replace(region.where, names=tuple(exception["names"]))
+        if values and any(where.matches(tensor) for tensor in father.tensors):
+            found.append((where, values))
+    return tuple(found)

@@ -1,0 +1,127 @@
+"""What a campaign works on: parents, base and tasks, opened by their headers and checked together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
+from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
+from workers.errors import BadInputError
+from workers.evaluation.task import Task, check_disjoint, load_task
+from workers.merging import ParentReference
+from workers.storage.locations import absolute_location
+
+MEANING_KEYS = (
+    "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rope_theta", "rope_parameters", "num_experts_per_tok", "layer_types",
+)  # fmt: skip
+"""Configuration keys that change what equally shaped weights mean."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Parents (the father first), base and tasks of a campaign."""
+
+    parents: dict[str, Checkpoint]
+    base: Checkpoint | None
+    tasks: tuple[Task, ...]
+
+    @property
+    def father(self) -> Checkpoint:
+        return next(iter(self.parents.values()))
+
+    @cached_property
+    def references(self) -> tuple[ParentReference, ...]:
+        return tuple(ParentReference(name, p.fingerprint) for name, p in self.parents.items())
+
+    @cached_property
+    def base_reference(self) -> ParentReference | None:
+        return ParentReference("base", self.base.fingerprint) if self.base else None
+
+    @cached_property
+    def father_map(self) -> ArchitectureMap:
+        return ArchitectureMap(self.father)
+
+    def identity(self, config: CampaignConfig) -> dict[str, Any]:
+        """What decides the campaign's result: the configuration with places replaced by contents."""
+        data = config_to_dict(config)
+        for key in OPERATIONAL_KEYS:
+            *path, last = key.split(".")
+            holder = data
+            for part in path:
+                holder = holder[part]
+            del holder[last]
+        data["parents"] = [
+            {"name": reference.name, "content": reference.fingerprint}
+            for reference in self.references
+        ]
+        data["base"] = self.base_reference.fingerprint if self.base_reference else None
+        data["tasks"] = [{"name": task.name, "content": task.fingerprint} for task in self.tasks]
+        return data
+
+
+def open_inputs(config: CampaignConfig) -> Inputs:
+    """Open everything that the configuration names. Raises `BadInputError` for what does not fit."""
+    parents = {parent.name: open_checkpoint(parent.path) for parent in config.parents}
+    base = open_checkpoint(config.base) if config.base else None
+    check_parents(parents | ({"base": base} if base else {}))
+    tasks = []
+    for task in config.tasks:
+        file = find_shipped("task", task.name)
+        limits = {"search": task.search_items, "holdout": task.holdout_items}
+        tasks.append(load_task(Path(task.name).stem, file.read_text(), limits))
+    check_disjoint(tasks)
+    return Inputs(parents, base, tuple(tasks))
+
+
+def absolute_places(config: CampaignConfig) -> tuple[dict[str, str], str | None]:
+    """Locations of parents and base as another process, started elsewhere, can open them."""
+    parents = {parent.name: absolute_location(parent.path) for parent in config.parents}
+    return parents, absolute_location(config.base) if config.base else None
+
+
+def check_parents(parents: dict[str, Checkpoint]) -> None:
+    """Raise `BadInputError` unless all have the first one's tokens and the same reading of weights.
+
+    Shapes are compared where the parents are merged, tensor by tensor.
+    """
+    (first, father), *others = parents.items()
+    tokens = _tokens_by_id(father)
+    for name, parent in others:
+        for key in MEANING_KEYS:
+            own, other = _text_config(father).get(key), _text_config(parent).get(key)
+            if own is not None and other is not None and own != other:
+                raise BadInputError(
+                    f"{name} ({parent.location}): config.json has {key} {other!r}, but {first} has "
+                    f"{own!r}: such weights cannot be mixed"
+                )
+        for token_id, token in _tokens_by_id(parent).items():
+            if tokens.get(token_id, token) != token:
+                raise BadInputError(
+                    f"{name} ({parent.location}): token {token_id} is {token!r}, but "
+                    f"{tokens[token_id]!r} in {first}: parents must share one vocabulary"
+                )
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    text = checkpoint.config.get("text_config")
+    return text if isinstance(text, dict) else checkpoint.config
+
+
+def _tokens_by_id(checkpoint: Checkpoint) -> dict[int, str]:
+    """The vocabulary of tokenizer.json; empty if there is none or it is of another form."""
+    data = checkpoint.read_json("tokenizer.json")
+    if not isinstance(data, dict):
+        return {}
+    vocabulary = (data.get("model") or {}).get("vocab")
+    tokens: dict[int, str] = {}
+    if isinstance(vocabulary, dict):
+        tokens = {token_id: token for token, token_id in vocabulary.items()}
+    elif isinstance(vocabulary, list):
+        tokens = {token_id: entry[0] for token_id, entry in enumerate(vocabulary)}
+    for added in data.get("added_tokens") or []:
+        tokens[added["id"]] = added["content"]
+    return tokens

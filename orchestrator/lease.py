@@ -1,0 +1,164 @@
+"""The lease: who owns a campaign. Taken and kept alive by compare-and-swap on one object.
+
+A contender never compares clocks. It watches the object: a lease that changed while it watched is
+alive; one that did not change for `LIFETIME_SECONDS` of the contender's own time is dead, and so is one
+whose owner was a process of this very machine that is gone. The lease keeps honest drivers apart; what
+stops a driver that does not know it was replaced is the ledger (`LeaseLostError`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workers.errors import BadInputError
+from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
+
+KEY = "lease.json"
+HEARTBEAT_SECONDS = 3.0
+LIFETIME_SECONDS = 15.0
+POLL_SECONDS = 0.5
+
+
+class Lease:
+    """A campaign's lease, held until `release`. `epoch` counts the owners, from 1."""
+
+    def __init__(self, store: Store, epoch: int, version: str, data: dict[str, Any]) -> None:
+        self.store = store
+        self.epoch = epoch
+        self._version = version
+        self._data = data
+        self._lost = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another driver is known to have taken it."""
+        return self._lost.is_set()
+
+    def _keep_alive(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            data = self._data | {"beat": self._data["beat"] + 1}
+            try:
+                self._version = self.store.replace(KEY, _dump(data), self._version)
+                self._data = data
+            except PreconditionFailedError:
+                if not self._still_ours():
+                    self._lost.set()
+                    return
+            except StorageError:
+                # The store may come back. Should somebody take over meanwhile, the next try tells.
+                continue
+
+    def _still_ours(self) -> bool:
+        """Whether the object is ours after all: a retried heartbeat may meet its own first try."""
+        try:
+            content, version = self.store.read_with_version(KEY)
+        except StorageError:
+            return False
+        found = json.loads(content)
+        if found["epoch"] != self.epoch or found["owner"] != self._data["owner"]:
+            return False
+        self._data, self._version = found, version
+        return True
+
+    def release(self) -> None:
+        """Let the next driver in at once. The object stays, so that epochs go on counting."""
+        self._stop.set()
+        self._thread.join()
+        if not self._lost.is_set():
+            try:
+                self.store.replace(KEY, _dump(self._data | {"owner": None}), self._version)
+            except StorageError:
+                return
+
+
+def acquire_lease(store: Store, waiting: Callable[[str], None]) -> Lease:
+    """Own the campaign in `store`. Raises `BadInputError` if a living driver does.
+
+    May take `LIFETIME_SECONDS` if the last owner died elsewhere; `waiting` is told why.
+    """
+    mine = {"owner": _this_process(), "host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
+    try:
+        data = mine | {"epoch": 1}
+        return Lease(store, 1, store.create(KEY, _dump(data)), data)
+    except PreconditionFailedError:
+        pass
+    found, version = _read(store)
+    deadline = time.monotonic() + LIFETIME_SECONDS
+    while _may_be_alive(found) and time.monotonic() < deadline:
+        waiting(
+            f"the last driver ({found['host']}, process {found['pid']}) did not say good-bye; "
+            f"waiting up to {LIFETIME_SECONDS:.0f} s for a sign of life"
+        )
+        time.sleep(POLL_SECONDS)
+        latest, latest_version = _read(store)
+        if latest_version != version:
+            found, version = latest, latest_version
+            if found["owner"] is not None:
+                raise BadInputError(_in_use(store, found))
+    data = mine | {"epoch": found["epoch"] + 1}
+    try:
+        return Lease(store, data["epoch"], store.replace(KEY, _dump(data), version), data)
+    except PreconditionFailedError:
+        latest, version = _read(store)
+        if latest["owner"] == mine["owner"] and latest["epoch"] == data["epoch"]:
+            return Lease(store, data["epoch"], version, data)
+        raise BadInputError(_in_use(store, latest)) from None
+
+
+def _in_use(store: Store, found: dict[str, Any]) -> str:
+    return (
+        f"{store.uri}: this campaign is being run by process {found['pid']} on {found['host']}; stop that "
+        "driver first, or start a campaign of another name"
+    )
+
+
+def _may_be_alive(found: dict[str, Any]) -> bool:
+    """False if the lease was released or its owner is a process of this machine that is gone."""
+    owner = found["owner"]
+    if owner is None:
+        return False
+    if owner["machine"] != _this_process()["machine"]:
+        return True
+    return _start_of(found["pid"]) == owner["started"]
+
+
+def _this_process() -> dict[str, str]:
+    """What tells this process from all others; `machine` also tells containers apart."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        machine = f"{socket.gethostname()} {os.urandom(8).hex()}"
+    return {"machine": machine, "started": _start_of(os.getpid()) or "?"}
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine started, in clock ticks since boot; None if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]
+
+
+def _read(store: Store) -> tuple[dict[str, Any], str]:
+    try:
+        data, version = store.read_with_version(KEY)
+        return json.loads(data), version
+    except (ObjectNotFoundError, json.JSONDecodeError) as error:
+        raise BadInputError(f"{store.uri}/{KEY}: removed or damaged ({error})") from error
+
+
+def _dump(data: dict[str, Any]) -> bytes:
+    return json.dumps(data).encode()

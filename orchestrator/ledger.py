@@ -1,0 +1,102 @@
+"""The ledger: a campaign's append-only record, and the truth about it.
+
+Each record is one object, `ledger/00000042.json`, created under a number that nobody has used: the
+store lets exactly one writer have it. Records carry the epoch of the lease they were written under. A new
+owner's first record closes the sequence for every older one: a driver that lost its lease finds its
+next number taken by a later epoch, and stops. Everything else (optimizer state, best candidate, what is
+left to do) is derived by reading the records in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from workers.errors import BadInputError
+from workers.storage import PreconditionFailedError, Store
+
+FOLDER = "ledger"
+READ_THREADS = 16
+
+Record = dict[str, Any]
+"""`kind` says what happened; `epoch` who wrote it; the rest depends on the kind."""
+
+
+class LeaseLostError(RuntimeError):
+    """Another driver owns the campaign now; this one must not write anything more."""
+
+
+class Ledger:
+    """The records of one campaign, read once and then appended to by one owner."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.records: list[Record] = list(read_records(store))
+        self.epoch: int | None = None
+
+    def open_epoch(self, epoch: int, **about: Any) -> None:
+        """Begin to write as the owner of `epoch`; records of older epochs that came late are kept."""
+        record = {"kind": "epoch", "epoch": epoch, **about}
+        while not self._try_append(record):
+            # A former owner was still writing. What it wrote before our first record counts.
+            self.records.extend(read_records(self.store, start=len(self.records)))
+            if any(late["epoch"] > epoch for late in self.records):
+                raise LeaseLostError("a later driver owns this campaign")
+        self.epoch = epoch
+
+    def append(self, kind: str, **content: Any) -> Record:
+        """Record what happened, durably, before anything is done about it.
+
+        Raises `LeaseLostError` if another driver has written since.
+        """
+        assert self.epoch is not None, "open_epoch comes first"
+        record = {"kind": kind, "epoch": self.epoch, **content}
+        if not self._try_append(record):
+            raise LeaseLostError(
+                f"{self.store.uri}: another driver has taken over this campaign; this one stops"
+            )
+        return record
+
+    def of_kind(self, kind: str) -> Iterator[Record]:
+        """The records of one kind, in order."""
+        return (record for record in self.records if record["kind"] == kind)
+
+    def last(self, kind: str) -> Record | None:
+        """The newest record of a kind."""
+        return next((r for r in reversed(self.records) if r["kind"] == kind), None)
+
+    def _try_append(self, record: Record) -> bool:
+        key = _key(len(self.records))
+        data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        try:
+            self.store.create(key, data)
+        except PreconditionFailedError:
+            # A retried request may meet its own first try: then the record is ours all the same.
+            if self.store.read(key) != data:
+                return False
+        self.records.append(record)
+        return True
+
+
+def read_records(store: Store, start: int = 0) -> Iterator[Record]:
+    """The records from number `start` on, in order. Raises `BadInputError` for a damaged ledger."""
+    keys = [info.key for info in store.list_objects(f"{FOLDER}/")][start:]
+    expected = [_key(start + position) for position in range(len(keys))]
+    if keys != expected:
+        wrong = next(key for key, wanted in zip(keys, expected, strict=True) if key != wanted)
+        raise BadInputError(
+            f"{store.uri}: the ledger has a gap before {wrong}: records were removed, so the campaign "
+            "cannot be resumed"
+        )
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for key, data in zip(keys, threads.map(store.read, keys), strict=True):
+            try:
+                yield json.loads(data)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise BadInputError(f"{store.uri}/{key}: not a ledger record ({error})") from error
+
+
+def _key(number: int) -> str:
+    return f"{FOLDER}/{number:08d}.json"

@@ -1,0 +1,137 @@
+"""What `darwin status` and `darwin inspect` show, as data and as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from orchestrator.config import config_from_dict
+from orchestrator.ledger import Ledger
+from orchestrator.state import CampaignState
+from workers.checkpoints import COMPONENTS, ArchitectureMap, open_checkpoint
+from workers.errors import BadInputError
+from workers.storage import Store, open_store
+
+
+def open_campaign_store(place: str) -> Store:
+    """The store of the campaign at `STORE/NAME`. Raises `BadInputError` if there is none."""
+    store = open_store(place.rstrip("/"))
+    if next(store.list_objects("ledger/"), None) is None:
+        raise BadInputError(f"{store.uri}: there is no campaign here")
+    return store
+
+
+def campaign_overview(place: str) -> dict[str, Any]:
+    """Where the campaign stands, from its ledger."""
+    store = open_campaign_store(place)
+    ledger = Ledger(store)
+    begun = ledger.last("campaign")
+    if begun is None:
+        raise BadInputError(f"{store.uri}: the campaign was stopped before it began")
+    config = config_from_dict(begun["config"])
+    state = CampaignState(config.objective, ledger.records)
+    budget = config.search.evaluations
+    best = state.best(budget)
+    finished = ledger.last("finished")
+    done = finished is not None and state.evaluated(budget) == finished["evaluations"]
+    return {
+        "status": "done" if done else "unfinished",
+        "campaign": store.uri,
+        "generation": len(state.generations),
+        "evaluations": state.evaluated(budget),
+        "budget": budget,
+        "failures": state.failures,
+        "best": {"recipe_id": best[0].recipe_id, "fitness": best[1], "genome": best[0].genome}
+        if best
+        else None,
+        "drivers": sum(1 for _ in ledger.of_kind("epoch")),
+        "child": finished["child"] if finished else None,
+        "holdout_fitness": finished["holdout_fitness"] if finished else None,
+        "report": finished["report"] if finished else None,
+    }
+
+
+def render_overview(overview: dict[str, Any]) -> RenderableType:
+    """The overview for a person."""
+    table = Table.grid(padding=(0, 2))
+    best = overview["best"]
+    table.add_row("campaign", overview["campaign"])
+    table.add_row("status", overview["status"])
+    table.add_row(
+        "evaluations",
+        f"{overview['evaluations']} of {overview['budget']}, generation {overview['generation']}, "
+        f"{overview['failures']} failures, {overview['drivers']} driver starts",
+    )
+    table.add_row("best fitness", f"{best['fitness']:.3f}" if best else "none yet")
+    if overview["holdout_fitness"]:
+        scores = ", ".join(f"{name} {v:.3f}" for name, v in overview["holdout_fitness"].items())
+        table.add_row("held out", scores)
+        table.add_row("child", overview["child"])
+        table.add_row("report", overview["report"])
+    return table
+
+
+def checkpoint_overview(location: str) -> dict[str, Any]:
+    """The architecture map of a checkpoint, summed up per component."""
+    checkpoint = open_checkpoint(location)
+    mapped = ArchitectureMap(checkpoint)
+    components: dict[str, dict[str, Any]] = {}
+    for component in COMPONENTS:
+        tensors = [tensor for tensor in mapped.tensors if tensor.component == component]
+        if not tensors:
+            continue
+        stored = {tensor.stored for tensor in tensors}
+        entries = [checkpoint.tensors[name] for name in stored]
+        components[component] = {
+            "tensors": len(stored),
+            "parameters": sum(tensor.elements for tensor in tensors),
+            "bytes": sum(entry.stop - entry.start for entry in entries),
+            "dtypes": sorted({tensor.dtype for tensor in tensors}),
+            "layers": len({tensor.layer for tensor in tensors} - {None}),
+        }
+    return {
+        "status": "done",
+        "checkpoint": checkpoint.location,
+        "model_type": mapped.model_type,
+        "layers": mapped.layers,
+        "experts": mapped.experts,
+        "files": len(checkpoint.weight_files),
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(tensor.elements for tensor in mapped.tensors),
+        "bytes": checkpoint.bytes,
+        "fingerprint": checkpoint.fingerprint,
+        "components": components,
+        "unknown": mapped.unknown,
+    }
+
+
+def render_checkpoint(overview: dict[str, Any]) -> RenderableType:
+    """The map for a person."""
+    experts = f", {overview['experts']} experts a layer" if overview["experts"] else ""
+    heading = (
+        f"{overview['checkpoint']}\n{overview['model_type']}: {overview['layers']} layers{experts}, "
+        f"{overview['parameters']:,} parameters, {overview['bytes']:,} bytes, "
+        f"{overview['tensors']} tensors in {overview['files']} files\n"
+        f"fingerprint {overview['fingerprint'][:16]}\n"
+    )
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("component")
+    for name in ("tensors", "layers", "parameters", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("dtypes")
+    for component, row in overview["components"].items():
+        table.add_row(
+            component,
+            str(row["tensors"]),
+            str(row["layers"] or ""),
+            f"{row['parameters']:,}",
+            f"{row['bytes']:,}",
+            ", ".join(row["dtypes"]),
+        )
+    parts: list[RenderableType] = [heading, table]
+    if overview["unknown"]:
+        names = "\n".join(f"  {name}" for name in overview["unknown"])
+        parts.append(f"\nunknown tensors (a merge carries them from the father):\n{names}")
+    return Group(*parts)

@@ -1,0 +1,190 @@
+"""What a person sees while a campaign runs: a live view in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.campaign import Campaign
+from orchestrator.state import Evaluation
+from orchestrator.statistics import Score, score
+
+RATE_SECONDS = 20.0
+"""Items per second are those of this last while."""
+REFRESH_PER_SECOND = 2
+
+
+class ProgressView:
+    """Follows one campaign on standard error. A context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.campaign: Campaign | None = None
+        self.stage_name = "starting"
+        self.started = time.monotonic()
+        self._live: Live | None = None
+        self._printed = (-1, 0.0)
+        self._history: deque[tuple[float, int, int]] = deque()
+        """(when, items scored, candidates evaluated), for rates."""
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render,
+                console=self.console,
+                refresh_per_second=REFRESH_PER_SECOND,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        if self.campaign is not None and self.campaign.state.evaluations:
+            self.console.print(self._scores())
+
+    # -- what the campaign calls ---------------------------------------------------------------
+
+    def begin(self, campaign: Campaign) -> None:
+        self.campaign = campaign
+        space = campaign.space
+        self.console.print(
+            f"[bold]{campaign.config.name}[/bold] in {campaign.store.uri}: "
+            f"{len(campaign.inputs.parents)} parents, {len(space.genes)} genes of {space.method.name}, "
+            f"{campaign.config.search.evaluations} evaluations by {campaign.config.search.optimizer}",
+            highlight=False,
+        )
+
+    def stage(self, name: str) -> None:
+        if name != self.stage_name:
+            self.stage_name = name
+            self.console.print(f"[dim]{self._clock()}[/dim] {name}", highlight=False)
+
+    def notify(self, campaign: Campaign) -> None:
+        self._remember(campaign)
+        generation = len(campaign.state.generations)
+        last_generation, last_time = self._printed
+        if self._live is None and (
+            generation != last_generation or time.monotonic() - last_time > RATE_SECONDS
+        ):
+            self._printed = (generation, time.monotonic())
+            self.console.print(self._line(campaign), highlight=False, soft_wrap=True)
+
+    # -- figures -------------------------------------------------------------------------------
+
+    def _remember(self, campaign: Campaign) -> None:
+        now = time.monotonic()
+        items = sum(
+            len(results)
+            for evaluation in campaign.state.evaluations.values()
+            for results in evaluation.results.values()
+        )
+        done = campaign.state.evaluated(campaign.config.search.evaluations)
+        self._history.append((now, items, done))
+        while now - self._history[0][0] > RATE_SECONDS:
+            self._history.popleft()
+
+    def _rates(self) -> tuple[float, float]:
+        """Items and candidates per second, lately."""
+        if len(self._history) < 2:
+            return 0.0, 0.0
+        (start, items0, done0), (end, items1, done1) = self._history[0], self._history[-1]
+        span = max(end - start, 1e-6)
+        return (items1 - items0) / span, (done1 - done0) / span
+
+    def _clock(self) -> str:
+        return _duration(time.monotonic() - self.started)
+
+    def _line(self, campaign: Campaign) -> str:
+        budget = campaign.config.search.evaluations
+        best = campaign.state.best(budget)
+        items_per_second, _ = self._rates()
+        parts = [
+            f"[dim]{self._clock()}[/dim] generation {len(campaign.state.generations)}",
+            f"{campaign.state.evaluated(budget)}/{budget} evaluations",
+            f"best {best[1]:.3f}" if best else "no candidate yet",
+            f"{items_per_second:.0f} items/s",
+            f"{campaign.state.failures} failures",
+        ]
+        return " · ".join(parts)
+
+    def _render(self) -> RenderableType:
+        campaign = self.campaign
+        if campaign is None:
+            return Text(f"{self._clock()} {self.stage_name}", style="dim")
+        budget = campaign.config.search.evaluations
+        done = campaign.state.evaluated(budget)
+        items_per_second, candidates_per_second = self._rates()
+        left = (budget - done) / candidates_per_second if candidates_per_second else None
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(
+            f"[bold]{self.stage_name}[/bold]",
+            f"generation {len(campaign.state.generations)}",
+            f"{items_per_second:.0f} items/s",
+            f"{campaign.pool.busy if campaign.pool else 0}/{campaign.config.workers.count} workers busy",
+            f"{campaign.state.failures} failures",
+            f"{self._clock()} elapsed",
+            f"about {_duration(left)} left" if left is not None and done < budget else "",
+        )
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=budget, completed=done, width=50), f"{done}/{budget} evaluations")
+        return Group(grid, bar, self._scores())
+
+    def _scores(self) -> Table:
+        """Search scores of the parents and of the best candidate, with intervals."""
+        assert self.campaign is not None
+        campaign = self.campaign
+        tasks = [task.name for task in campaign.inputs.tasks]
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for heading in ("search items", *tasks, f"fitness ({campaign.config.objective})"):
+            table.add_column(heading)
+        rows = {name: recipe.id for name, recipe in campaign.parent_recipes.items()}
+        best = campaign.state.best(campaign.config.search.evaluations)
+        if best:
+            rows["best child"] = best[0].recipe_id
+        for name, recipe_id in rows.items():
+            evaluation = campaign.state.evaluation(recipe_id, "search")
+            if not evaluation.complete or evaluation.failed is not None:
+                continue
+            scores = {task: score(evaluation.results[task]) for task in tasks}
+            fitness = campaign.state.fitness(recipe_id) or 0.0
+            low, high = fitness_interval(evaluation, scores, campaign.config.objective)
+            table.add_row(
+                name,
+                *(f"{s.score:.3f} [dim]{s.low:.2f}-{s.high:.2f}[/dim]" for s in scores.values()),
+                f"[bold]{fitness:.3f}[/bold] [dim]{low:.2f}-{high:.2f}[/dim]",
+            )
+        return table
+
+
+def fitness_interval(
+    evaluation: Evaluation, scores: dict[str, Score], objective: str
+) -> tuple[float, float]:
+    """An interval for a fitness: of the worst task, or of all items pooled."""
+    if objective == "worst":
+        worst = min(scores.values(), key=lambda value: value.score)
+        return worst.low, worst.high
+    pooled = score(
+        {f"{task}/{i}": r for task, items in evaluation.results.items() for i, r in items.items()}
+    )
+    return pooled.low, pooled.high
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

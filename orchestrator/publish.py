@@ -1,0 +1,249 @@
+"""Publish a child: model card, lineage, and at last the small files that make it a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from workers.checkpoints import Checkpoint, open_checkpoint, publish_companions
+from workers.storage import ObjectNotFoundError, Store
+
+if TYPE_CHECKING:
+    from orchestrator.campaign import Campaign, Judgement
+    from orchestrator.state import Candidate
+
+LINEAGE_FILE = "lineage.json"
+LINEAGE_FORMAT = 1
+
+
+def publish_child(
+    campaign: Campaign,
+    candidate: Candidate,
+    judgement: Judgement,
+    weights: dict[str, Any],
+    target: Store,
+) -> None:
+    """Write card and lineage next to the verified weights, then config last; check that it opens.
+
+    Nothing in these files depends on when or where the campaign ran, so the same campaign publishes the
+    same bytes.
+    """
+    lineage = build_lineage(campaign, candidate, judgement, weights)
+    files = {
+        "README.md": build_card(lineage).encode(),
+        LINEAGE_FILE: json.dumps(lineage, indent=1, ensure_ascii=False).encode(),
+    }
+    publish_companions(campaign.inputs.father, target, files)
+    open_checkpoint(target.uri)
+
+
+def build_lineage(
+    campaign: Campaign, candidate: Candidate, judgement: Judgement, weights: dict[str, Any]
+) -> dict[str, Any]:
+    """Parents, recipe and evidence: everything the card says, as data."""
+    config, inputs = campaign.config, campaign.inputs
+    parents = [
+        {
+            "name": parent.name,
+            "hub": parent.hub,
+            "fingerprint": inputs.parents[parent.name].fingerprint,
+            "license": licence_of(inputs.parents[parent.name]),
+        }
+        for parent in config.parents
+    ]
+    base = inputs.base
+    return {
+        "format": LINEAGE_FORMAT,
+        "campaign": config.name,
+        "software": {"darwin": package_version()},
+        "parents": parents,
+        "base": {"fingerprint": base.fingerprint, "license": licence_of(base)} if base else None,
+        "recipe_id": candidate.recipe_id,
+        "recipe": campaign.recipes[candidate.recipe_id].to_dict(),
+        "genome": candidate.genome,
+        "search": {
+            "optimizer": config.search.optimizer,
+            "method": config.genome.method,
+            "evaluations": campaign.state.evaluated(config.search.evaluations),
+            "objective": config.objective,
+            "seed": config.seed,
+            "fitness": campaign.state.fitness(candidate.recipe_id),
+            "parents_fitness": {
+                name: campaign.state.fitness(recipe.id)
+                for name, recipe in campaign.parent_recipes.items()
+            },
+        },
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "fingerprint": task.fingerprint,
+                "search_items": len(task.items["search"]),
+                "holdout_items": len(task.items["holdout"]),
+            }
+            for task in inputs.tasks
+        },
+        **judgement.to_dict(),
+        "digests": weights["digests"],
+        "tensors": weights["tensors"],
+    }
+
+
+def build_card(lineage: dict[str, Any]) -> str:
+    """The child's README.md: Hub metadata, what it is made of, and what was measured."""
+    names = [parent["name"] for parent in lineage["parents"]]
+    metadata: dict[str, Any] = {
+        "base_model": [parent["hub"] or parent["name"] for parent in lineage["parents"]],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["merge", "evolutionary-merge", "darwin"],
+    }
+    licences = sorted({parent["license"] for parent in lineage["parents"] if parent["license"]})
+    if len(licences) == 1 and all(parent["license"] for parent in lineage["parents"]):
+        metadata["license"] = licences[0]
+    parts = [
+        "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
+        f"# {lineage['campaign']}\n",
+        f"A merge of {_join(names)} by Darwin, "
+        "found by evolutionary search, without training.\n",
+        _verdict(lineage, names),
+        "## Results on held-out items\n",
+        "Items that steered the search are not among these. Intervals are 95 % Wilson intervals.\n",
+        _score_table(lineage, names),
+        "### Child against each parent\n",
+        "Exact McNemar test (two-sided) on the same items; `all` pools the tasks.\n",
+        _comparison_table(lineage),
+        "## How it was made\n",
+        _making(lineage),
+        _tensor_table(lineage, names),
+        "## Lineage\n",
+        _parent_table(lineage),
+        f"Recipe `{lineage['recipe_id']}`. The recipe, the genome, the held-out results, and for every "
+        f"tensor its method, parameters, changes and SHA-256 are in `{LINEAGE_FILE}`.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _verdict(lineage: dict[str, Any], names: list[str]) -> str:
+    beaten = lineage["beaten"]
+    rest = [name for name in names if name not in beaten]
+    if not beaten:
+        return "**This child beats none of its parents** on the held-out items (p < 0.05).\n"
+    if rest:
+        return (
+            f"On the held-out items this child beats {_join(beaten)} (p < 0.05), "
+            f"**but not {_join(rest)}**.\n"
+        )
+    return "On the held-out items this child beats every parent (p < 0.05).\n"
+
+
+def _score_table(lineage: dict[str, Any], names: list[str]) -> str:
+    tasks = list(lineage["tasks"])
+    rows = [["model", *tasks, f"{lineage['search']['objective']} of tasks", "unparsed", "truncated"]]
+    for name in ["child", *names]:
+        scores = lineage["holdout"][name]
+        cells = [
+            f"{s['score']:.3f} [{s['low']:.3f}, {s['high']:.3f}] (n={s['n']})"
+            for s in (scores[task] for task in tasks)
+        ]
+        rows.append(
+            [
+                f"**{name}**" if name == "child" else name,
+                *cells,
+                f"{lineage['holdout_fitness'][name]:.3f}",
+                str(sum(s["unparsed"] for s in scores.values())),
+                str(sum(s["truncated"] for s in scores.values())),
+            ]
+        )
+    return _table(rows)
+
+
+def _comparison_table(lineage: dict[str, Any]) -> str:
+    rows = [["parent", "task", "only child right", "only parent right", "p"]]
+    for c in lineage["comparisons"]:
+        rows.append(
+            [c["parent"], c["task"], str(c["child_only"]), str(c["parent_only"]), f"{c['p_value']:.2g}"]
+        )
+    return _table(rows)
+
+
+def _making(lineage: dict[str, Any]) -> str:
+    search = lineage["search"]
+    parents = ", ".join(f"{name} {value:.3f}" for name, value in search["parents_fitness"].items())
+    return (
+        f"{search['evaluations']} candidates were scored by `{search['optimizer']}` over the parameters of "
+        f"`{search['method']}` (seed {search['seed']}, objective: {search['objective']} of the tasks). "
+        f"On the search items the child reached {search['fitness']:.3f}; the parents: {parents}.\n"
+    )
+
+
+def _tensor_table(lineage: dict[str, Any], names: list[str]) -> str:
+    """Per component: how much of it there is, and how much of it differs from each parent."""
+    totals: dict[str, dict[str, Any]] = {}
+    for tensor in lineage["tensors"]:
+        row = totals.setdefault(
+            tensor["component"], {"elements": 0, "methods": set(), "changed": dict.fromkeys(names, 0)}
+        )
+        row["elements"] += tensor["elements"]
+        row["methods"].add(tensor["method"])
+        for name, count in tensor["changed"].items():
+            row["changed"][name] += count
+    rows = [["component", "parameters", "method", *(f"differs from {name}" for name in names)]]
+    for component, row in totals.items():
+        shares = [f"{row['changed'][name] / max(row['elements'], 1):.1%}" for name in names]
+        rows.append([component, f"{row['elements']:,}", ", ".join(sorted(row["methods"])), *shares])
+    return _table(rows)
+
+
+def _parent_table(lineage: dict[str, Any]) -> str:
+    rows = [["role", "parent", "licence", "fingerprint"]]
+    for number, parent in enumerate(lineage["parents"]):
+        rows.append(
+            [
+                "mother" if number else "father",
+                parent["hub"] or parent["name"],
+                parent["license"] or "not declared",
+                f"`{parent['fingerprint'][:16]}`",
+            ]
+        )
+    if lineage["base"]:
+        base = lineage["base"]
+        rows.append(["base", "", base["license"] or "not declared", f"`{base['fingerprint'][:16]}`"])
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def _join(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def licence_of(checkpoint: Checkpoint) -> str | None:
+    """The licence that the checkpoint's own model card declares, or None."""
+    try:
+        card = checkpoint.store.read("README.md").decode(errors="replace")
+    except ObjectNotFoundError:
+        return None
+    front, found, _ = card.removeprefix("---").partition("\n---")
+    if not card.startswith("---") or not found:
+        return None
+    try:
+        data = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return None
+    licence = data.get("license") if isinstance(data, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def package_version() -> str:
+    """Darwin's own version."""
+    try:
+        return version("darwin-orchestrator")
+    except PackageNotFoundError:
+        return "unknown"

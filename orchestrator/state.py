@@ -1,0 +1,124 @@
+"""What a ledger says: the evaluations, generations and decisions of a campaign, read record by record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.ledger import Record
+from orchestrator.statistics import Results, mean_score, objective
+
+
+@dataclass
+class Evaluation:
+    """All that is known about one recipe on one split."""
+
+    results: dict[str, Results] = field(default_factory=dict)
+    """Task -> item id -> result."""
+    complete: bool = False
+    failed: str | None = None
+    """Why it was given up."""
+    seconds: float = 0.0
+
+    def scores(self) -> dict[str, float]:
+        """Task -> mean score, of a complete evaluation."""
+        return {task: mean_score(results) for task, results in self.results.items()}
+
+    @property
+    def finished_items(self) -> dict[str, list[str]]:
+        return {task: list(results) for task, results in self.results.items()}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A genome and the recipe that it decodes to."""
+
+    genome: dict[str, float]
+    recipe_id: str
+
+
+class CampaignState:
+    """The state of a campaign; `apply` takes the records in order, old ones and new ones alike."""
+
+    def __init__(self, objective: str, records: Iterable[Record] = ()) -> None:
+        self.objective = objective
+        self.evaluations: dict[tuple[str, str], Evaluation] = {}
+        """(recipe id, split) -> evaluation."""
+        self.generations: list[list[Candidate]] = []
+        self.failures = 0
+        """Attempts that failed, whether or not another one succeeded."""
+        for record in records:
+            self.apply(record)
+
+    def apply(self, record: Record) -> None:
+        """Take in one record."""
+        if record["kind"] == "asked":
+            self.generations.append([Candidate(c["genome"], c["recipe"]) for c in record["candidates"]])
+        elif record["kind"] == "scored":
+            evaluation = self.evaluation(record["recipe"], record["split"])
+            for task, items in record["items"].items():
+                known = evaluation.results.setdefault(task, {})
+                known.update((item["id"], item) for item in items)
+            evaluation.complete = record["complete"]
+            evaluation.seconds += record["realize_seconds"] + record["score_seconds"]
+        elif record["kind"] == "failed":
+            self.failures += 1
+            if record["given_up"]:
+                evaluation = self.evaluation(record["recipe"], record["split"])
+                evaluation.complete, evaluation.failed = True, record["error"]
+
+    def evaluation(self, recipe_id: str, split: str) -> Evaluation:
+        """The evaluation of a recipe on a split, begun or not."""
+        return self.evaluations.setdefault((recipe_id, split), Evaluation())
+
+    def fitness(self, recipe_id: str) -> float | None:
+        """Fitness on the search items; None if the evaluation failed or is not complete."""
+        evaluation = self.evaluations.get((recipe_id, "search"))
+        if evaluation is None or not evaluation.complete or evaluation.failed is not None:
+            return None
+        return objective(evaluation.scores().values(), self.objective)
+
+    def within_budget(self, budget: int) -> list[list[Candidate]]:
+        """The candidates of each generation that the budget pays for, in the order they were asked.
+
+        A recipe asked for again costs nothing, because it is not scored again.
+        """
+        seen: set[str] = set()
+        paid: list[list[Candidate]] = []
+        for generation in self.generations:
+            paid.append([])
+            for candidate in generation:
+                if candidate.recipe_id not in seen and len(seen) >= budget:
+                    return paid
+                seen.add(candidate.recipe_id)
+                paid[-1].append(candidate)
+        return paid
+
+    def evaluated(self, budget: int) -> int:
+        """How many different candidates within the budget were scored or have failed."""
+        candidates = {c.recipe_id for generation in self.within_budget(budget) for c in generation}
+        return sum(self.evaluation(recipe_id, "search").complete for recipe_id in candidates)
+
+    def best(self, budget: int) -> tuple[Candidate, float] | None:
+        """The fittest candidate, and its fitness; of equals the one that was asked for first."""
+        found: tuple[Candidate, float] | None = None
+        for generation in self.within_budget(budget):
+            for candidate in generation:
+                fitness = self.fitness(candidate.recipe_id)
+                if fitness is not None and (found is None or fitness > found[1]):
+                    found = (candidate, fitness)
+        return found
+
+
+def scored_record(recipe_id: str, split: str, worker: int, scored: Any) -> dict[str, Any]:
+    """The content of a `scored` record."""
+    return {
+        "recipe": recipe_id,
+        "split": split,
+        "worker": worker,
+        "items": scored.items,
+        "complete": scored.complete,
+        "realize_seconds": round(scored.realize_seconds, 6),
+        "score_seconds": round(scored.score_seconds, 6),
+    }

@@ -1,0 +1,123 @@
+"""Small random families of real architectures, written by transformers: input for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz =?"
+SPECIAL = ["<pad>", "<s>", "</s>"]
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+    "deepstack_visual_indexes": [],
+}
+
+
+def configuration(kind: str) -> Any:
+    """A small configuration of an architecture, by the short names used in the tests."""
+    if kind == "qwen3":
+        return transformers.Qwen3Config(**SMALL, tie_word_embeddings=True)
+    if kind == "llama":
+        return transformers.LlamaConfig(**SMALL, tie_word_embeddings=False)
+    if kind == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, tie_word_embeddings=False)
+    if kind == "mixtral":
+        return transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    if kind == "qwen3_5":
+        return transformers.Qwen3_5TextConfig(**SMALL, **LINEAR_ATTENTION, tie_word_embeddings=True)
+    if kind == "qwen3_5_moe":
+        return transformers.Qwen3_5MoeTextConfig(**SMALL, **LINEAR_ATTENTION, **EXPERTS)
+    if kind == "qwen3_5_vision":
+        return transformers.Qwen3_5Config(
+            text_config=SMALL | LINEAR_ATTENTION,
+            vision_config=VISION,
+            image_token_id=37,
+            video_token_id=38,
+            vision_start_token_id=35,
+            vision_end_token_id=36,
+        )
+    raise ValueError(kind)
+
+
+def build_model(kind: str, seed: int) -> Any:
+    """A model with random weights in bf16."""
+    config = configuration(kind)
+    torch.manual_seed(seed)
+    if kind == "qwen3_5_vision":
+        model = transformers.Qwen3_5ForConditionalGeneration(config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return model.to(torch.bfloat16)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A character tokenizer that begins texts with `<s>`."""
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def write_model(folder: Path, kind: str, seed: int, spread: float = 0.0, **save: Any) -> Path:
+    """Write a checkpoint. `spread` moves every weight of the model of seed 0 by that much noise,
+    so that models of one kind are relatives; `save` goes to `save_pretrained`."""
+    model = build_model(kind, 0 if spread else seed)
+    if spread:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                noise = torch.randn(weight.shape, generator=generator) * spread
+                weight.copy_(weight.float() + noise)
+    model.save_pretrained(folder, **save)
+    write_tokenizer(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# random\n")
+    return folder
+
+
+def write_family(folder: Path, kind: str, parents: int = 2, **save: Any) -> list[Path]:
+    """A base (first) and its relatives."""
+    return [
+        write_model(folder / f"m{seed}", kind, seed, spread=0.02 if seed else 0.0, **save)
+        for seed in range(parents + 1)
+    ]

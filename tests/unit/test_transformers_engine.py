@@ -1,0 +1,139 @@
+"""A recipe realized in a live model and the same recipe written to disk are the same child."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tests.families import write_family
+
+from workers.checkpoints import open_checkpoint, publish_companions
+from workers.errors import BadInputError
+from workers.evaluation.transformers_engine import TransformersEngine
+from workers.merging import Recipe, Rule, Selector
+from workers.merging.child import write_weights
+from workers.merging.executor import Merger
+from workers.storage import open_store
+
+KINDS = ["qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"]
+PROMPT = "what is this?"
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    root = tmp_path_factory.mktemp("families")
+    return {kind: write_family(root / kind, kind) for kind in KINDS}
+
+
+def dare_ties_recipe(merger: Merger) -> Recipe:
+    rule = Rule(
+        Selector(components=("embedding", "attention", "linear_attention", "mlp", "expert", "norm")),
+        "dare_ties",
+        {"weight": {"a": 0.9, "b": 0.7}, "density": 0.6},
+    )
+    rest = Rule(Selector(components=("lm_head",)), "linear", {"weight": {"a": 1.0, "b": 3.0}})
+    rules = (rule, rest) if any(t.component == "lm_head" for t in merger.plan.father.tensors) else (rule,)
+    return Recipe(merger.references, rules, merger.base_reference, seed=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_realized_equals_written(
+    kind: str, dtype: str, families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    base, first, second = (open_checkpoint(str(path)) for path in families[kind])
+    parents = {"a": first, "b": second}
+    engine = TransformersEngine(parents, base, dtype=dtype)
+    recipe = dare_ties_recipe(engine.merger)
+    engine.realize(recipe)
+
+    target = open_store(str(tmp_path / "child"))
+    write_weights(Merger(parents, base), recipe, target, threads=2)
+    publish_companions(first, target, {})
+    written = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "child", dtype="auto" if dtype == "auto" else torch.float32
+    ).eval()
+
+    live = engine.model.state_dict()
+    father = transformers.AutoModelForCausalLM.from_pretrained(first.location).state_dict()
+    for name, weight in written.state_dict().items():
+        assert torch.equal(weight, live[name]), name
+    assert any(not torch.equal(father[name].to(w.dtype), w) for name, w in live.items())
+    tokens = engine.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        assert torch.equal(engine.model(tokens).logits, written(tokens).logits)
+
+
+def test_a_tied_head_follows_the_embedding(families: dict[str, list[Path]]) -> None:
+    _, first, second = (open_checkpoint(str(path)) for path in families["qwen3"])
+    engine = TransformersEngine({"a": first, "b": second}, None, dtype="float32")
+    rule = Rule(Selector(components=("embedding",)), "passthrough", {"source": "b"})
+    engine.realize(Recipe(engine.merger.references, (rule,)))
+    mother = transformers.AutoModelForCausalLM.from_pretrained(second.location, dtype=torch.float32)
+    assert torch.equal(engine.model.lm_head.weight, mother.lm_head.weight)
+
+
+def test_loglikelihood_is_that_of_the_whole_text(families: dict[str, list[Path]]) -> None:
+    """Against the plain definition: one text at a time, no padding, token by token."""
+    _, first, second = (open_checkpoint(str(path)) for path in families["llama"])
+    engine = TransformersEngine({"a": first, "b": second}, None, dtype="float32")
+    pairs = [("abc", " def"), ("a", "b"), ("what is this? ", "a long answer")]
+    for (prompt, continuation), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
+        ids = engine.tokenizer(prompt + continuation, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logprobs = engine.model(ids).logits.log_softmax(-1)[0]
+        count = len(continuation)  # the tokenizer has one token per character
+        expected = sum(float(logprobs[i - 1, ids[0, i]]) for i in range(-count, 0))
+        assert found.tokens == count
+        assert found.logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_generation_is_greedy_and_says_when_it_was_cut(families: dict[str, list[Path]]) -> None:
+    """Against a loop that takes the likeliest token, without cache or padding."""
+    _, first, second = (open_checkpoint(str(path)) for path in families["llama"])
+    engine = TransformersEngine({"a": first, "b": second}, None, dtype="float32")
+    prompts = ["abc", "what is it", "z"]
+    for prompt, generation in zip(prompts, engine.generate(prompts, 6, ()), strict=True):
+        ids = engine.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ended = False
+        for _ in range(6):
+            with torch.inference_mode():
+                token = int(engine.model(ids).logits[0, -1].argmax())
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+            ended = token == engine.tokenizer.eos_token_id
+            if ended:
+                break
+        text = engine.tokenizer.decode(ids[0], skip_special_tokens=True)
+        assert prompt + generation.text == text
+        assert generation.truncated is not ended
+
+
+def test_stop_texts_end_an_answer(families: dict[str, list[Path]]) -> None:
+    _, first, second = (open_checkpoint(str(path)) for path in families["llama"])
+    engine = TransformersEngine({"a": first, "b": second}, None, dtype="float32")
+    (whole,) = engine.generate(["abc"], 8, ())
+    assert len(whole.text) > 3
+    word = whole.text[2]
+    (cut,) = engine.generate(["abc"], 8, (word,))
+    assert cut.text == whole.text[: whole.text.index(word)]
+    assert not cut.truncated
+
+
+def test_a_father_without_all_weights_is_refused(
+    families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    first, second = families["llama"][1:]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in first.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(first / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    parents = {"a": open_checkpoint(str(broken)), "b": open_checkpoint(str(second))}
+    with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.up_proj"):
+        TransformersEngine(parents, None)

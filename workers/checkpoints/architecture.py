@@ -1,0 +1,215 @@
+"""The architecture map: what each stored element of a checkpoint is for.
+
+Parents of one architecture may store the same weights under different names and layouts: with or
+without a `model.language_model.` prefix, one file per expert or all experts of a layer fused. The map
+cuts every stored tensor into *logical tensors* with canonical names, each a contiguous range of one
+stored tensor, so that parents pair by name whatever their layout. Together the logical tensors cover
+every stored element exactly once: nothing can be lost.
+
+Recognition is by name patterns (the tables below) for Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next,
+Qwen3.5, Qwen3.5-MoE, Gemma 3 and 4, Mixtral and DeepSeek names; a tensor that fits none is `unknown`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from workers.checkpoints.checkpoint import Checkpoint
+from workers.checkpoints.safetensors_format import TensorEntry
+
+COMPONENTS = (
+    "embedding",
+    "attention",
+    "linear_attention",
+    "mlp",
+    "router",
+    "expert",
+    "shared_expert",
+    "norm",
+    "lm_head",
+    "vision",
+    "mtp",
+    "unknown",
+)
+"""`vision` stands for the towers and projectors of all other modalities; `mtp` for multi-token
+prediction layers."""
+
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+
+CANONICAL_SPELLINGS = (
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
+    (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
+    (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
+)
+"""Mixtral's names, spelt as everybody else spells them."""
+
+OUTSIDE_LAYERS = (
+    ("mtp", re.compile(r"mtp\.")),
+    (
+        "vision",
+        re.compile(
+            r"(visual|vision_\w+|multi_modal_\w+|mm_projector|audio_tower|embed_audio|embed_vision)\."
+        ),
+    ),
+    ("norm", re.compile(r"(norm|final_layernorm|per_layer_projection_norm)\.")),
+    (
+        "embedding",
+        re.compile(r"(embed_tokens|embed_tokens_per_layer|per_layer_model_projection)\."),
+    ),
+    ("lm_head", re.compile(r"lm_head\.")),
+)
+
+INSIDE_LAYERS = (
+    ("norm", re.compile(r"((.*\.)?\w*(layernorm|norm)\.(weight|bias)|layer_scalar)$")),
+    ("linear_attention", re.compile(r"(linear_attn|mamba|mixer)\.")),
+    ("attention", re.compile(r"(self_attn|attention|attn)\.")),
+    ("shared_expert", re.compile(r"mlp\.(shared_experts?|shared_expert_gate|shared_mlp)\.")),
+    ("expert", re.compile(r"(mlp\.)?experts\.")),
+    ("router", re.compile(r"(mlp\.gate|mlp\.router|router)\.")),
+    ("mlp", re.compile(r"(mlp|feed_forward)\.")),
+    ("embedding", re.compile(r"(per_layer_input_gate|per_layer_projection)\.")),
+)
+
+LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+EXPERT = re.compile(r"(?:mlp\.)?experts\.(\d+)\.")
+FUSED_EXPERTS = re.compile(r"(?:mlp\.)?experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
+
+TRANSPOSED_FUSED_EXPERTS = {
+    "gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text",
+}  # fmt: skip
+"""Model types whose fused experts are `[E, in, out]`. Gate and up are then interleaved in memory, so
+each expert stays one logical tensor; orientation is never guessed from a shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalTensor:
+    """A named, contiguous part of a stored tensor: the thing that parents pair by."""
+
+    name: str
+    component: str
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    """As `[out, in]` for a matrix."""
+    dtype: str
+    stored: str
+    """Name of the stored tensor that holds it."""
+    offset: int
+    """First element in the stored tensor."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class ArchitectureMap:
+    """The logical tensors of one checkpoint, in the order in which they are stored."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        text = checkpoint.config.get("text_config") or checkpoint.config
+        self.model_type = str(checkpoint.config.get("model_type", "unknown"))
+        self.tensors = tuple(name_tensors(checkpoint.tensors.values(), text))
+
+    @cached_property
+    def by_name(self) -> dict[str, LogicalTensor]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def layers(self) -> int:
+        """Number of decoder layers: one more than the highest layer of the trunk."""
+        return 1 + max((t.layer for t in self.tensors if t.layer is not None), default=-1)
+
+    @cached_property
+    def experts(self) -> int:
+        """Number of routed experts of a layer; 0 for a dense model."""
+        return 1 + max((t.expert for t in self.tensors if t.expert is not None), default=-1)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Stored tensors that fit no pattern; a merge carries them over from the father."""
+        return sorted({t.stored for t in self.tensors if t.component == "unknown"})
+
+
+def name_tensors(
+    entries: Iterator[TensorEntry] | Any, text_config: dict[str, Any]
+) -> Iterator[LogicalTensor]:
+    """Cut stored tensors into logical ones. `text_config` is the language model's configuration."""
+    for entry in entries:
+        name = canonical_name(entry.name)
+        component, layer, rest = classify(name, text_config)
+        fused = FUSED_EXPERTS.match(rest) if component == "expert" else None
+        if fused and len(entry.shape) == 3:
+            stem = name[: name.index("experts.") + len("experts")]
+            yield from _split_experts(entry, stem, fused[1], layer, text_config)
+            continue
+        expert = EXPERT.match(rest) if component == "expert" else None
+        yield LogicalTensor(
+            name,
+            component,
+            layer,
+            int(expert[1]) if expert else None,
+            entry.shape,
+            entry.dtype,
+            entry.name,
+            0,
+        )
+
+
+def canonical_name(stored: str) -> str:
+    """The name without wrapper prefixes and in the common spelling."""
+    for prefix in PREFIXES:
+        if stored.startswith(prefix):
+            stored = stored[len(prefix) :]
+            break
+    for pattern, spelling in CANONICAL_SPELLINGS:
+        stored = pattern.sub(spelling, stored)
+    return stored
+
+
+def classify(name: str, text_config: dict[str, Any]) -> tuple[str, int | None, str]:
+    """(component, layer, rest of the name behind the layer) of a canonical name."""
+    inside = LAYER.match(name)
+    if inside is None:
+        for component, pattern in OUTSIDE_LAYERS:
+            if pattern.match(name):
+                return component, None, name
+        return "unknown", None, name
+    layer, rest = int(inside[1]), inside[2]
+    if layer >= text_config.get("num_hidden_layers", layer + 1):
+        # DeepSeek stores its multi-token prediction as layers behind the last one.
+        return "mtp", None, rest
+    for component, pattern in INSIDE_LAYERS:
+        if pattern.match(rest):
+            return component, layer, rest
+    return "unknown", layer, rest
+
+
+def _split_experts(
+    entry: TensorEntry, stem: str, role: str, layer: int | None, text_config: dict[str, Any]
+) -> Iterator[LogicalTensor]:
+    """The experts of one fused tensor `[E, 2I, H]` or `[E, H, I]`, as per-expert matrices."""
+    experts, rows, columns = entry.shape
+    transposed = text_config.get("model_type") in TRANSPOSED_FUSED_EXPERTS
+    names = [role]
+    if role == "gate_up_proj" and not transposed and rows % 2 == 0:
+        names = ["gate_proj", "up_proj"]  # gate rows come first, then up
+    shape = (rows // len(names), columns)
+    for expert in range(experts):
+        for part, name in enumerate(names):
+            yield LogicalTensor(
+                f"{stem}.{expert}.{name}.weight",
+                "expert",
+                layer,
+                expert,
+                shape,
+                entry.dtype,
+                entry.name,
+                (expert * len(names) + part) * math.prod(shape),
+            )

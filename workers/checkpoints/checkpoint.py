@@ -1,0 +1,214 @@
+"""A checkpoint opened by its headers: which weight files it has, and which tensors lie where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from workers.checkpoints.safetensors_format import (
+    LENGTH_BYTES,
+    Header,
+    TensorEntry,
+    header_length,
+    parse_header,
+)
+from workers.errors import BadInputError
+from workers.storage import ObjectNotFoundError, Store, open_store
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Small files that belong to a checkpoint: configuration, tokenizer, chat template. Code (`.py`) is
+not among them: nothing that a checkpoint brings is executed."""
+
+FIRST_READ = 1 << 16
+"""Bytes read at once from the start of a weight file: most headers come whole with it."""
+
+FINGERPRINT_BLOCKS = 16
+FINGERPRINT_BLOCK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    size: int
+    header: Header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in a store, known by its headers and small files alone."""
+
+    store: Store
+    config: dict[str, Any]
+    weight_files: tuple[WeightFile, ...]
+    companions: tuple[str, ...]
+    """Names of the small files that travel with the weights, `config.json` among them."""
+
+    @property
+    def location(self) -> str:
+        return self.store.uri
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every stored tensor by name, in the order of the files and of the bytes in them."""
+        return {entry.name: entry for file in self.weight_files for entry in file.header.entries}
+
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """The weight file that holds each tensor."""
+        return {
+            entry.name: file.name for file in self.weight_files for entry in file.header.entries
+        }
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.stop - entry.start for entry in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from another, wherever it lies: 64 hexadecimal digits.
+
+        SHA-256 over the companion files, and over the header, the size and 16 evenly spaced blocks of
+        64 KiB of each weight file. Not a proof of equality (a change between the blocks escapes it),
+        but cheap at any size, and two training runs never share it.
+        """
+        digest = hashlib.sha256()
+        for name in self.companions:
+            _digest_part(digest, name.encode(), self.store.read(name))
+        for file in self.weight_files:
+            _digest_part(digest, file.name.encode(), file.header.raw, str(file.size).encode())
+            for start, length in _fingerprint_blocks(len(file.header.raw), file.size):
+                block = bytearray(length)
+                self.store.read_into(file.name, start, memoryview(block))
+                _digest_part(digest, bytes(block))
+        return digest.hexdigest()
+
+    def read_json(self, name: str) -> Any:
+        """A companion file parsed, or None if the checkpoint has no such file."""
+        return _read_json(self.store, name) if name in self.companions else None
+
+
+def open_checkpoint(location: str) -> Checkpoint:
+    """Open the Hugging Face checkpoint at `location` (plain path, `file://`, `s3://`, `shipped:`).
+
+    Reads headers, index and `config.json`, no tensor. Raises `BadInputError` naming the file, and the
+    tensor where there is one, for anything that is missing, damaged or contradictory.
+    """
+    store = open_store(location)
+    sizes = {info.key: info.size for info in store.list_objects() if "/" not in info.key}
+    if not sizes:
+        raise BadInputError(f"{store.uri}: no checkpoint here: the folder is empty or not there")
+    if "config.json" not in sizes:
+        raise BadInputError(f"{store.uri}: no config.json: not a Hugging Face checkpoint")
+    weight_map = _weight_map(store, sizes)
+    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+    for name in names:
+        if name not in sizes:
+            raise BadInputError(f"{store.uri}/{name}: missing, though {INDEX_FILE} names it")
+    with ThreadPoolExecutor(16) as threads:
+        files = tuple(threads.map(lambda name: _open_weight_file(store, name, sizes[name]), names))
+    _check_names(store, files, weight_map)
+    config = _read_json(store, "config.json")
+    if not isinstance(config, dict):
+        raise BadInputError(f"{store.uri}/config.json: not a JSON object")
+    companions = tuple(
+        sorted(name for name in sizes if name.endswith(COMPANION_SUFFIXES) and name != INDEX_FILE)
+    )
+    return Checkpoint(store, config, files, companions)
+
+
+def _weight_map(store: Store, sizes: dict[str, int]) -> dict[str, str] | None:
+    """Tensor name -> file name of the index; None for a checkpoint of a single file."""
+    if INDEX_FILE not in sizes:
+        if SINGLE_FILE not in sizes:
+            raise BadInputError(
+                f"{store.uri}: neither {SINGLE_FILE} nor {INDEX_FILE}: convert the checkpoint to "
+                "safetensors first"
+            )
+        return None
+    if SINGLE_FILE in sizes:
+        raise BadInputError(
+            f"{store.uri}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one"
+        )
+    index = _read_json(store, INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInputError(f"{store.uri}/{INDEX_FILE}: no weight_map in it")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or "/" in file or "\\" in file or file.startswith("."):
+            raise BadInputError(
+                f"{store.uri}/{INDEX_FILE}: tensor {tensor!r} points to {file!r}, which is not the "
+                "plain name of a file in this folder"
+            )
+    return weight_map
+
+
+def _open_weight_file(store: Store, name: str, size: int) -> WeightFile:
+    file = f"{store.uri}/{name}"
+    raw = bytearray(min(size, FIRST_READ))
+    store.read_into(name, 0, memoryview(raw))
+    total = LENGTH_BYTES + header_length(bytes(raw), file, size)
+    if total > len(raw):
+        rest = bytearray(total - len(raw))
+        store.read_into(name, len(raw), memoryview(rest))
+        raw += rest
+    return WeightFile(name, size, parse_header(bytes(raw[:total]), file, size))
+
+
+def _check_names(
+    store: Store, files: tuple[WeightFile, ...], weight_map: dict[str, str] | None
+) -> None:
+    """Each tensor lies in exactly one file, the one that the index names."""
+    found: dict[str, str] = {}
+    for file in files:
+        for entry in file.header.entries:
+            if entry.name in found:
+                raise BadInputError(
+                    f"{store.uri}: tensor {entry.name!r} is in {found[entry.name]} and in {file.name}"
+                )
+            found[entry.name] = file.name
+    if weight_map is None:
+        return
+    for tensor, name in weight_map.items():
+        if found.get(tensor) != name:
+            raise BadInputError(
+                f"{store.uri}/{name}: tensor {tensor!r} is missing, though {INDEX_FILE} puts it here"
+            )
+    for tensor, name in found.items():
+        if tensor not in weight_map:
+            raise BadInputError(
+                f"{store.uri}/{name}: tensor {tensor!r} is not in {INDEX_FILE}; rebuild the index"
+            )
+
+
+def _read_json(store: Store, name: str) -> Any:
+    try:
+        return json.loads(store.read(name))
+    except ObjectNotFoundError as error:
+        raise BadInputError(f"{store.uri}/{name}: missing") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadInputError(f"{store.uri}/{name}: not valid JSON ({error})") from error
+
+
+def _fingerprint_blocks(start: int, size: int) -> list[tuple[int, int]]:
+    """(start, length) of the blocks of a weight file whose bytes go into the fingerprint."""
+    span = size - start
+    length = min(FINGERPRINT_BLOCK_BYTES, span)
+    if span <= FINGERPRINT_BLOCKS * FINGERPRINT_BLOCK_BYTES:
+        return [(start, span)]
+    step = (span - length) // (FINGERPRINT_BLOCKS - 1)
+    return [(start + number * step, length) for number in range(FINGERPRINT_BLOCKS)]
+
+
+def _digest_part(digest: Any, *parts: bytes) -> None:
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)

@@ -1,0 +1,94 @@
+"""Read any byte range of any tensor: memory-mapped where the file is local, ranged reads elsewhere."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from workers.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from workers.errors import BadInputError
+
+COPY_BYTES = 32 << 20
+
+
+class CheckpointReader:
+    """Tensor bytes of one checkpoint. Local files are mapped once, on first use."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._maps: dict[str, memoryview | None] = {}
+
+    def read(self, tensor: str, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of a stored tensor.
+
+        A view of the mapped file (no copy) or a new buffer. The mapping is private: writing into it
+        would not reach the file.
+        """
+        entry = self.checkpoint.tensors[tensor]
+        if not 0 <= start <= stop <= entry.stop - entry.start:
+            raise ValueError(f"bytes {start}..{stop} are not inside tensor {tensor!r}")
+        file = self.checkpoint.file_of[tensor]
+        mapped = self._map(file)
+        if mapped is not None:
+            return mapped[entry.start + start : entry.start + stop]
+        buffer = memoryview(bytearray(stop - start))
+        self.checkpoint.store.read_into(file, entry.start + start, buffer)
+        return buffer
+
+    def _map(self, file: str) -> memoryview | None:
+        if file not in self._maps:
+            path = self.checkpoint.store.local_path(file)
+            self._maps[file] = None if path is None else _map_file(path)
+        return self._maps[file]
+
+
+def _map_file(path: Path) -> memoryview:
+    with path.open("rb") as opened:
+        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+def localize(checkpoint: Checkpoint, cache: Path | None = None) -> Checkpoint:
+    """The same checkpoint on this machine's disk: itself if local, else a cached copy.
+
+    Copies are kept under `DARWIN_CACHE` (default `~/.cache/darwin`) by fingerprint, so that all workers
+    of a node share one and it outlives them. A copy appears whole, by a rename.
+    """
+    if checkpoint.store.local_path("config.json") is not None:
+        return checkpoint
+    if cache is None:
+        cache = Path(os.environ.get("DARWIN_CACHE") or Path.home() / ".cache" / "darwin")
+    target = cache / checkpoint.fingerprint
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{checkpoint.fingerprint}.", dir=cache))
+        try:
+            _copy_files(checkpoint, partial)
+            partial.rename(target)
+        except OSError as error:
+            # Another worker of this node may have put the same copy there first.
+            if not target.exists():
+                raise BadInputError(
+                    f"{checkpoint.location}: cannot keep a local copy in {cache} ({error}); make room "
+                    "there, or point DARWIN_CACHE to a larger disk"
+                ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return open_checkpoint(str(target))
+
+
+def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
+    buffer = memoryview(bytearray(COPY_BYTES))
+    for file in checkpoint.weight_files:
+        with (folder / file.name).open("wb") as opened:
+            for start in range(0, file.size, COPY_BYTES):
+                part = buffer[: min(COPY_BYTES, file.size - start)]
+                checkpoint.store.read_into(file.name, start, part)
+                opened.write(part)
+    names = list(checkpoint.companions)
+    if len(checkpoint.weight_files) > 1 or checkpoint.weight_files[0].name != "model.safetensors":
+        names.append(INDEX_FILE)
+    for name in names:
+        (folder / name).write_bytes(checkpoint.store.read(name))

@@ -1,0 +1,22 @@
+"""Evaluation: an engine with a live model, tasks made of items, and rules that score them.
+
+An `Engine` realizes a recipe in the weights of its model and answers two questions: how likely is a
+continuation, and what does the model generate. A task is data (`Task`): items and the name of a
+scoring rule. Results are kept per item; nothing here knows what a score is used for.
+"""
+
+from workers.evaluation.engine import Continuation, Engine, Generation
+from workers.evaluation.scoring import ItemResult, score_batch
+from workers.evaluation.task import Item, Task, load_task, make_batches
+
+__all__ = [
+    "Continuation",
+    "Engine",
+    "Generation",
+    "Item",
+    "ItemResult",
+    "Task",
+    "load_task",
+    "make_batches",
+    "score_batch",
+]

@@ -1,0 +1,78 @@
+"""Scoring rules: from an engine's answers to one result per item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from workers.evaluation.engine import Engine
+from workers.evaluation.task import Item, Task
+
+OUTPUT_CHARACTERS = 200
+"""How much of an answer is kept: enough to see what a model does, not a second data set."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """The result of one item."""
+
+    id: str
+    score: float
+    """1 for right, 0 for wrong."""
+    truncated: bool
+    """The answer hit the token limit; it is scored as it stands."""
+    unparsed: bool
+    """There was no answer to score; counts as wrong."""
+    output: str
+    """What the model answered, at most `OUTPUT_CHARACTERS` of it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def score_batch(engine: Engine, task: Task, items: Sequence[Item]) -> list[ItemResult]:
+    """Ask the engine about one batch of the task's items, as the task's kind says."""
+    if task.kind == "exact_match":
+        return _exact_match(engine, task, items)
+    return _multiple_choice(engine, task, items)
+
+
+def _exact_match(engine: Engine, task: Task, items: Sequence[Item]) -> list[ItemResult]:
+    """The generated text, without surrounding white space, is the answer."""
+    generations = engine.generate(
+        [item.prompt for item in items], task.max_new_tokens, task.stop
+    )
+    results = []
+    for item, generation in zip(items, generations, strict=True):
+        text = generation.text.strip()
+        right = text == str(item.answer).strip()
+        results.append(
+            ItemResult(
+                item.id, float(right), generation.truncated, not text, text[:OUTPUT_CHARACTERS]
+            )
+        )
+    return results
+
+
+def _multiple_choice(engine: Engine, task: Task, items: Sequence[Item]) -> list[ItemResult]:
+    """The most likely choice is the right one; the first of equally likely ones counts."""
+    pairs = [(item.prompt, choice) for item in items for choice in item.choices]
+    answers = iter(engine.loglikelihood(pairs))
+    results = []
+    for item in items:
+        scores = []
+        for choice in item.choices:
+            logprob = next(answers).logprob
+            scores.append(logprob / len(choice) if task.length_normalized else logprob)
+        chosen = scores.index(max(scores))
+        results.append(
+            ItemResult(
+                item.id,
+                float(chosen == item.answer),
+                truncated=False,
+                unparsed=False,
+                output=item.choices[chosen][:OUTPUT_CHARACTERS],
+            )
+        )
+    return results

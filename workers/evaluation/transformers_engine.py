@@ -1,0 +1,216 @@
+"""The transformers engine: any `AutoModelForCausalLM`, on CPU or CUDA, with merges in its live weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from workers.checkpoints import Checkpoint, localize
+from workers.checkpoints.architecture import name_tensors
+from workers.checkpoints.safetensors_format import TensorEntry
+from workers.errors import BadInputError
+from workers.evaluation.engine import Continuation, Generation
+from workers.merging import CARRIED, Recipe
+from workers.merging.executor import Merger
+from workers.merging.sinks import LiveSink
+from workers.merging.sources import TORCH_DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class TransformersEngine:
+    """One live model, built from the father, that takes the weights of any recipe over the parents.
+
+    `dtype` is "auto" (the checkpoint's) or a torch dtype name such as "float32"; `device` a torch
+    device; `threads` the CPU threads of one operation. Remote checkpoints are copied to this machine
+    first (`localize`). Raises `BadInputError` if transformers cannot load the father completely.
+    """
+
+    def __init__(
+        self,
+        parents: dict[str, Checkpoint],
+        base: Checkpoint | None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        threads: int = 1,
+    ) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        parents = {name: localize(parent) for name, parent in parents.items()}
+        self.father = next(iter(parents.values()))
+        self.device = torch.device(device)
+        self.threads = threads
+        self.tokenizer = self._load_tokenizer(transformers)
+        self.model = self._load_model(transformers, dtype)
+        self.merger = Merger(parents, localize(base) if base else None, device)
+        self.sink = LiveSink(self._live_views())
+        self._encode = lru_cache(maxsize=512)(self._encode_uncached)
+
+    def _load_tokenizer(self, transformers: Any) -> Any:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.father.location, padding_side="left", local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise BadInputError(
+                f"{self.father.location}: transformers cannot load the tokenizer ({error})"
+            ) from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _load_model(self, transformers: Any, dtype: str) -> Any:
+        try:
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                self.father.location,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInputError(
+                f"{self.father.location}: transformers cannot load it as a causal language model "
+                f"({error})"
+            ) from error
+        if loading["missing_keys"]:
+            raise BadInputError(
+                f"{self.father.location}: lacks weights of {type(model).__name__}: "
+                f"{', '.join(sorted(loading['missing_keys'])[:5])}"
+            )
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def _live_views(self) -> dict[str, torch.Tensor]:
+        """Flat views of the live weights by logical name, for every tensor of the father in the model.
+
+        Of weights that share memory (a tied `lm_head`) only the first that the father stores is
+        written, as `from_pretrained` ties the rest to it.
+        """
+        weights = self.model.state_dict()
+        entries = [
+            TensorEntry(name, DTYPE_NAMES[weight.dtype], tuple(weight.shape), 0, 0)
+            for name, weight in weights.items()
+        ]
+        text_config = self.model.config.get_text_config().to_dict()
+        stored = self.merger.plan.father.by_name
+        views: dict[str, torch.Tensor] = {}
+        owners: dict[tuple[int, int], str] = {}
+        aliases = set()
+        for live in name_tensors(entries, text_config):
+            if live.name not in stored:
+                continue
+            view = weights[live.stored].view(-1)[live.offset : live.offset + live.elements]
+            if view.numel() and owners.setdefault((view.data_ptr(), view.numel()), live.name) != live.name:
+                aliases.add(live.name)
+                continue
+            if stored[live.name].shape != live.shape:
+                raise BadInputError(
+                    f"{self.father.location}: tensor {live.name!r} is stored as "
+                    f"{list(stored[live.name].shape)}, {type(self.model).__name__} wants {list(live.shape)}"
+                )
+            views[live.name] = view
+        for tensor in stored.values():
+            missing = tensor.name not in views and tensor.name not in aliases
+            if missing and tensor.component not in CARRIED:
+                raise BadInputError(
+                    f"{self.father.location}: tensor {tensor.stored!r} has no counterpart in "
+                    f"{type(self.model).__name__}, so its merge could not be evaluated"
+                )
+        return views
+
+    def realize(self, recipe: Recipe) -> None:
+        """See `Engine.realize`."""
+        self.merger.run(recipe, self.sink)
+
+    @torch.inference_mode()
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
+        """See `Engine.loglikelihood`. The continuation's tokens are those that prompt + continuation
+        has beyond the tokens of the prompt."""
+        ids, attention, starts = self._encode_pairs(tuple(pairs))
+        logits = self.model(input_ids=ids, attention_mask=attention).logits.float()
+        logprobs = logits[:, :-1].log_softmax(-1)
+        chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        results = []
+        for row, start in enumerate(starts):
+            length = int(attention[row].sum())
+            results.append(
+                Continuation(float(chosen[row, start - 1 : length - 1].sum()), length - start)
+            )
+        return results
+
+    def _encode_pairs(
+        self, pairs: tuple[tuple[str, str], ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+        wholes = self.tokenizer([prompt + continuation for prompt, continuation in pairs])["input_ids"]
+        # A tokenizer may close a text with an end token, and may join prompt and continuation.
+        starts = [
+            max(1, min(_common_length(prompt, whole), len(whole) - 1))
+            for prompt, whole in zip(prompts, wholes, strict=True)
+        ]
+        padded = self.tokenizer.pad({"input_ids": wholes}, padding_side="right", return_tensors="pt")
+        return (
+            padded["input_ids"].to(self.device),
+            padded["attention_mask"].to(self.device),
+            starts,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[Generation]:
+        """See `Engine.generate`."""
+        encoded = self._encode(tuple(prompts))
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        if stop:
+            options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        output = self.model.generate(
+            **encoded, **options, pad_token_id=self.tokenizer.pad_token_id
+        )
+        written = output[:, encoded["input_ids"].shape[1] :]
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor(ends if isinstance(ends, list) else [ends or -1], device=written.device)
+        ended = torch.isin(written, ends).any(-1).tolist()
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [_finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
+
+    def _encode_uncached(self, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        encoded = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
+        return {
+            name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")
+        }
+
+    def describe(self, prompt: str) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        import transformers
+
+        return {
+            "engine": "transformers",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "model": type(self.model).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "threads": self.threads,
+            "probe_tokens": self.tokenizer(prompt)["input_ids"],
+        }
+
+
+def _common_length(first: list[int], second: list[int]) -> int:
+    for position, (one, two) in enumerate(zip(first, second, strict=False)):
+        if one != two:
+            return position
+    return min(len(first), len(second))
+
+
+def _finish(text: str, stop: Sequence[str], ended: bool) -> Generation:
+    """Cut at the first stop text; truncated if neither it nor the model ended the answer."""
+    cuts = [text.find(word) for word in stop if word in text]
+    if cuts:
+        return Generation(text[: min(cuts)], truncated=False)
+    return Generation(text, truncated=not ended)

@@ -1,0 +1,51 @@
+"""Write a child's weights into a store and prove that they lie there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from workers.checkpoints import CheckpointWriter
+from workers.checkpoints.verify import verify_weights
+from workers.errors import BadInputError
+from workers.merging import Recipe
+from workers.merging.executor import Merger, TensorReport
+from workers.merging.sinks import CheckpointSink
+from workers.storage import Store
+
+
+@dataclass(frozen=True)
+class ChildReport:
+    """What a written child consists of."""
+
+    tensors: list[TensorReport]
+    digests: dict[str, str]
+    """SHA-256 of each stored tensor's bytes, read back from the store."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tensors": [asdict(tensor) for tensor in self.tensors], "digests": self.digests}
+
+
+def write_weights(merger: Merger, recipe: Recipe, target: Store, threads: int) -> ChildReport:
+    """Merge into `target` in the father's layout, then read everything back (the health check).
+
+    The folder is not a checkpoint yet: `publish_companions` makes it one. Raises `BadInputError` if a
+    merged tensor holds a NaN or an infinity that its parents do not explain away.
+    """
+    father = next(iter(merger.parents.values()))
+    writer = CheckpointWriter(father, target)
+    sink = CheckpointSink(writer)
+    try:
+        reports = merger.run_with_report(recipe, sink, threads)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    broken = [report for report in reports if report.not_finite]
+    if broken:
+        raise BadInputError(
+            f"tensor {broken[0].name!r} of the child has {broken[0].not_finite} elements that are NaN "
+            f"or infinite ({len(broken)} such tensors): a parent is damaged, or a parameter too large"
+        )
+    verify_weights(father, target, sink.digests)
+    return ChildReport(reports, sink.digests)

@@ -1,0 +1,152 @@
+"""What a merge method is: declared parameters, and a function on one slice of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from workers.errors import BadInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = dict[str, Any]
+"""A tensor's parameters, resolved: a float, a parent's name, or a float per parent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method."""
+
+    name: str
+    scope: Literal["shared", "per_parent", "parent_name"]
+    low: float = float("-inf")
+    high: float = float("inf")
+    default: float | None = None
+    """None: the recipe must give it."""
+
+
+@dataclass(slots=True)
+class Slice:
+    """One slice of one tensor, as a method sees it. All tensors are flat, fp32, of one length."""
+
+    parents: dict[str, Tensor]
+    """Values of each parent, in the recipe's order. Buffers: a method may overwrite them."""
+    base: Tensor | None
+    """Values of the base; not to be overwritten. Present if the method uses a base."""
+    out: Tensor
+    """Where the result goes; holds arbitrary values before."""
+    statistic: Any
+    """What the method's statistic found for the whole tensor; None if it declares none."""
+    keep_mask: Callable[[str, float], Tensor]
+    """`keep_mask(parent, probability)`: booleans drawn for these very elements of that parent."""
+
+
+class Statistic(Protocol):
+    """A fact about a whole tensor of all parents that a method needs before its elementwise pass.
+
+    It may not depend on parameters, so it is computed once per tensor and serves every candidate.
+    """
+
+    def update(self, parents: dict[str, Tensor], base: Tensor | None) -> None:
+        """Take in the next fp32 slice; slices come in order, on a fixed grid. May overwrite `parents`."""
+
+    def finish(self) -> Any:
+        """The fact, small; handed to the method as `Slice.statistic`."""
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A registered method."""
+
+    name: str
+    summary: str
+    """One line with the formula's source."""
+    parameters: tuple[Parameter, ...]
+    merge: Callable[[Slice, Values], None]
+    """Fills `Slice.out` from parents and base."""
+    uses_base: bool = False
+    parents: tuple[int, int | None] = (1, None)
+    """Least and greatest number of parents; None is any number."""
+    statistic: Callable[[], Statistic] | None = None
+    copies: bool = False
+    """Whether it hands over one parent's stored bits instead of computing."""
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+    def resolve(self, given: dict[str, Any], parents: tuple[str, ...], has_base: bool) -> Values:
+        """Check a rule's parameters and spread them over the parents. Raises `BadInputError`."""
+        self.check_inputs(parents, has_base)
+        for name in given:
+            if self.parameter(name) is None:
+                known = ", ".join(parameter.name for parameter in self.parameters) or "none"
+                raise BadInputError(
+                    f"method {self.name}: there is no parameter {name!r}; it has: {known}"
+                )
+        return {
+            parameter.name: self._resolve_one(parameter, given.get(parameter.name), parents)
+            for parameter in self.parameters
+        }
+
+    def check_inputs(self, parents: tuple[str, ...], has_base: bool) -> None:
+        """Raise `BadInputError` unless the method can merge so many parents, with or without a base."""
+        least, most = self.parents
+        if len(parents) < least or (most is not None and len(parents) > most):
+            wanted = f"{least}" if least == most else f"at least {least}"
+            raise BadInputError(
+                f"method {self.name} merges {wanted} parents, not {len(parents)}: choose another "
+                "method or other parents"
+            )
+        if self.uses_base and not has_base:
+            raise BadInputError(
+                f"method {self.name} merges differences to a base: name the parents' common "
+                "ancestor as `base`"
+            )
+
+    def _resolve_one(self, parameter: Parameter, given: Any, parents: tuple[str, ...]) -> Any:
+        where = f"method {self.name}: parameter {parameter.name!r}"
+        if parameter.scope == "parent_name":
+            if given not in parents:
+                raise BadInputError(f"{where}: {given!r} is none of the parents {list(parents)}")
+            return given
+        if parameter.scope == "shared":
+            return _check_number(parameter, given, where)
+        table = given if isinstance(given, dict) else dict.fromkeys(parents, given)
+        for name in table:
+            if name not in parents:
+                raise BadInputError(f"{where}: {name!r} is none of the parents {list(parents)}")
+        return {
+            name: _check_number(parameter, table.get(name), f"{where} for {name!r}")
+            for name in parents
+        }
+
+
+METHODS: dict[str, MergeMethod] = {}
+
+
+def register(method: MergeMethod) -> MergeMethod:
+    """Make a method known by its name."""
+    assert method.name not in METHODS, method.name
+    METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str) -> MergeMethod:
+    """The method of that name. Raises `BadInputError` listing those there are."""
+    if name not in METHODS:
+        raise BadInputError(f"method {name!r} is none of {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def _check_number(parameter: Parameter, given: Any, where: str) -> float:
+    if given is None:
+        if parameter.default is None:
+            raise BadInputError(f"{where} is missing")
+        return parameter.default
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise BadInputError(f"{where}: {given!r} is not a number")
+    if not parameter.low <= given <= parameter.high:
+        raise BadInputError(f"{where}: {given} is outside [{parameter.low:g}, {parameter.high:g}]")
+    return float(given)

@@ -1,0 +1,28 @@
+"""task_arithmetic: the base plus weighted task vectors (arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from workers.merging.methods.method import MergeMethod, Parameter, Slice, Values, register
+
+
+def merge(piece: Slice, values: Values) -> None:
+    """out = x_0 + lambda * sum_i w_i (x_i - x_0)."""
+    assert piece.base is not None
+    piece.out.copy_(piece.base)
+    for name, parent in piece.parents.items():
+        delta = parent.sub_(piece.base)
+        piece.out.add_(delta, alpha=values["lambda"] * values["weight"][name])
+
+
+register(
+    MergeMethod(
+        name="task_arithmetic",
+        summary="base plus weighted task vectors (arXiv 2212.04089)",
+        parameters=(
+            Parameter("weight", "per_parent"),
+            Parameter("lambda", "shared", default=1.0),
+        ),
+        merge=merge,
+        uses_base=True,
+    )
+)

@@ -1,0 +1,116 @@
+"""ties: trim small changes, elect a sign per element, average those that agree (arXiv 2306.01708)."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING
+
+from workers.merging.methods.method import MergeMethod, Parameter, Slice, Values, register
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+BIN_SHIFT = 15
+"""Magnitudes are tabulated by the upper 16 bits of their fp32 pattern: 8 of exponent, 8 of mantissa."""
+BINS = 1 << 16
+
+
+class MagnitudeTable:
+    """For each parent, how many task-vector elements lie in each magnitude bin.
+
+    The bins are so fine (1/256 of a power of two) that a density read from the table keeps at most one
+    bin more than asked for; elements of equal magnitude are kept or dropped together.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, numpy.ndarray] = {}
+
+    def update(self, parents: dict[str, Tensor], base: Tensor | None) -> None:
+        import numpy
+        import torch
+
+        assert base is not None
+        for name, parent in parents.items():
+            bits = parent.sub_(base).abs_().view(torch.int32)
+            counts = numpy.bincount((bits >> BIN_SHIFT).cpu().numpy(), minlength=BINS)
+            self.counts[name] = self.counts.get(name, 0) + counts
+
+    def finish(self) -> dict[str, tuple[numpy.ndarray, numpy.ndarray]]:
+        """Per parent: the bins in use, largest first, and how many elements lie in them or above."""
+        tables = {}
+        for name, counts in self.counts.items():
+            bins = counts.nonzero()[0][::-1]
+            tables[name] = (bins.astype("int32"), counts[bins].cumsum())
+        return tables
+
+
+def threshold(table: tuple[numpy.ndarray, numpy.ndarray], density: float) -> float:
+    """The magnitude at which the largest `density` of the elements begins."""
+    bins, counts = table
+    if density >= 1.0 or not len(bins):
+        return 0.0
+    wanted = math.ceil(density * int(counts[-1]))
+    if wanted == 0:
+        return math.inf
+    bits = int(bins[int(counts.searchsorted(wanted))]) << BIN_SHIFT
+    lowest: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    return lowest
+
+
+def merge(piece: Slice, values: Values) -> None:
+    """Trim each task vector to its `density` largest elements, then `merge_agreeing`."""
+    assert piece.base is not None
+    for name, parent in piece.parents.items():
+        delta = parent.sub_(piece.base)
+        lowest = threshold(piece.statistic[name], values["density"][name])
+        if lowest > 0.0:
+            delta.mul_(delta.abs() >= lowest)
+    merge_agreeing(piece, values)
+
+
+def merge_agreeing(piece: Slice, values: Values) -> None:
+    """Sign election and disjoint merge of the task vectors now in `piece.parents`.
+
+    The sign of an element is that of sum_i w_i d_i (+ for 0); only entries of that sign count:
+    out = x_0 + lambda * sum w_i d_i, divided by the sum of their w_i if `normalize` is 1.
+    """
+    import torch
+
+    assert piece.base is not None
+    weighted = {name: delta.mul_(values["weight"][name]) for name, delta in piece.parents.items()}
+    elected = piece.out.zero_()
+    for change in weighted.values():
+        elected.add_(change)
+    negative = elected < 0
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for name, change in weighted.items():
+        agrees = torch.where(negative, change < 0, change > 0)
+        total.add_(change.mul_(agrees))
+        divisor.add_(agrees, alpha=values["weight"][name])
+    if values["normalize"]:
+        total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+    torch.add(piece.base, total, alpha=values["lambda"], out=piece.out)
+
+
+def consensus_parameters(normalize: float) -> tuple[Parameter, ...]:
+    """The parameters of a method that ends with `merge_agreeing`."""
+    return (
+        Parameter("weight", "per_parent", low=0.0),
+        Parameter("density", "per_parent", low=0.0, high=1.0),
+        Parameter("lambda", "shared", default=1.0),
+        Parameter("normalize", "shared", low=0, high=1, default=normalize),
+    )
+
+
+register(
+    MergeMethod(
+        name="ties",
+        summary="trim, elect sign, disjoint merge (arXiv 2306.01708)",
+        parameters=consensus_parameters(normalize=1.0),
+        merge=merge,
+        uses_base=True,
+        statistic=MagnitudeTable,
+    )
+)
