@@ -17,6 +17,8 @@ from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import Ledger, LeaseLostError
 from orchestrator.pool import Job, Pool, Progress
+from orchestrator.publish import publish_child
+from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.state import CampaignState, Candidate, scored_record
 from orchestrator.statistics import Comparison, Score, compare, objective, score
@@ -105,8 +107,6 @@ class Campaign:
             for name in self.inputs.parents
         }
         self.pool: Pool | None = None
-        self.started = time.monotonic()
-        self.first_told_seconds: float | None = None
         self._ledger: Ledger | None = None
         self._lease: Lease | None = None
 
@@ -120,6 +120,9 @@ class Campaign:
         continues it.
         """
         self.watcher.begin(self)
+        finished = self._finished_before()
+        if finished is not None:
+            return finished
         check_store(self.store)
         self._lease = acquire_lease(self.store, self.watcher.stage)
         try:
@@ -132,6 +135,28 @@ class Campaign:
                 return self._finish(candidate, judgement)
         finally:
             self._lease.release()
+
+    def _finished_before(self) -> dict[str, Any] | None:
+        """The recorded result, if this very campaign has come to its end."""
+        ledger = Ledger(self.store)
+        for record in reversed(ledger.records):
+            if record["kind"] == "campaign":
+                return None  # begun, or given a larger budget, and not finished since
+            if record["kind"] == "finished":
+                break
+        else:
+            return None
+        begun = ledger.last("campaign")
+        assert begun is not None
+        identity = self.inputs.identity(self.config)
+        if differing_keys(begun["identity"], identity):
+            self._check_identity(begun["identity"], identity)
+            return None
+        self.state = CampaignState(self.config.objective, ledger.records)
+        if next(self.store.list_objects(REPORT_FILE), None) is None:
+            write_report(self.store)
+        result = {k: v for k, v in record.items() if k not in ("kind", "epoch")}
+        return {"status": "done", **result}
 
     def _open_ledger(self) -> None:
         """Read the ledger, make sure it is this campaign's, and begin to write."""
@@ -236,26 +261,45 @@ class Campaign:
     # -- searching ---------------------------------------------------------------------------
 
     def _search(self) -> None:
-        """Generations until the budget is spent or the optimizer has nothing left to ask."""
+        """Run the search, and record why it ended and what it took."""
+        assert self.pool is not None and self._ledger is not None
         self.watcher.stage("search")
+        started, idle = time.monotonic(), self.pool.idle_seconds
+        reason = self._run_generations()
+        seconds = time.monotonic() - started
+        evaluations = self.state.evaluated(self.config.search.evaluations)
+        last = self._ledger.last("searched")
+        if last is None or last["evaluations"] != evaluations:
+            self._record(
+                "searched",
+                evaluations=evaluations,
+                reason=reason,
+                seconds=round(seconds, 3),
+                driver_seconds=round(seconds - (self.pool.idle_seconds - idle), 3),
+            )
+
+    def _run_generations(self) -> str:
+        """Generations until the budget is spent or the optimizer has nothing left to ask; which."""
         budget = self.config.search.evaluations
         generation = stagnant = 0
         known: set[str] = set()
-        while stagnant < STAGNANT_GENERATIONS and self.optimizer.stopped() is None:
+        while stagnant < STAGNANT_GENERATIONS:
+            stopped = self.optimizer.stopped()
+            if stopped is not None:
+                return f"the optimizer stopped: {stopped}"
             points = self.optimizer.ask()
             asked = self._asked(generation, points)
             paid = self.state.within_budget(budget)[generation:]
             candidates = paid[0] if paid else []
             self._evaluate((self.recipes[c.recipe_id] for c in candidates), "search")
             if len(candidates) < len(asked):
-                return
+                return "the budget is spent"
             self.optimizer.tell(points, self._fitness_for_tell(asked))
-            if self.first_told_seconds is None:
-                self.first_told_seconds = time.monotonic() - self.started
             new = {c.recipe_id for c in asked} - known
             stagnant = 0 if new else stagnant + 1
             known |= new
             generation += 1
+        return f"{STAGNANT_GENERATIONS} generations brought no new recipe"
 
     def _asked(self, generation: int, points: list[list[float]]) -> list[Candidate]:
         """The generation's candidates: as recorded, or recorded now."""
@@ -324,9 +368,6 @@ class Campaign:
 
     def _finish(self, candidate: Candidate, judgement: Judgement) -> dict[str, Any]:
         """Write and publish the child, then the report; the campaign's result."""
-        from orchestrator.publish import publish_child
-        from orchestrator.report import write_report
-
         assert self.pool is not None
         self.watcher.stage("writing the child")
         recipe = self.recipes[candidate.recipe_id]
@@ -351,7 +392,7 @@ class Campaign:
             "recipe_id": recipe.id,
             "evaluations": self.state.evaluated(self.config.search.evaluations),
             **judgement.to_dict(),
-            "report": f"{self.store.uri}/report.html",
+            "report": f"{self.store.uri}/{REPORT_FILE}",
         }
 
 
@@ -363,7 +404,7 @@ def judge(results: dict[str, dict[str, Any]], kind: str) -> Judgement:
     }
     comparisons = []
     pooled = {
-        name: {(task, i): item for task, items in tasks.items() for i, item in items.items()}
+        name: {f"{task}/{i}": item for task, items in tasks.items() for i, item in items.items()}
         for name, tasks in results.items()
     }
     for parent in results:

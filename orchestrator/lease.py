@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -46,28 +47,29 @@ class Lease:
 
     def _keep_alive(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            data = self._data | {"beat": self._data["beat"] + 1}
             try:
-                self._version = self.store.replace(KEY, _dump(data), self._version)
-                self._data = data
-            except PreconditionFailedError:
-                if not self._still_ours():
+                if not self._beat():
                     self._lost.set()
                     return
             except StorageError:
                 # The store may come back. Should somebody take over meanwhile, the next try tells.
                 continue
 
-    def _still_ours(self) -> bool:
-        """Whether the object is ours after all: a retried heartbeat may meet its own first try."""
+    def _beat(self) -> bool:
+        """Renew the lease; whether it is still ours. Raises `StorageError` if that is not known."""
+        data = self._data | {"beat": self._data["beat"] + 1}
         try:
-            content, version = self.store.read_with_version(KEY)
-        except StorageError:
-            return False
-        found = json.loads(content)
-        if found["epoch"] != self.epoch or found["owner"] != self._data["owner"]:
-            return False
-        self._data, self._version = found, version
+            version = self.store.replace(KEY, _dump(data), self._version)
+        except PreconditionFailedError:
+            # It is ours after all if this was a retried request that met its own first try.
+            try:
+                content, version = self.store.read_with_version(KEY)
+                data = _parse(content)
+            except (ObjectNotFoundError, ValueError):
+                return False
+            if data["owner"] != self._data["owner"]:
+                return False
+        self._data, self._version = data, version
         return True
 
     def release(self) -> None:
@@ -86,13 +88,17 @@ def acquire_lease(store: Store, waiting: Callable[[str], None]) -> Lease:
 
     May take `LIFETIME_SECONDS` if the last owner died elsewhere; `waiting` is told why.
     """
-    mine = {"owner": _this_process(), "host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
+    # The token tells this call from every other, also of a process that started in the same tick.
+    owner = _this_process() | {"token": secrets.token_hex(8)}
+    mine: dict[str, Any]
+    mine = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
+    data = mine | {"epoch": 1}
     try:
-        data = mine | {"epoch": 1}
         return Lease(store, 1, store.create(KEY, _dump(data)), data)
     except PreconditionFailedError:
-        pass
-    found, version = _read(store)
+        found, version = _read(store)
+    if found["owner"] == owner:  # a retried request met its own first try
+        return Lease(store, 1, version, data)
     deadline = time.monotonic() + LIFETIME_SECONDS
     while _may_be_alive(found) and time.monotonic() < deadline:
         waiting(
@@ -110,7 +116,7 @@ def acquire_lease(store: Store, waiting: Callable[[str], None]) -> Lease:
         return Lease(store, data["epoch"], store.replace(KEY, _dump(data), version), data)
     except PreconditionFailedError:
         latest, version = _read(store)
-        if latest["owner"] == mine["owner"] and latest["epoch"] == data["epoch"]:
+        if latest["owner"] == owner:
             return Lease(store, data["epoch"], version, data)
         raise BadInputError(_in_use(store, latest)) from None
 
@@ -129,7 +135,7 @@ def _may_be_alive(found: dict[str, Any]) -> bool:
         return False
     if owner["machine"] != _this_process()["machine"]:
         return True
-    return _start_of(found["pid"]) == owner["started"]
+    return bool(_start_of(found["pid"]) == owner["started"])
 
 
 def _this_process() -> dict[str, str]:
@@ -155,9 +161,19 @@ def _start_of(pid: int) -> str | None:
 def _read(store: Store) -> tuple[dict[str, Any], str]:
     try:
         data, version = store.read_with_version(KEY)
-        return json.loads(data), version
-    except (ObjectNotFoundError, json.JSONDecodeError) as error:
+        return _parse(data), version
+    except (ObjectNotFoundError, ValueError) as error:
         raise BadInputError(f"{store.uri}/{KEY}: removed or damaged ({error})") from error
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """The content of a lease. Raises `ValueError` if it is none."""
+    found = json.loads(data)
+    if not isinstance(found, dict) or not {"owner", "host", "pid", "beat", "epoch"} <= found.keys():
+        raise ValueError("not a lease")
+    if found["owner"] is not None and not {"machine", "started"} <= found["owner"].keys():
+        raise ValueError("not a lease")
+    return found
 
 
 def _dump(data: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,10 +75,13 @@ def compare(child: Results, parent: Results, name: str, task: str) -> Comparison
 
 def mean_score(results: Results) -> float:
     """The plain mean of one task's results."""
-    return sum(result["score"] for result in results.values()) / len(results)
+    return math.fsum(result["score"] for result in results.values()) / len(results)
 
 
 def objective(scores: Iterable[float], kind: str) -> float:
-    """Fitness from the scores of the tasks: their `mean`, or the `worst` of them."""
+    """Fitness from the scores of the tasks: their `mean`, or the `worst` of them.
+
+    The order of the tasks does not matter, not even to the last bit.
+    """
     values = list(scores)
-    return min(values) if kind == "worst" else sum(values) / len(values)
+    return min(values) if kind == "worst" else math.fsum(values) / len(values)

@@ -7,6 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from workers.checkpoints.safetensors_format import (
@@ -54,6 +55,12 @@ class Checkpoint:
     @property
     def location(self) -> str:
         return self.store.uri
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint as a folder of this machine; None if it is remote (see `localize`)."""
+        path = self.store.local_path("config.json")
+        return path.parent if path is not None else None
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -176,6 +183,8 @@ def _check_names(
                 )
             found[entry.name] = file.name
     if weight_map is None:
+        if not found:
+            raise BadInputError(f"{store.uri}/{SINGLE_FILE}: there is no tensor in it")
         return
     for tensor, name in weight_map.items():
         if found.get(tensor) != name:
@@ -194,7 +203,7 @@ def _read_json(store: Store, name: str) -> Any:
         return json.loads(store.read(name))
     except ObjectNotFoundError as error:
         raise BadInputError(f"{store.uri}/{name}: missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{store.uri}/{name}: not valid JSON ({error})") from error
 
 

@@ -56,7 +56,7 @@ def localize(checkpoint: Checkpoint, cache: Path | None = None) -> Checkpoint:
     Copies are kept under `DARWIN_CACHE` (default `~/.cache/darwin`) by fingerprint, so that all workers
     of a node share one and it outlives them. A copy appears whole, by a rename.
     """
-    if checkpoint.store.local_path("config.json") is not None:
+    if checkpoint.folder is not None:
         return checkpoint
     if cache is None:
         cache = Path(os.environ.get("DARWIN_CACHE") or Path.home() / ".cache" / "darwin")

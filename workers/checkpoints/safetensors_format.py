@@ -83,12 +83,21 @@ def parse_header(raw: bytes, file: str, file_size: int) -> Header:
         return found
 
     try:
-        table = json.loads(raw[LENGTH_BYTES:], object_pairs_hook=unique_keys)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        table = json.loads(
+            raw[LENGTH_BYTES:].decode(),
+            object_pairs_hook=unique_keys,
+            parse_int=_parse_size,
+            parse_constant=_refuse_constant,
+        )
+    except BadInputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{file}: the header is not valid JSON ({error})") from error
     if not isinstance(table, dict):
         raise BadInputError(f"{file}: the header is not a JSON object")
-    table.pop("__metadata__", None)
+    metadata = table.pop("__metadata__", None)
+    if metadata is not None and not _is_table_of_texts(metadata):
+        raise BadInputError(f"{file}: the header's __metadata__ is not a table of texts")
     data_start = len(raw)
     entries = [_parse_entry(name, value, file, data_start) for name, value in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -114,7 +123,9 @@ def _parse_entry(name: str, value: Any, file: str, data_start: int) -> TensorEnt
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise BadInputError(f"{file}: tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in BITS_PER_ELEMENT:
+    if not _is_text(name):
+        raise BadInputError(f"{file}: tensor {name!r} has a name that is not valid Unicode")
+    if not isinstance(dtype, str) or dtype not in BITS_PER_ELEMENT:
         raise BadInputError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise BadInputError(f"{file}: tensor {name!r} has a malformed shape or data_offsets")
@@ -130,3 +141,21 @@ def _parse_entry(name: str, value: Any, file: str, data_start: int) -> TensorEnt
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _parse_size(digits: str) -> int | str:
+    """A number as the format allows it; what is none stays text, so that its tensor can be named."""
+    return int(digits) if digits.isdigit() and len(digits) < 20 else digits
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_table_of_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(part) for item in value.items() for part in item)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON can spell half a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +57,10 @@ def _exact_match(engine: Engine, task: Task, items: Sequence[Item]) -> list[Item
 
 
 def _multiple_choice(engine: Engine, task: Task, items: Sequence[Item]) -> list[ItemResult]:
-    """The most likely choice is the right one; the first of equally likely ones counts."""
+    """The most likely choice is the right one; the first of equally likely ones counts.
+
+    A model that has no likelihood for a choice (NaN) gave no answer.
+    """
     pairs = [(item.prompt, choice) for item in items for choice in item.choices]
     answers = iter(engine.loglikelihood(pairs))
     results = []
@@ -65,14 +69,15 @@ def _multiple_choice(engine: Engine, task: Task, items: Sequence[Item]) -> list[
         for choice in item.choices:
             logprob = next(answers).logprob
             scores.append(logprob / len(choice) if task.length_normalized else logprob)
+        unparsed = any(math.isnan(score) for score in scores)
         chosen = scores.index(max(scores))
         results.append(
             ItemResult(
                 item.id,
-                float(chosen == item.answer),
+                float(not unparsed and chosen == item.answer),
                 truncated=False,
-                unparsed=False,
-                output=item.choices[chosen][:OUTPUT_CHARACTERS],
+                unparsed=unparsed,
+                output="" if unparsed else item.choices[chosen][:OUTPUT_CHARACTERS],
             )
         )
     return results

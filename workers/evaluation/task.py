@@ -72,14 +72,14 @@ def load_task(
     """
     try:
         data = yaml.safe_load(definition)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadInputError(f"task {name}: not valid YAML ({error})") from error
     allowed = {"kind", "items", "max_new_tokens", "stop", "length_normalized"}
     if not isinstance(data, dict) or not {"kind", "items"} <= data.keys():
         raise BadInputError(f"task {name}: needs the keys kind and items")
     if data.keys() - allowed:
         raise BadInputError(
-            f"task {name}: unknown key {sorted(data.keys() - allowed)[0]!r}; allowed are "
+            f"task {name}: unknown key {sorted(data.keys() - allowed, key=str)[0]!r}; allowed are "
             f"{', '.join(sorted(allowed))}"
         )
     if data["kind"] not in KINDS:
@@ -87,6 +87,17 @@ def load_task(
     files = data["items"]
     if not isinstance(files, dict) or set(files) != set(SPLITS):
         raise BadInputError(f"task {name}: items needs exactly the keys search and holdout")
+    for split, location in files.items():
+        if not isinstance(location, str):
+            raise BadInputError(f"task {name}: items.{split}: {location!r} is no place of a file")
+    stop = data.get("stop") or []
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise BadInputError(f"task {name}: stop must be a list of texts, not {stop!r}")
+    length_normalized = data.get("length_normalized", False)
+    if not isinstance(length_normalized, bool):
+        raise BadInputError(
+            f"task {name}: length_normalized must be true or false, not {length_normalized!r}"
+        )
     items = {
         split: _read_items(name, files[split], data["kind"])[: (limits or {}).get(split)]
         for split in SPLITS
@@ -96,8 +107,8 @@ def load_task(
         kind=data["kind"],
         items=items,
         max_new_tokens=_positive(name, "max_new_tokens", data.get("max_new_tokens", 64)),
-        stop=tuple(data.get("stop") or ()),
-        length_normalized=bool(data.get("length_normalized", False)),
+        stop=tuple(stop),
+        length_normalized=length_normalized,
     )
     check_disjoint([task])
     return task
@@ -126,21 +137,24 @@ def make_batches(items: Iterable[Item], batch_size: int) -> list[tuple[Item, ...
 
 
 def _read_items(task: str, location: str, kind: str) -> tuple[Item, ...]:
-    folder, _, file = location.rpartition("/")
+    folder, slash, file = location.rpartition("/")
     try:
-        text = open_store(folder or ".").read(file).decode()
+        text = open_store(folder or slash or ".").read(file).decode()
     except ObjectNotFoundError as error:
         raise BadInputError(f"task {task}: there is no item file {location}") from error
     except UnicodeDecodeError as error:
         raise BadInputError(f"task {task}: {location} is not UTF-8 text ({error})") from error
+    except BadInputError as error:
+        raise BadInputError(f"task {task}: item file {location}: {error}") from error
     items: dict[str, Item] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: it would also cut at separators that JSON texts may hold.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"task {task}: {location} line {number}"
         try:
             item = _parse_item(json.loads(line), kind)
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise BadInputError(f"{where}: not an item of kind {kind} ({error!r})") from error
         if item.id in items:
             raise BadInputError(f"{where}: the id {item.id!r} is used twice")
@@ -152,18 +166,29 @@ def _read_items(task: str, location: str, kind: str) -> tuple[Item, ...]:
 
 def _parse_item(data: dict[str, Any], kind: str) -> Item:
     identifier, prompt = data["id"], data["prompt"]
-    if not isinstance(identifier, str) or not isinstance(prompt, str):
+    if not _is_text(identifier) or not _is_text(prompt):
         raise TypeError("id and prompt must be texts")
     if kind == "exact_match":
-        if not isinstance(data["answer"], str):
-            raise TypeError("answer must be a text")
+        # To give no answer counts as wrong, so it cannot be the right one.
+        if not _is_text(data["answer"]) or not data["answer"].strip():
+            raise TypeError("answer must be a text that is not blank")
         return Item(identifier, prompt, data["answer"])
     choices, answer = data["choices"], data["answer"]
-    if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+    if not isinstance(choices, list) or len(choices) < 2:
         raise TypeError("choices must be two or more texts")
+    if not all(_is_text(choice) and choice for choice in choices):
+        raise TypeError("choices must be texts that are not empty")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise TypeError("answer must be the index of a choice, from 0")
     return Item(identifier, prompt, answer, tuple(choices))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that can be written down; JSON's halves of a character cannot."""
+    if not isinstance(value, str):
+        return False
+    value.encode()
+    return True
 
 
 def _positive(task: str, key: str, value: Any) -> int:

@@ -55,7 +55,7 @@ class TransformersEngine:
     def _load_tokenizer(self, transformers: Any) -> Any:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.father.location, padding_side="left", local_files_only=True
+                self.father.folder, padding_side="left", local_files_only=True
             )
         except (OSError, ValueError) as error:
             raise BadInputError(
@@ -68,7 +68,7 @@ class TransformersEngine:
     def _load_model(self, transformers: Any, dtype: str) -> Any:
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                self.father.location,
+                self.father.folder,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 local_files_only=True,
                 output_loading_info=True,

@@ -208,7 +208,7 @@ class Merger:
         self, seed: int, tensor: str, start: int, count: int, parent: str, probability: float
     ) -> torch.Tensor:
         mask = keep_mask(seed, parent, tensor, start, count, probability)
-        return torch.from_numpy(mask).to(self.device)
+        return torch.from_numpy(mask.view("u1")).to(self.device).float()
 
     def _parents_with(self, tensor: LogicalTensor) -> list[str]:
         return [name for name, parent in self.plan.maps.items() if tensor.name in parent.by_name]

@@ -24,5 +24,7 @@ def keep_mask(
     generator = numpy.random.Philox(key=key, counter=first_block)
     blocks = -(-(skipped + count) // WORDS_PER_BLOCK)
     words = generator.random_raw(blocks * WORDS_PER_BLOCK // 2).astype("<u8", copy=False)
-    limit = numpy.uint64(round(probability * 2**32))
-    return words.view("<u4")[skipped : skipped + count] < limit
+    limit = round(probability * 2**32)
+    if limit == 2**32:
+        return numpy.ones(count, dtype=bool)
+    return words.view("<u4")[skipped : skipped + count] < numpy.uint32(limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
@@ -75,7 +76,7 @@ class Plan:
             assigned[tensor.name] = assignment
         return assigned
 
-    def _resolve(self, recipe: Recipe, name: str, parameters: dict) -> Assignment:
+    def _resolve(self, recipe: Recipe, name: str, parameters: dict[str, Any]) -> Assignment:
         method = get_method(name)
         parents = tuple(parent.name for parent in recipe.parents)
         return Assignment(method, method.resolve(parameters, parents, recipe.base is not None))

@@ -40,7 +40,7 @@ class Slice:
     statistic: Any
     """What the method's statistic found for the whole tensor; None if it declares none."""
     keep_mask: Callable[[str, float], Tensor]
-    """`keep_mask(parent, probability)`: booleans drawn for these very elements of that parent."""
+    """`keep_mask(parent, probability)`: 1.0 or 0.0, drawn for these very elements of that parent."""
 
 
 class Statistic(Protocol):

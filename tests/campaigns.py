@@ -1,0 +1,97 @@
+"""Run the real `darwin` command on small campaigns of the shipped family, and look at what it left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.ledger import Record, read_records
+from workers.storage import Store, open_store
+
+SKILLS = ("reverse", "sort", "shift")
+START_SECONDS = 180.0
+
+
+def write_campaign(folder: Path, **changes: Any) -> Path:
+    """A campaign file like the demo's but small; `changes` replace top-level keys."""
+    campaign = {
+        "name": "small",
+        "store": str(folder / "store"),
+        "parents": [{"name": skill, "path": f"shipped:strings/{skill}"} for skill in SKILLS],
+        "base": "shipped:strings/base",
+        "tasks": [{"name": skill, "search_items": 24, "holdout_items": 48} for skill in SKILLS],
+        "objective": "mean",
+        "genome": {"space": "components", "method": "dare_ties"},
+        "search": {"optimizer": "cma_es", "evaluations": 14, "population": 4},
+        "engine": {"dtype": "float32", "batch_size": 24},
+        "workers": {"count": 2},
+        **changes,
+    }
+    file = folder / "campaign.yaml"
+    file.write_text(yaml.safe_dump(campaign))
+    return file
+
+
+def start_darwin(*arguments: str) -> subprocess.Popen[str]:
+    """The command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def run_darwin(*arguments: str, expect: int = 0) -> dict[str, Any]:
+    """Run a command with `--json` to its end, check its exit code; its JSON object."""
+    process = start_darwin(*arguments, "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+    assert "Traceback" not in err, err
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+def records(store: Store) -> list[Record]:
+    """The campaign's ledger as it stands."""
+    return list(read_records(store))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Until the condition holds. Fails if `process` ends first, or after `START_SECONDS`."""
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        if process is not None and process.poll() is not None:
+            out, err = process.communicate()
+            raise AssertionError(f"ended with {process.returncode} too early\n{out}\n{err}")
+        time.sleep(0.002)
+
+
+def digests(location: str) -> dict[str, str]:
+    """SHA-256 of every file of a child."""
+    store = open_store(location)
+    return {
+        info.key: hashlib.sha256(store.read(info.key)).hexdigest() for info in store.list_objects()
+    }
+
+
+def scored_items(ledger: list[Record]) -> list[tuple[str, str, str, str]]:
+    """(recipe, split, task, item) of every item that was ever scored, with repetitions."""
+    return [
+        (record["recipe"], record["split"], task, item["id"])
+        for record in ledger
+        if record["kind"] == "scored"
+        for task, items in record["items"].items()
+        for item in items
+    ]

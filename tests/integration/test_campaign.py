@@ -1,0 +1,247 @@
+"""Whole campaigns as a user runs them: resumed after kills, with dying workers, on S3."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from orchestrator.ledger import Record
+from tests.campaigns import (
+    digests,
+    records,
+    run_darwin,
+    scored_items,
+    start_darwin,
+    wait_for,
+    write_campaign,
+)
+from workers.checkpoints import open_checkpoint
+from workers.storage import Store, open_store
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The result of the small campaign, run to its end in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run_darwin("run", str(write_campaign(folder)))
+
+
+def test_the_result_says_what_was_done(undisturbed: dict) -> None:
+    assert undisturbed["status"] == "done"
+    assert undisturbed["evaluations"] == 14
+    assert set(undisturbed["holdout"]) == {"child", "reverse", "sort", "shift"}
+    for scores in undisturbed["holdout"].values():
+        for score in scores.values():
+            assert score["n"] == 48
+            assert score["low"] <= score["score"] <= score["high"]
+    assert {(c["parent"], c["task"]) for c in undisturbed["comparisons"]} == {
+        (parent, task)
+        for parent in ("reverse", "sort", "shift")
+        for task in ("all", "reverse", "sort", "shift")
+    }
+    store = open_store(undisturbed["campaign"])
+    assert store.read("report.html")
+    assert f"child-{undisturbed['recipe_id'][:12]}" in undisturbed["child"]
+
+
+def test_the_child_is_an_ordinary_checkpoint(undisturbed: dict) -> None:
+    """It loads with transformers, and scores by hand what the campaign says it scores."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        undisturbed["child"], dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(undisturbed["child"], padding_side="left")
+    names = {info.key for info in open_store(undisturbed["child"]).list_objects()}
+    assert {"config.json", "generation_config.json", "README.md", "lineage.json"} <= names
+    ledger = records(open_store(undisturbed["campaign"]))
+    held_out = {
+        item["id"]: item
+        for record in ledger
+        if record["kind"] == "scored" and record["split"] == "holdout"
+        and record["recipe"] == undisturbed["recipe_id"]
+        for item in record["items"].get("sort", [])
+    }  # fmt: skip
+    items = _items("sort.holdout.jsonl")
+    inputs = tokenizer([items[i]["prompt"] for i in held_out], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            max_new_tokens=10, do_sample=False,
+        )  # fmt: skip
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = {i: text.strip() == items[i]["answer"] for i, text in zip(held_out, texts, strict=True)}
+    assert {i: item["score"] == 1.0 for i, item in held_out.items()} == right
+
+
+def test_every_decision_is_in_the_ledger(undisturbed: dict) -> None:
+    ledger = records(open_store(undisturbed["campaign"]))
+    kinds = [record["kind"] for record in ledger]
+    assert kinds[:3] == ["epoch", "campaign", "engine"]
+    assert kinds[-3:] == ["selected", "child", "finished"] or kinds[-2:] == ["child", "finished"]
+    asked = [c["recipe"] for r in ledger if r["kind"] == "asked" for c in r["candidates"]]
+    search = {recipe for recipe, split, _, _ in scored_items(ledger) if split == "search"}
+    parents = search - set(asked)
+    assert len(parents) == 3
+    assert len(search & set(asked)) == 14
+    items = scored_items(ledger)
+    assert len(items) == len(set(items)) == (14 + 3) * 3 * 24 + 4 * 3 * 48
+
+
+def test_a_finished_campaign_is_not_run_again(undisturbed: dict) -> None:
+    before = records(open_store(undisturbed["campaign"]))
+    folder = Path(undisturbed["campaign"]).parent.parent
+    again = run_darwin("run", str(folder / "campaign.yaml"))
+    assert again == undisturbed
+    after = records(open_store(undisturbed["campaign"]))
+    assert [r for r in after if r["kind"] != "epoch"] == [r for r in before if r["kind"] != "epoch"]
+    status = run_darwin("status", undisturbed["campaign"])
+    assert (status["status"], status["evaluations"], status["child"]) == (
+        "done", 14, undisturbed["child"],
+    )  # fmt: skip
+
+
+def test_killed_at_five_points_the_child_is_the_same(undisturbed: dict, tmp_path: Path) -> None:
+    """SIGKILL the driver at five stages; the same command goes on, and repeats nothing."""
+    campaign = write_campaign(tmp_path)
+    store = open_store(str(tmp_path / "store" / "small"))
+
+    def count(kind: str, **content: object) -> int:
+        return sum(
+            r["kind"] == kind and all(r.get(k) == v for k, v in content.items())
+            for r in records(store)
+        )
+
+    points: list[Callable[[], bool]] = [
+        lambda: count("scored") >= 1,  # while the parents are scored
+        lambda: count("asked") >= 1 and count("scored") >= 6,  # within a generation
+        lambda: count("asked") >= 3,  # between asking and scoring
+        lambda: count("scored", split="holdout") >= 2,  # in the held-out evaluation
+        lambda: count("child") >= 1,  # while the child is written
+    ]
+    for reached in points:
+        process = start_darwin("run", str(campaign))
+        wait_for(reached, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not store_has_finished(store)
+    result = run_darwin("run", str(campaign))
+
+    assert result["recipe_id"] == undisturbed["recipe_id"]
+    assert digests(result["child"]) == digests(undisturbed["child"])
+    ledger = records(store)
+    items = scored_items(ledger)
+    assert len(items) == len(set(items)), "an item was scored twice"
+    assert sorted(items) == sorted(scored_items(records(open_store(undisturbed["campaign"]))))
+    assert count("epoch") == 6
+
+
+def test_a_killed_worker_costs_nothing_but_time(undisturbed: dict, tmp_path: Path) -> None:
+    campaign = write_campaign(tmp_path)
+    store = open_store(str(tmp_path / "store" / "small"))
+    process = start_darwin("run", str(campaign), "--json")
+    wait_for(lambda: sum(r["kind"] == "scored" for r in records(store)) >= 5, process)
+    victims = worker_processes(process.pid)
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    failed = [r for r in records(store) if r["kind"] == "failed"]
+    assert len(failed) <= 1
+    assert not any(r["given_up"] for r in failed)
+    child = f"{store.uri}/child-{undisturbed['recipe_id'][:12]}"
+    assert digests(child) == digests(undisturbed["child"])
+
+
+def test_interrupted_and_terminated_drivers_save_their_state(tmp_path: Path) -> None:
+    campaign = write_campaign(tmp_path)
+    store = open_store(str(tmp_path / "store" / "small"))
+    for number, signal_number in enumerate((signal.SIGINT, signal.SIGTERM), 1):
+        process = start_darwin("run", str(campaign))
+        wait_for(
+            lambda number=number: sum(r["kind"] == "scored" for r in records(store)) >= 2 * number,
+            process,
+        )
+        process.send_signal(signal_number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert run_darwin("status", store.uri)["status"] == "unfinished"
+
+
+def test_two_drivers_and_changed_configurations_are_refused(tmp_path: Path) -> None:
+    campaign = write_campaign(tmp_path)
+    store = open_store(str(tmp_path / "store" / "small"))
+    process = start_darwin("run", str(campaign))
+    wait_for(lambda: any(r["kind"] == "asked" for r in records(store)), process)
+    refused = run_darwin("run", str(campaign), expect=2)
+    assert f"process {process.pid}" in refused["error"]
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    changed = run_darwin("run", str(campaign), "seed=1", "search.step=0.5", expect=2)
+    assert "search.step, seed" in changed["error"]
+
+
+def test_a_larger_budget_continues_the_search(undisturbed: dict, tmp_path: Path) -> None:
+    """14 evaluations and then 18 are the same search as 18 at once; 14 ends within a generation."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    campaign = write_campaign(small)
+    budget = {"optimizer": "cma_es", "evaluations": 18, "population": 4}
+    run_darwin("run", str(campaign))
+    extended = run_darwin("run", str(campaign), "search.evaluations=18")
+    at_once = run_darwin("run", str(write_campaign(large, search=budget)))
+    assert extended["evaluations"] == at_once["evaluations"] == 18
+    assert extended["recipe_id"] == at_once["recipe_id"]
+    assert digests(extended["child"]) == digests(at_once["child"])
+    smaller = run_darwin("run", str(campaign), "search.evaluations=10", expect=2)
+    assert "search.evaluations" in smaller["error"]
+
+
+def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path) -> None:
+    """Store and parents in a bucket: the same child, byte for byte."""
+    parents = []
+    for name in ("reverse", "sort", "shift"):
+        source, target = open_store(f"shipped:strings/{name}"), open_store(f"{s3_location}/models/{name}")
+        for info in source.list_objects():
+            target.write(info.key, source.read(info.key))
+        parents.append({"name": name, "path": target.uri})
+    campaign = write_campaign(tmp_path, store=f"{s3_location}/campaigns", parents=parents)
+    result = run_darwin("run", str(campaign))
+    assert result["child"].startswith(s3_location)
+    assert digests(result["child"]) == digests(undisturbed["child"])
+    assert open_checkpoint(result["child"]).tensors
+    assert run_darwin("status", result["campaign"])["status"] == "done"
+
+
+def worker_processes(driver: int) -> list[int]:
+    """Pids of the driver's Ray workers that hold an engine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_text()
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if title.startswith("ray::EvaluationWorker") and grandparent == driver:
+            found.append(int(entry.name))
+    return found
+
+
+def store_has_finished(store: Store) -> bool:
+    return any(record["kind"] == "finished" for record in records(store))
+
+
+def _items(file: str) -> dict[str, Record]:
+    import json
+
+    lines = open_store("shipped:strings/items").read(file).decode().splitlines()
+    return {item["id"]: item for item in map(json.loads, lines)}
