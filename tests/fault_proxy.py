@@ -6,8 +6,8 @@
         ...  # Use proxy.endpoint in the server's place.
         assert len(proxy.requests) == 5
 
-Faults are taken in the order in which they were injected, each by the next requests whose first line
-starts with its `only`. A request that no fault is left for passes through.
+Faults are taken in the order in which they were injected, each by the next requests whose first
+line starts with its `only`. A request that no fault is left for passes through.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import BinaryIO, Self
+from io import BufferedRWPair
+from typing import Self
 from urllib.parse import urlsplit
 
 _BLOCK_BYTES = 2**16
@@ -29,8 +31,8 @@ class Exchange:
 
     head: list[bytes]
     """The lines of the request's head, the first being `METHOD /path HTTP/1.1`."""
-    client: BinaryIO
-    server: BinaryIO
+    client: BufferedRWPair
+    server: BufferedRWPair
     closing: threading.Event
     """Set when the proxy stops."""
 
@@ -55,7 +57,7 @@ class Exchange:
         self._copy_answers_body(None, answer, None)
 
     def _copy_answers_body(
-        self, target: BinaryIO | None, answer: list[bytes], most_bytes: int | None
+        self, target: BufferedRWPair | None, answer: list[bytes], most_bytes: int | None
     ) -> None:
         if not self.head[0].startswith(b"HEAD") and _status(answer) not in (204, 304):
             _copy_body(self.server, target, answer, most_bytes)
@@ -122,7 +124,8 @@ class FaultProxy:
     def __init__(self, server: str) -> None:
         """`server`: the endpoint of the real server, such as `http://127.0.0.1:8333`."""
         parts = urlsplit(server)
-        assert parts.hostname and parts.port
+        assert parts.hostname
+        assert parts.port
         self._server = (parts.hostname, parts.port)
         self._lock = threading.Lock()
         self._faults: list[tuple[bytes, Fault]] = []
@@ -203,7 +206,7 @@ class FaultProxy:
         return None
 
 
-def _read_head(stream: BinaryIO) -> list[bytes]:
+def _read_head(stream: BufferedRWPair) -> list[bytes]:
     """The lines up to and with the empty one; nothing if the stream ends before."""
     lines: list[bytes] = []
     while line := stream.readline():
@@ -222,7 +225,10 @@ def _has(head: list[bytes], header: bytes) -> bool:
 
 
 def _copy_body(
-    source: BinaryIO, target: BinaryIO | None, head: list[bytes], most_bytes: int | None = None
+    source: BufferedRWPair,
+    target: BufferedRWPair | None,
+    head: list[bytes],
+    most_bytes: int | None = None,
 ) -> None:
     """Copy the body that `head` announces, or as much of it; to nowhere if `target` is None."""
     if _has(head, b"transfer-encoding: chunked"):
@@ -241,7 +247,7 @@ def _copy_body(
             _write(target, block)
 
 
-def _copy_chunks(source: BinaryIO, target: BinaryIO | None) -> None:
+def _copy_chunks(source: BufferedRWPair, target: BufferedRWPair | None) -> None:
     while size_line := source.readline():
         size = int(size_line.split(b";")[0], 16)
         # The last chunk is empty; lines of trailers may follow it, and an empty line.
@@ -252,14 +258,12 @@ def _copy_chunks(source: BinaryIO, target: BinaryIO | None) -> None:
             return
 
 
-def _write(stream: BinaryIO, data: bytes) -> None:
+def _write(stream: BufferedRWPair, data: bytes) -> None:
     stream.write(data)
     stream.flush()
 
 
 def _shut(open_socket: socket.socket) -> None:
-    try:
+    with suppress(OSError):
         open_socket.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     open_socket.close()

@@ -1,0 +1,363 @@
+"""A store that is a prefix of an S3 bucket, at any server that honours conditional writes.
+
+Endpoint, region and credentials come through boto3's own chain: `AWS_ENDPOINT_URL_S3`,
+`AWS_ENDPOINT_URL`, `AWS_PROFILE`, `~/.aws/config`, instance roles. boto3's own retries are off, so
+that `workers.storage.retry` is the only policy.
+
+An object's version is its ETag. Each write carries a random token in the object's metadata: when
+the answer to a conditional write was lost and the repeated request is refused, the token tells
+whether the object that stands in the way is that write's own.
+
+Known limit: SeaweedFS 4.48 does not make the end of a multipart upload atomic. Of two uploads of one
+key that are committed within milliseconds both may succeed there; later ones are refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from workers.errors import BadInputError
+from workers.storage.retry import RetryPolicy, call_with_retries
+from workers.storage.s3_requests import (
+    NOTHING,
+    CutAnswerError,
+    UploadGoneError,
+    as_storage_error,
+    ask,
+    client_of_environment,
+    passing_trouble,
+)
+from workers.storage.store import (
+    Bytes,
+    ObjectInfo,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    Store,
+    Upload,
+    check_key,
+    check_prefix,
+)
+
+PART_BYTES = 32 * 2**20
+MOST_PARTS = 10_000  # S3's limit
+READ_CHUNK_BYTES = 2**20
+
+_WRITTEN_BY = "darwin-written-by"
+
+Result = TypeVar("Result")
+
+
+class S3Store(Store):
+    """Objects under `s3://bucket/prefix`.
+
+    Keys that S3 would take but `check_key` refuses are not listed.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        client: Any = None,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        """`client`: a boto3 S3 client to use in place of the one that the environment describes."""
+        self._bucket = bucket
+        self._prefix = f"{check_key(prefix)}/" if prefix else ""
+        self._client = client or client_of_environment()
+        self._policy = policy or RetryPolicy()
+        self.uri = f"s3://{bucket}/{prefix}".removesuffix("/")
+
+    def read(self, key: str) -> bytes:
+        return self.read_with_version(key)[0]
+
+    def read_with_version(self, key: str) -> tuple[bytes, str]:
+        def read() -> tuple[bytes, str]:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._full(key))
+            with closing(answer["Body"]) as body:
+                return body.read(), answer["ETag"]
+
+        return self._attempt("reading", key, read)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        if not buffer.nbytes:
+            self.info(key)  # S3 knows no empty ranges; the object must exist all the same.
+            return
+        wanted = f"bytes {start}-{start + buffer.nbytes - 1}"
+
+        def fill(view: memoryview) -> None:
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=self._full(key), Range=wanted.replace(" ", "=")
+            )
+            with closing(answer["Body"]) as body:
+                given = answer.get("ContentRange", "the whole object")
+                if not given.startswith(f"{wanted}/"):
+                    raise StorageError(
+                        f"reading {wanted} of {self._uri_of(key)}: the store gave {given}: the "
+                        "object is cut short, or its index belongs to another, or the server "
+                        "ignores ranges"
+                    )
+                while view:
+                    # A broken stream raises in here too, and the whole range is read again.
+                    count = body.readinto(view[:READ_CHUNK_BYTES])
+                    if count == 0:
+                        raise CutAnswerError(f"a body that is {len(view)} bytes short")
+                    view = view[count:]
+
+        self._attempt(f"reading {wanted} of", key, partial(fill, buffer.cast("B")))
+
+    def info(self, key: str) -> ObjectInfo:
+        answer = self._head(key)
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
+
+    def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        # AWS lists in the order of the keys, SeaweedFS and S3 Express do not.
+        yield from sorted(self._list_unordered(prefix), key=lambda info: info.key)
+
+    def write(self, key: str, data: Bytes) -> str:
+        return self._put(key, data, "cannot be written")
+
+    def create(self, key: str, data: Bytes) -> str:
+        return self._put(key, data, "exists already", IfNoneMatch="*")
+
+    def replace(self, key: str, data: Bytes, version: str) -> str:
+        refusal = f"was changed or is gone: is not at {version}"
+        return self._put(key, data, refusal, IfMatch=version)
+
+    def delete(self, key: str) -> None:
+        self._call("deleting", key, self._client.delete_object, NOTHING)
+
+    def open_upload(self, key: str) -> Upload:
+        return _S3Upload(self, key)
+
+    def discard_unfinished(self, prefix: str) -> int:
+        list_page = partial(
+            ask,
+            self._client.list_multipart_uploads,
+            "IsTruncated",
+            Bucket=self._bucket,
+            Prefix=self._prefix + check_prefix(prefix),
+        )
+        discarded = 0
+        seen: set[str] = set()
+        while True:
+            # Always the first page, as what was on it is gone then: not all servers give complete
+            # markers of the next.
+            page = self._attempt("listing unfinished uploads under", prefix, list_page)
+            fresh = [one for one in page.get("Uploads", []) if one["UploadId"] not in seen]
+            for upload in fresh:
+                seen.add(upload["UploadId"])
+                discarded += self._discard(upload["Key"], upload["UploadId"])
+            if not page["IsTruncated"]:
+                return discarded
+            if not fresh:
+                raise StorageError(
+                    f"{self._uri_of(prefix)}: the store goes on listing {len(seen)} unfinished "
+                    "uploads that were discarded: try again in a minute"
+                )
+
+    def _discard(self, full_key: str, upload_id: str) -> bool:
+        """Abort an upload; whether it was there."""
+        abort = partial(
+            self._client.abort_multipart_upload,
+            Bucket=self._bucket,
+            Key=full_key,
+            UploadId=upload_id,
+        )
+        try:
+            self._attempt("discarding an upload of", full_key.removeprefix(self._prefix), abort)
+        except UploadGoneError:
+            return False
+        return True
+
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    def substore(self, prefix: str) -> S3Store:
+        prefix = check_key(prefix.removesuffix("/"))
+        return S3Store(
+            self._bucket, self._prefix + prefix, client=self._client, policy=self._policy
+        )
+
+    def _list_unordered(self, prefix: str) -> Iterator[ObjectInfo]:
+        full_prefix = self._prefix + check_prefix(prefix)
+        next_page: dict[str, str] = {}
+        while True:
+            list_page = partial(
+                ask,
+                self._client.list_objects_v2,
+                "IsTruncated",
+                Bucket=self._bucket,
+                Prefix=full_prefix,
+                **next_page,
+            )
+            page = self._attempt("listing", prefix, list_page)
+            for found in page.get("Contents", []):
+                key = found["Key"].removeprefix(self._prefix)
+                # Some tools put empty objects in the place of folders: `folder/`, or the prefix's.
+                with suppress(BadInputError):
+                    yield ObjectInfo(check_key(key), found["Size"], found["ETag"])
+            if not page["IsTruncated"]:
+                return
+            next_page = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _full(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _uri_of(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def _attempt(self, what: str, key: str, action: Callable[[], Result]) -> Result:
+        """Run `action` under the retry policy; what it raises becomes a `StorageError`."""
+        try:
+            return call_with_retries(
+                action, f"{what} {self._uri_of(key)}", passing_trouble, self._policy
+            )
+        except (ClientError, BotoCoreError) as error:
+            raise as_storage_error(error, f"{what} {self._uri_of(key)}") from error
+
+    def _call(
+        self, what: str, key: str, operation: Callable[..., Any], promised: str, **arguments: Any
+    ) -> Any:
+        """One request about the object `key`; its answer holds `promised`."""
+        where = {"Bucket": self._bucket, "Key": self._full(key)}
+        return self._attempt(what, key, partial(ask, operation, promised, **where, **arguments))
+
+    def _head(self, key: str) -> Any:
+        return self._call("looking up", key, self._client.head_object, "ETag")
+
+    def _put(self, key: str, data: Bytes, refusal: str, **condition: str) -> str:
+        """Put the object under `condition`; `refusal` says what it means when that fails."""
+        token = secrets.token_hex(16)
+        body = data if isinstance(data, bytes | bytearray) else bytes(data)
+        try:
+            answer = self._call(
+                "writing",
+                key,
+                self._client.put_object,
+                "ETag",
+                Body=body,
+                Metadata={_WRITTEN_BY: token},
+                **condition,
+            )
+        # Of an object that is gone AWS says 404 and others 412.
+        except (PreconditionFailedError, ObjectNotFoundError) as error:
+            version = self._version_written_by(token, key)
+            if version is None:
+                raise PreconditionFailedError(f"{self._uri_of(key)} {refusal}") from error
+            return version
+        return str(answer["ETag"])
+
+    def _version_written_by(self, token: str, key: str) -> str | None:
+        """The object's version if it was written with this token, else None."""
+        try:
+            answer = self._head(key)
+        except ObjectNotFoundError:
+            return None
+        return str(answer["ETag"]) if answer["Metadata"].get(_WRITTEN_BY) == token else None
+
+
+class _S3Upload(Upload):
+    """A multipart upload, also of small objects: only an upload that the server knows of can be
+    discarded by another owner."""
+
+    def __init__(self, store: S3Store, key: str) -> None:
+        self._store = store
+        self._key = key
+        self._token = secrets.token_hex(16)
+        self._part = bytearray()
+        self._sent: list[dict[str, Any]] = []
+        answer = store._call(
+            "starting an upload of",
+            key,
+            store._client.create_multipart_upload,
+            "UploadId",
+            Metadata={_WRITTEN_BY: self._token},
+        )
+        self._id: str | None = answer["UploadId"]
+
+    def write(self, data: Bytes) -> None:
+        self._check_open()
+        view = memoryview(data).cast("B")
+        while view:
+            room = PART_BYTES - len(self._part)
+            self._part += view[:room]
+            view = view[room:]
+            if len(self._part) == PART_BYTES:
+                self._send_part()
+
+    def commit(self) -> None:
+        self._check_open()
+        try:
+            if self._part or not self._sent:  # An empty object is one empty part.
+                self._send_part()
+            self._complete()
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        if self._id is None:
+            return
+        with suppress(Exception):
+            self._request(
+                "aborting an upload of", self._store._client.abort_multipart_upload, NOTHING
+            )
+        self._id = None
+
+    def _complete(self) -> None:
+        try:
+            self._request(
+                "completing an upload of",
+                self._store._client.complete_multipart_upload,
+                "ETag",
+                MultipartUpload={"Parts": self._sent},
+                IfNoneMatch="*",
+            )
+        except (PreconditionFailedError, UploadGoneError) as error:
+            if self._store._version_written_by(self._token, self._key) is None:
+                if isinstance(error, UploadGoneError):
+                    raise
+                raise PreconditionFailedError(
+                    f"{self._store._uri_of(self._key)} exists already"
+                ) from error
+        self._id = None
+
+    def _send_part(self) -> None:
+        number = len(self._sent) + 1
+        if number > MOST_PARTS:
+            raise StorageError(
+                f"{self._store._uri_of(self._key)}: an object of more than {MOST_PARTS} parts of "
+                f"{PART_BYTES} bytes cannot be uploaded: write smaller shards"
+            )
+        answer = self._request(
+            f"uploading part {number} of",
+            self._store._client.upload_part,
+            "ETag",
+            PartNumber=number,
+            Body=self._part,
+        )
+        checksums = {name: value for name, value in answer.items() if name.startswith("Checksum")}
+        self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **checksums})
+        self._part.clear()
+
+    def _request(
+        self, what: str, operation: Callable[..., Any], promised: str, **arguments: Any
+    ) -> Any:
+        return self._store._call(
+            what, self._key, operation, promised, UploadId=self._id, **arguments
+        )
+
+    def _check_open(self) -> None:
+        if self._id is None:
+            raise StorageError(
+                f"{self._store._uri_of(self._key)}: this upload was committed or aborted before"
+            )

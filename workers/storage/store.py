@@ -1,0 +1,183 @@
+"""The store interface: the few operations on bytes that everything above is built from.
+
+A store is a folder-like space of objects under one location. Keys are relative paths with `/`
+between their parts; a key that could leave the location is refused (`check_key`).
+
+Three promises make the rest of Darwin safe, and `workers.storage.conformance` tests them:
+
+* an object appears whole or not at all: a reader never sees half a write;
+* `create` and `replace` are atomic between any number of writers on any number of machines;
+* a read returns exactly the bytes asked for, or raises.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from workers.errors import BadInputError
+
+Bytes = bytes | bytearray | memoryview
+
+
+class StorageError(OSError):
+    """A store failed, and kept failing through the bounded retries."""
+
+
+class ObjectNotFoundError(StorageError):
+    """There is no object under this key."""
+
+
+class PreconditionFailedError(StorageError):
+    """A conditional write lost: the object exists already, or is not the version that was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object's key, its size in bytes, and an opaque version that changes with its bytes.
+
+    Writing the very same bytes again may keep the version (on S3 it is a hash of them), so records
+    that writers swap must differ: give each the name of its writer and a number.
+    """
+
+    key: str
+    size: int
+    version: str
+
+
+class Upload(ABC):
+    """One object being written in order; it becomes visible, whole, at `commit`.
+
+    As a context manager it commits when the block ends well and aborts when it raises.
+    """
+
+    @abstractmethod
+    def write(self, data: Bytes) -> None:
+        """Append `data`; the buffer may be reused as soon as this returns."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Publish the object. Whatever it raises, the upload is over and nothing of it remains.
+
+        Raises `PreconditionFailedError` if the key exists already, and `StorageError` if the upload
+        was discarded by another owner (`Store.discard_unfinished`).
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop what was written. Never raises."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.commit()
+        else:
+            self.abort()
+
+
+class Store(ABC):
+    """Objects under one location. Instances are safe to share between threads."""
+
+    uri: str
+    """The location, without a trailing slash, as `open_store` takes it on any machine: a plain
+    absolute path, `s3://bucket/prefix` or `shipped:NAME`."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises `ObjectNotFoundError`."""
+
+    @abstractmethod
+    def read_with_version(self, key: str) -> tuple[bytes, str]:
+        """The whole object and the version that these very bytes have."""
+
+    @abstractmethod
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on; fewer bytes than that is an error."""
+
+    @abstractmethod
+    def info(self, key: str) -> ObjectInfo:
+        """Size and version without reading. Raises `ObjectNotFoundError`."""
+
+    @abstractmethod
+    def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """The finished objects whose key starts with `prefix`, in the order of their keys."""
+
+    @abstractmethod
+    def write(self, key: str, data: Bytes) -> str:
+        """Put the object, whatever was there. Returns its version."""
+
+    @abstractmethod
+    def create(self, key: str, data: Bytes) -> str:
+        """Put the object only if there is none. Returns its version.
+
+        Raises `PreconditionFailedError` if there is one, whoever wrote it: also this very call, when
+        an earlier try of it went through, only the answer was lost, and the store cannot tell.
+        """
+
+    @abstractmethod
+    def replace(self, key: str, data: Bytes, version: str) -> str:
+        """Put the object only if it is still at `version` (compare and swap); its new version.
+
+        Raises `PreconditionFailedError` if it changed or is gone, and also in the case that
+        `create` describes.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is not there is no error."""
+
+    @abstractmethod
+    def open_upload(self, key: str) -> Upload:
+        """Start writing one object in order; `commit` fails if the key exists by then."""
+
+    @abstractmethod
+    def discard_unfinished(self, prefix: str) -> int:
+        """Abort every unfinished upload under `prefix`, whoever started it; how many there were.
+
+        This is how a new owner both cleans up after a killed writer and fences one that still runs.
+        """
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """Where the object lies as a file on this machine, to be memory-mapped; None if remote."""
+
+    @abstractmethod
+    def substore(self, prefix: str) -> Store:
+        """The same store seen from the folder `prefix`."""
+
+
+def check_key(key: str) -> str:
+    """`key` itself, if it names something inside the store; else `BadInputError`."""
+    parts = key.split("/")
+    if "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
+        raise BadInputError(
+            f"storage key {key!r} is not a plain relative path: use names joined by '/', "
+            "without '..', empty parts or backslashes"
+        )
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """`prefix` itself, if keys can start with it; else `BadInputError`.
+
+    It need not end at a `/`: its last part may be empty or the first letters of a name.
+    """
+    folder, _, start = prefix.rpartition("/")
+    if folder:
+        check_key(folder)
+    elif prefix.startswith("/"):
+        check_key(prefix)
+    if start:
+        check_key(f"{start}_")
+    return prefix
