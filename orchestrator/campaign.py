@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
 from orchestrator.genome import GenomeSpace, build_space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
+from orchestrator.judgement import Judgement, judge
 from orchestrator.lease import Lease, acquire_lease
-from orchestrator.ledger import Ledger, LeaseLostError
+from orchestrator.ledger import LeaseLostError, Ledger
 from orchestrator.pool import Job, Pool, Progress
 from orchestrator.publish import publish_child
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.state import CampaignState, Candidate, scored_record
-from orchestrator.statistics import Comparison, Score, compare, objective, score
 from workers.errors import BadInputError
 from workers.merging import Recipe, passthrough_recipe
 from workers.storage import Store, check_store, open_store
@@ -40,41 +39,6 @@ class Watcher(Protocol):
     def begin(self, campaign: Campaign) -> None: ...
     def stage(self, name: str) -> None: ...
     def notify(self, campaign: Campaign) -> None: ...
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """The held-out results of child and parents."""
-
-    scores: dict[str, dict[str, Score]]
-    """"child" and every parent -> task -> score."""
-    comparisons: list[Comparison]
-    """Child against each parent, per task and over all items."""
-    fitness: dict[str, float]
-    """"child" and every parent -> the campaign's objective on the held-out items."""
-
-    @property
-    def beaten(self) -> list[str]:
-        """Parents that the child beats: a higher objective, and p < 0.05 over all items."""
-        return [
-            c.parent
-            for c in self.comparisons
-            if c.task == "all"
-            and self.fitness["child"] > self.fitness[c.parent]
-            and c.child_only > c.parent_only
-            and c.p_value < 0.05
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "holdout": {
-                name: {task: value.to_dict() for task, value in scores.items()}
-                for name, scores in self.scores.items()
-            },
-            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
-            "holdout_fitness": self.fitness,
-            "beaten": self.beaten,
-        }
 
 
 class Campaign:
@@ -139,23 +103,16 @@ class Campaign:
     def _finished_before(self) -> dict[str, Any] | None:
         """The recorded result, if this very campaign has come to its end."""
         ledger = Ledger(self.store)
-        for record in reversed(ledger.records):
-            if record["kind"] == "campaign":
-                return None  # begun, or given a larger budget, and not finished since
-            if record["kind"] == "finished":
-                break
-        else:
+        begun, result = ledger.last("campaign"), ledger.result()
+        if begun is None or result is None:
             return None
-        begun = ledger.last("campaign")
-        assert begun is not None
         identity = self.inputs.identity(self.config)
-        if differing_keys(begun["identity"], identity):
+        if begun["identity"] != identity:
             self._check_identity(begun["identity"], identity)
-            return None
+            return None  # a larger budget
         self.state = CampaignState(self.config.objective, ledger.records)
         if next(self.store.list_objects(REPORT_FILE), None) is None:
-            write_report(self.store)
-        result = {k: v for k, v in record.items() if k not in ("kind", "epoch")}
+            write_report(self.store)  # the driver was stopped just before it
         return {"status": "done", **result}
 
     def _open_ledger(self) -> None:
@@ -268,8 +225,7 @@ class Campaign:
         reason = self._run_generations()
         seconds = time.monotonic() - started
         evaluations = self.state.evaluated(self.config.search.evaluations)
-        last = self._ledger.last("searched")
-        if last is None or last["evaluations"] != evaluations:
+        if not any(record["kind"] == "searched" for record in self._ledger.since_begun()):
             self._record(
                 "searched",
                 evaluations=evaluations,
@@ -343,10 +299,10 @@ class Campaign:
         return candidate
 
     def _record_once(self, kind: str, **content: Any) -> None:
-        """Record a decision unless the newest of its kind says the same."""
+        """Record a decision, unless it was recorded already since the campaign got its budget."""
         assert self._ledger is not None
-        last = self._ledger.last(kind)
-        if last is None or {k: v for k, v in last.items() if k not in ("kind", "epoch")} != content:
+        known = [record for record in self._ledger.since_begun() if record["kind"] == kind]
+        if not known or any(known[-1][key] != value for key, value in content.items()):
             self._record(kind, **content)
 
     # -- the end -----------------------------------------------------------------------------
@@ -362,7 +318,9 @@ class Campaign:
         }
         for name, evaluation in results.items():
             if evaluation.failed is not None:
-                raise CampaignError(f"the held-out evaluation of {name} failed: {evaluation.failed}")
+                raise CampaignError(
+                    f"the held-out evaluation of {name} failed: {evaluation.failed}"
+                )
         return judge({name: evaluation.results for name, evaluation in results.items()},
                      self.config.objective)  # fmt: skip
 
@@ -394,28 +352,3 @@ class Campaign:
             **judgement.to_dict(),
             "report": f"{self.store.uri}/{REPORT_FILE}",
         }
-
-
-def judge(results: dict[str, dict[str, Any]], kind: str) -> Judgement:
-    """Scores, comparisons and fitness from held-out results: name -> task -> item id -> result."""
-    scores = {
-        name: {task: score(items) for task, items in tasks.items()}
-        for name, tasks in results.items()
-    }
-    comparisons = []
-    pooled = {
-        name: {f"{task}/{i}": item for task, items in tasks.items() for i, item in items.items()}
-        for name, tasks in results.items()
-    }
-    for parent in results:
-        if parent == "child":
-            continue
-        comparisons.append(compare(pooled["child"], pooled[parent], parent, "all"))
-        for task in results[parent]:
-            comparisons.append(compare(results["child"][task], results[parent][task], parent, task))
-    fitness = {
-        name: objective((value.score for value in tasks.values()), kind)
-        for name, tasks in scores.items()
-    }
-    return Judgement(scores, comparisons, fitness)
-

@@ -37,13 +37,22 @@ class Ledger:
         self.epoch: int | None = None
 
     def open_epoch(self, epoch: int, **about: Any) -> None:
-        """Begin to write as the owner of `epoch`; records of older epochs that came late are kept."""
+        """Begin to write as the owner of `epoch`; records of older epochs that came late are kept.
+
+        Raises `LeaseLostError` if a later driver has written already.
+        """
         record = {"kind": "epoch", "epoch": epoch, **about}
-        while not self._try_append(record):
+        while True:
+            newest = max((known["epoch"] for known in self.records), default=0)
+            if newest > epoch:
+                raise LeaseLostError(
+                    f"{self.store.uri}: a later driver (epoch {newest}, this one's is {epoch}) has "
+                    "taken over this campaign; this one stops"
+                )
+            if self._try_append(record):
+                break
             # A former owner was still writing. What it wrote before our first record counts.
             self.records.extend(read_records(self.store, start=len(self.records)))
-            if any(late["epoch"] > epoch for late in self.records):
-                raise LeaseLostError("a later driver owns this campaign")
         self.epoch = epoch
 
     def append(self, kind: str, **content: Any) -> Record:
@@ -66,6 +75,18 @@ class Ledger:
     def last(self, kind: str) -> Record | None:
         """The newest record of a kind."""
         return next((r for r in reversed(self.records) if r["kind"] == kind), None)
+
+    def since_begun(self) -> list[Record]:
+        """The records from the newest `campaign` record on: those of the present budget."""
+        begun = max((i for i, r in enumerate(self.records) if r["kind"] == "campaign"), default=None)
+        return [] if begun is None else self.records[begun:]
+
+    def result(self) -> dict[str, Any] | None:
+        """What the campaign came to, if it has come to its end with its present budget."""
+        finished = [record for record in self.since_begun() if record["kind"] == "finished"]
+        if not finished:
+            return None
+        return {key: value for key, value in finished[-1].items() if key not in ("kind", "epoch")}
 
     def _try_append(self, record: Record) -> bool:
         key = _key(len(self.records))
@@ -93,9 +114,18 @@ def read_records(store: Store, start: int = 0) -> Iterator[Record]:
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for key, data in zip(keys, threads.map(store.read, keys), strict=True):
             try:
-                yield json.loads(data)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                yield _parse(data)
+            except (ValueError, RecursionError) as error:
                 raise BadInputError(f"{store.uri}/{key}: not a ledger record ({error})") from error
+
+
+def _parse(data: bytes) -> Record:
+    record = json.loads(data)
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError("no kind in it")
+    if type(record.get("epoch")) is not int:
+        raise ValueError("no epoch in it")
+    return record
 
 
 def _key(number: int) -> str:

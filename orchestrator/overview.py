@@ -34,10 +34,9 @@ def campaign_overview(place: str) -> dict[str, Any]:
     state = CampaignState(config.objective, ledger.records)
     budget = config.search.evaluations
     best = state.best(budget)
-    finished = ledger.last("finished")
-    done = finished is not None and state.evaluated(budget) == finished["evaluations"]
+    result = ledger.result()
     return {
-        "status": "done" if done else "unfinished",
+        "status": "done" if result else "unfinished",
         "campaign": store.uri,
         "generation": len(state.generations),
         "evaluations": state.evaluated(budget),
@@ -47,9 +46,9 @@ def campaign_overview(place: str) -> dict[str, Any]:
         if best
         else None,
         "drivers": sum(1 for _ in ledger.of_kind("epoch")),
-        "child": finished["child"] if finished else None,
-        "holdout_fitness": finished["holdout_fitness"] if finished else None,
-        "report": finished["report"] if finished else None,
+        "child": result["child"] if result else None,
+        "holdout_fitness": result["holdout_fitness"] if result else None,
+        "report": result["report"] if result else None,
     }
 
 

@@ -35,6 +35,10 @@ HUNG_SECONDS = 600.0
 START_ATTEMPTS = 3
 """How many workers in a row may fail to start before the campaign does."""
 
+START_SECONDS = 1800.0
+"""With no worker in service for this long, the cluster will not give any: long enough for machines that
+must be started first, and for parents that must be copied to them."""
+
 BACK_OFF_SECONDS = 1.0
 
 
@@ -42,7 +46,7 @@ class PoolError(RuntimeError):
     """Workers cannot be started, or do not fit together."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One evaluation: a recipe on the items of a split."""
 
@@ -73,6 +77,7 @@ class _Worker:
     actor: Any
     ready: Any
     """The pending `describe` call of a worker that is starting; None once it is in service."""
+    started: float
     job: Job | None = None
     call: Any = None
     called: float = 0.0
@@ -125,9 +130,12 @@ class Pool:
         worker can be started, `BadInputError` if workers refuse their input.
         """
         waiting = deque(jobs)
+        self._dispatch(waiting)
         while waiting or self.busy:
+            progress = self._collect(waiting)
+            # Before the caller records it: no worker waits for the store.
             self._dispatch(waiting)
-            yield from self._collect(waiting)
+            yield from progress
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one long call on some worker, again elsewhere if the worker dies."""
@@ -155,7 +163,7 @@ class Pool:
             .options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_restarts=0)
             .remote(self.spec)
         )
-        return _Worker(number, actor, ready=actor.describe.remote())
+        return _Worker(number, actor, actor.describe.remote(), started=time.monotonic())
 
     def _replace(self, worker: _Worker) -> None:
         import ray
@@ -169,8 +177,7 @@ class Pool:
             for worker in self._workers:
                 if worker.ready is None and worker.job is None:
                     return worker
-            for _ in self._collect(deque()):
-                raise AssertionError("no job is running")
+            self._collect(deque())
 
     def _dispatch(self, waiting: deque[Job]) -> None:
         now = time.monotonic()
@@ -186,7 +193,7 @@ class Pool:
                 worker.job.recipe.to_dict(), worker.job.split, worker.job.finished, CALL_SECONDS
             )
 
-    def _collect(self, waiting: deque[Job]) -> Iterator[Progress]:
+    def _collect(self, waiting: deque[Job]) -> list[Progress]:
         """Wait until something happens, and say what."""
         import ray
 
@@ -202,15 +209,29 @@ class Pool:
             done = []
             time.sleep(BACK_OFF_SECONDS / 10)
         self.idle_seconds += time.monotonic() - started
+        progress = []
         for reference in done:
             worker = pending[reference]
             if worker.ready is not None:
                 self._enter_service(worker)
             else:
-                yield self._finish_call(worker, waiting)
+                progress.append(self._finish_call(worker, waiting))
         for worker in self._workers:
             if worker.job and time.monotonic() - worker.called > CALL_SECONDS + HUNG_SECONDS:
-                yield self._fail(worker, waiting, "the worker hangs", replace=True)
+                progress.append(self._fail(worker, waiting, "the worker hangs", replace=True))
+        self._check_service()
+        return progress
+
+    def _check_service(self) -> None:
+        """Raise `PoolError` if all workers have been starting for too long."""
+        newest_start = max(worker.started for worker in self._workers)
+        if all(w.ready is not None for w in self._workers) and (
+            time.monotonic() - newest_start > START_SECONDS
+        ):
+            raise PoolError(
+                f"no worker came into service in {START_SECONDS:.0f} s: does the cluster have a node "
+                f"with {self.config.cpus:g} free CPUs and {self.config.gpus:g} GPUs?"
+            )
 
     def _enter_service(self, worker: _Worker) -> None:
         import ray

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from orchestrator.statistics import format_p_value
 from workers.checkpoints import Checkpoint, open_checkpoint, publish_companions
 from workers.storage import ObjectNotFoundError, Store
 
 if TYPE_CHECKING:
-    from orchestrator.campaign import Campaign, Judgement
+    from orchestrator.campaign import Campaign
+    from orchestrator.judgement import Judgement
     from orchestrator.state import Candidate
 
 LINEAGE_FILE = "lineage.json"
 LINEAGE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ComponentChange:
+    """What became of one component."""
+
+    component: str
+    elements: int
+    methods: list[str]
+    changed: dict[str, float]
+    """Parent -> share of the elements that differ from it."""
 
 
 def publish_child(
@@ -107,9 +121,8 @@ def build_card(lineage: dict[str, Any]) -> str:
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
         f"# {lineage['campaign']}\n",
-        f"A merge of {_join(names)} by Darwin, "
-        "found by evolutionary search, without training.\n",
-        _verdict(lineage, names),
+        f"A merge of {_join(names)} by Darwin, found by evolutionary search, without training.\n",
+        f"**{verdict(lineage)}**\n",
         "## Results on held-out items\n",
         "Items that steered the search are not among these. Intervals are 95 % Wilson intervals.\n",
         _score_table(lineage, names),
@@ -127,22 +140,22 @@ def build_card(lineage: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _verdict(lineage: dict[str, Any], names: list[str]) -> str:
+def verdict(lineage: dict[str, Any]) -> str:
+    """In one sentence, which parents the child beats on the held-out items."""
     beaten = lineage["beaten"]
-    rest = [name for name in names if name not in beaten]
+    rest = [p["name"] for p in lineage["parents"] if p["name"] not in beaten]
     if not beaten:
-        return "**This child beats none of its parents** on the held-out items (p < 0.05).\n"
+        return "This child beats none of its parents on the held-out items (p < 0.05)."
     if rest:
-        return (
-            f"On the held-out items this child beats {_join(beaten)} (p < 0.05), "
-            f"**but not {_join(rest)}**.\n"
-        )
-    return "On the held-out items this child beats every parent (p < 0.05).\n"
+        return f"On the held-out items this child beats {_join(beaten)} (p < 0.05), but not {_join(rest)}."
+    return "On the held-out items this child beats every parent (p < 0.05)."
 
 
 def _score_table(lineage: dict[str, Any], names: list[str]) -> str:
     tasks = list(lineage["tasks"])
-    rows = [["model", *tasks, f"{lineage['search']['objective']} of tasks", "unparsed", "truncated"]]
+    rows = [
+        ["model", *tasks, f"{lineage['search']['objective']} of tasks", "unparsed", "truncated"]
+    ]
     for name in ["child", *names]:
         scores = lineage["holdout"][name]
         cells = [
@@ -165,14 +178,23 @@ def _comparison_table(lineage: dict[str, Any]) -> str:
     rows = [["parent", "task", "only child right", "only parent right", "p"]]
     for c in lineage["comparisons"]:
         rows.append(
-            [c["parent"], c["task"], str(c["child_only"]), str(c["parent_only"]), f"{c['p_value']:.2g}"]
+            [
+                c["parent"],
+                c["task"],
+                str(c["child_only"]),
+                str(c["parent_only"]),
+                format_p_value(c["p_value"]),
+            ]
         )
     return _table(rows)
 
 
 def _making(lineage: dict[str, Any]) -> str:
     search = lineage["search"]
-    parents = ", ".join(f"{name} {value:.3f}" for name, value in search["parents_fitness"].items())
+    parents = ", ".join(
+        f"{name} {'not scored' if value is None else f'{value:.3f}'}"
+        for name, value in search["parents_fitness"].items()
+    )
     return (
         f"{search['evaluations']} candidates were scored by `{search['optimizer']}` over the parameters of "
         f"`{search['method']}` (seed {search['seed']}, objective: {search['objective']} of the tasks). "
@@ -181,21 +203,29 @@ def _making(lineage: dict[str, Any]) -> str:
 
 
 def _tensor_table(lineage: dict[str, Any], names: list[str]) -> str:
-    """Per component: how much of it there is, and how much of it differs from each parent."""
-    totals: dict[str, dict[str, Any]] = {}
-    for tensor in lineage["tensors"]:
-        row = totals.setdefault(
-            tensor["component"], {"elements": 0, "methods": set(), "changed": dict.fromkeys(names, 0)}
-        )
-        row["elements"] += tensor["elements"]
-        row["methods"].add(tensor["method"])
-        for name, count in tensor["changed"].items():
-            row["changed"][name] += count
     rows = [["component", "parameters", "method", *(f"differs from {name}" for name in names)]]
-    for component, row in totals.items():
-        shares = [f"{row['changed'][name] / max(row['elements'], 1):.1%}" for name in names]
-        rows.append([component, f"{row['elements']:,}", ", ".join(sorted(row["methods"])), *shares])
+    for change in component_changes(lineage):
+        shares = [f"{change.changed[name]:.1%}" for name in names]
+        rows.append([change.component, f"{change.elements:,}", ", ".join(change.methods), *shares])
     return _table(rows)
+
+
+def component_changes(lineage: dict[str, Any]) -> list[ComponentChange]:
+    """Per component: how much of it there is, and how much of it differs from each parent."""
+    names = [parent["name"] for parent in lineage["parents"]]
+    tensors: dict[str, list[dict[str, Any]]] = {}
+    for tensor in lineage["tensors"]:
+        tensors.setdefault(tensor["component"], []).append(tensor)
+    changes = []
+    for component, parts in tensors.items():
+        elements = sum(tensor["elements"] for tensor in parts)
+        methods = sorted({tensor["method"] for tensor in parts})
+        changed = {
+            name: sum(tensor["changed"].get(name, 0) for tensor in parts) / max(elements, 1)
+            for name in names
+        }
+        changes.append(ComponentChange(component, elements, methods, changed))
+    return changes
 
 
 def _parent_table(lineage: dict[str, Any]) -> str:
@@ -211,13 +241,20 @@ def _parent_table(lineage: dict[str, Any]) -> str:
         )
     if lineage["base"]:
         base = lineage["base"]
-        rows.append(["base", "", base["license"] or "not declared", f"`{base['fingerprint'][:16]}`"])
+        rows.append(
+            ["base", "", base["license"] or "not declared", f"`{base['fingerprint'][:16]}`"]
+        )
     return _table(rows)
 
 
 def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A table cell, whatever the text: licences and names were written by others."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def _join(names: list[str]) -> str:
@@ -235,7 +272,7 @@ def licence_of(checkpoint: Checkpoint) -> str | None:
         return None
     try:
         data = yaml.safe_load(front)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     licence = data.get("license") if isinstance(data, dict) else None
     return licence if isinstance(licence, str) else None

@@ -1,2 +1,193 @@
-"""placeholder"""
-def write_report(store): pass
+"""The report: what a finished campaign found, as one HTML page that opens offline.
+
+Everything in it comes from the campaign's store: the ledger tells of the search, the child's lineage of
+the rest. The same store gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from orchestrator.ledger import Ledger
+from orchestrator.publish import LINEAGE_FILE, component_changes, verdict
+from orchestrator.shares import parent_shares
+from orchestrator.state import CampaignState, Candidate
+from orchestrator.statistics import format_p_value
+from workers.errors import BadInputError
+from workers.storage import Store
+
+REPORT_FILE = "report.html"
+TEMPLATE_FILE = "report.html.jinja"
+
+SIGNIFICANT = 0.05
+ALL_PARENTS = "all parents"
+"""Heads the genes that weigh no single parent."""
+
+
+def write_report(store: Store) -> str:
+    """Write the page into the campaign's store; its location.
+
+    Raises `BadInputError` if the campaign is not finished.
+    """
+    store.write(REPORT_FILE, build_report(store).encode())
+    return f"{store.uri}/{REPORT_FILE}"
+
+
+def build_report(store: Store) -> str:
+    """The page of the campaign in `store`. Raises `BadInputError` if it is not finished."""
+    from jinja2 import Environment, StrictUndefined
+
+    from orchestrator import charts
+
+    ledger = Ledger(store)
+    begun, child = ledger.last("campaign"), ledger.last("child")
+    if begun is None or child is None or ledger.result() is None:
+        raise _unfinished(store)
+    config = begun["config"]
+    state = CampaignState(config["objective"], ledger.records)
+    budget = config["search"]["evaluations"]
+    generations = _evaluated(state, budget)
+    target = store.substore(child["folder"])
+    lineage = json.loads(target.read(LINEAGE_FILE))
+    parents = [parent["name"] for parent in lineage["parents"]]
+    engine, searched = ledger.last("engine"), ledger.last("searched")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["p_value"] = format_p_value
+    environment.filters["duration"] = _duration
+    template = environment.from_string(
+        files(__package__).joinpath(TEMPLATE_FILE).read_text("utf-8")
+    )
+    by_component = weighted_shares(lineage["tensors"], parents, "component")
+    by_layer = weighted_shares(lineage["tensors"], parents, "component", "layer")
+    return template.render(
+        lineage=lineage,
+        verdict=verdict(lineage),
+        parents=parents,
+        colours=charts.parent_colours(parents),
+        best_parent=max(parents, key=lambda name: lineage["holdout_fitness"][name]),
+        best_scores={
+            task: max(scores[task]["score"] for scores in lineage["holdout"].values())
+            for task in lineage["tasks"]
+        },
+        generations=len(generations),
+        failures=state.failures,
+        given_up=sum(evaluation.failed is not None for evaluation in state.evaluations.values()),
+        seconds=sum(evaluation.seconds for evaluation in state.evaluations.values()),
+        reason=searched["reason"] if searched else None,
+        child_uri=target.uri,
+        child_folder=child["folder"],
+        base_remains=any(sum(shares.values()) < 0.999 for shares in by_component.values()),
+        largest_share=max(share for shares in by_layer.values() for share in shares.values()),
+        changes=component_changes(lineage),
+        significant=SIGNIFICANT,
+        configuration=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        software=lineage["software"] | (_scalars(engine["description"]) if engine else {}),
+        charts=_draw_search(lineage, state, generations)
+        | {
+            "bars": charts.share_bars(by_component, parents),
+            "maps": charts.share_maps(by_layer, parents),
+        },
+    )
+
+
+def _unfinished(store: Store) -> BadInputError:
+    return BadInputError(
+        f"{store.uri}: this campaign is not finished, so there is nothing to report yet; run "
+        "`darwin run` with its campaign file again: it continues where it stopped and writes the report"
+    )
+
+
+def _evaluated(state: CampaignState, budget: int) -> list[list[Candidate]]:
+    """The candidates that were evaluated, per generation, each where it was first asked for."""
+    seen: set[str] = set()
+    generations = []
+    for asked in state.within_budget(budget):
+        new = {c.recipe_id: c for c in reversed(asked) if c.recipe_id not in seen}
+        seen |= new.keys()
+        complete = [
+            candidate
+            for candidate in reversed(new.values())
+            if state.evaluation(candidate.recipe_id, "search").complete
+        ]
+        if complete:
+            generations.append(complete)
+    return generations
+
+
+def _draw_search(
+    lineage: dict[str, Any], state: CampaignState, generations: list[list[Candidate]]
+) -> dict[str, Any]:
+    from orchestrator import charts
+
+    parents = [parent["name"] for parent in lineage["parents"]]
+    search = lineage["search"]
+    candidates = [candidate for generation in generations for candidate in generation]
+    return {
+        "fitness": charts.fitness_chart(
+            [[state.fitness(candidate.recipe_id) for candidate in asked] for asked in generations],
+            winner=1 + [c.recipe_id for c in candidates].index(lineage["recipe_id"]),
+            parents={name: search["parents_fitness"][name] for name in parents},
+            axis=f"fitness ({search['objective']} of the tasks)",
+        ),
+        "holdout": charts.holdout_chart(lineage["holdout"], parents, list(lineage["tasks"])),
+        "genome": charts.genome_chart(
+            _gene_values(lineage["genome"], candidates, parents), parents
+        ),
+    }
+
+
+def weighted_shares(
+    tensors: list[dict[str, Any]], parents: list[str], *keys: str
+) -> dict[tuple[Any, ...], dict[str, float]]:
+    """The parents' shares in the tensors that agree in `keys`, weighted by their elements."""
+    elements: dict[tuple[Any, ...], int] = {}
+    totals: dict[tuple[Any, ...], dict[str, float]] = {}
+    for tensor in tensors:
+        place = tuple(tensor[key] for key in keys)
+        elements[place] = elements.get(place, 0) + tensor["elements"]
+        total = totals.setdefault(place, dict.fromkeys(parents, 0.0))
+        for parent, share in parent_shares(tensor["parameters"], parents).items():
+            total[parent] += share * tensor["elements"]
+    return {
+        place: {parent: value / max(elements[place], 1) for parent, value in total.items()}
+        for place, total in totals.items()
+    }
+
+
+def _gene_values(
+    genome: dict[str, float], candidates: list[Candidate], parents: list[str]
+) -> list[Any]:
+    """The winner's genes, each with its parent and with what the other candidates had.
+
+    A gene of a parent is named `parameter.parent...`; the store does not tell the bounds, so the range
+    that the candidates took stands for them.
+    """
+    from orchestrator.charts import GeneValues
+
+    split = {name: name.split(".") for name in genome}
+    shared = {parts[0] for parts in split.values() if not set(parts[1:2]) & set(parents)}
+    genes = []
+    for name, parts in split.items():
+        owned = parts[0] not in shared
+        row = ".".join([parts[0], *parts[2:]]) if owned else name
+        values = [candidate.genome[name] for candidate in candidates]
+        genes.append(GeneValues(row, parts[1] if owned else ALL_PARENTS, genome[name], values))
+    return genes
+
+
+def _scalars(description: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in description.items() if not isinstance(value, list | dict)}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -73,6 +73,11 @@ def compare(child: Results, parent: Results, name: str, task: str) -> Comparison
     return Comparison(name, task, child_only, parent_only, p_value)
 
 
+def format_p_value(value: float) -> str:
+    """Two digits; the smallest values underflow to 0, which no p-value is."""
+    return f"{value:.2g}" if value else "< 1e-300"
+
+
 def mean_score(results: Results) -> float:
     """The plain mean of one task's results."""
     return math.fsum(result["score"] for result in results.values()) / len(results)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy
 
 from orchestrator.search.optimizer import register
+from workers.errors import BadInputError
 
 
 @register("cma_es")
@@ -24,13 +25,15 @@ class CovarianceMatrixAdaptation:
     ) -> None:
         import cma
 
+        if population is not None and population < 2:
+            raise BadInputError(f"search.population: CMA-ES needs 2 or more, not {population}")
         self._genes = len(start)
         generator = numpy.random.default_rng(seed)
         options = {
             "bounds": [0.0, 1.0],
             "seed": math.nan,  # do not touch NumPy's global generator ...
             "randn": lambda *shape: generator.standard_normal(shape),  # ... but draw from this one
-            "verbose": -9,
+            "verbose": -10,  # quiet, and without reading options from a file of the current folder
             "verb_log": 0,
             # Scores of few items have few values: equal ones do not mean that nothing is left to find.
             "tolfun": 0.0,
