@@ -6,21 +6,24 @@ the ledger what was asked and scored before, and does only what is missing.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from orchestrator.card import build_card
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
 from orchestrator.genome import GenomeSpace, build_space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.judgement import Judgement, judge
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
+from orchestrator.lineage import LINEAGE_FILE, build_lineage
 from orchestrator.pool import Job, Pool, Progress
-from orchestrator.publish import publish_child
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.state import CampaignState, Candidate, scored_record
+from workers.checkpoints import open_checkpoint, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe, passthrough_recipe
 from workers.storage import Store, check_store, open_store
@@ -334,7 +337,22 @@ class Campaign:
         self._record_once("child", recipe=recipe.id, folder=folder)
         target.discard_unfinished("")
         weights = self.pool.call("write_child", recipe.to_dict(), target.uri)
-        publish_child(self, candidate, judgement, weights, target)
+        lineage = build_lineage(
+            self.config,
+            self.inputs,
+            self.state,
+            recipe,
+            self.parent_recipes,
+            candidate.genome,
+            judgement,
+            weights,
+        )
+        files = {
+            "README.md": build_card(lineage).encode(),
+            LINEAGE_FILE: json.dumps(lineage, indent=1, ensure_ascii=False).encode(),
+        }
+        publish_companions(self.inputs.father, target, files)
+        open_checkpoint(target.uri)  # as any user would; raises if it is not one
         self.watcher.stage("writing the report")
         result = self._result(recipe, judgement, target)
         self._record_once("finished", **{k: v for k, v in result.items() if k != "status"})

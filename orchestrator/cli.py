@@ -7,13 +7,11 @@ import signal
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
 
 app = typer.Typer(
     name="darwin",
     help="Breed language models without training: search for the merge that beats every parent.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -21,7 +19,9 @@ app = typer.Typer(
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-CampaignPlace = Annotated[str, typer.Argument(metavar="STORE/NAME", help="Where the campaign is kept.")]
+CampaignPlace = Annotated[
+    str, typer.Argument(metavar="STORE/NAME", help="Where the campaign is kept.")
+]
 
 
 @app.command()
@@ -98,7 +98,9 @@ def merge(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its folder or s3:// place.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Its folder or s3:// place.")
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """A checkpoint's architecture map: components, layers, experts, dtypes, bytes, unknown tensors."""
@@ -117,17 +119,20 @@ def main() -> None:
 
     as_json = "--json" in sys.argv
     try:
-        typer.main.get_command(app).main(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        _fail("interrupted", "stopped; the same command continues from here", as_json)
+        code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == INTERRUPTED:  # how newer versions of typer report it
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", "stopped; a campaign continues when it is run again", as_json)
         sys.exit(INTERRUPTED)
     except BadInputError as error:
         _fail("bad input", str(error), as_json)
         sys.exit(BAD_INPUT)
     except Exception as error:
+        if hasattr(error, "format_message"):
+            # Wrong usage: versions of typer differ in the class, but not in this method.
+            _fail("bad input", f"{error.format_message()} (see --help)", as_json)
+            sys.exit(BAD_INPUT)
         if not _is_foreseen(error):
             raise
         _fail("failed", str(error), as_json)
@@ -146,19 +151,21 @@ def _is_foreseen(error: Exception) -> bool:
 
 
 def _fail(status: str, message: str, as_json: bool) -> None:
+    message = " ".join(message.split())
     print(f"darwin: {message}", file=sys.stderr)
     if as_json:
         _print_json({"status": status, "error": message})
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, ensure_ascii=False))
+    print(json.dumps(data))  # all ASCII, whatever the terminal can show
 
 
 def _say(text: Any) -> None:
     from rich.console import Console
 
-    Console().print(text, highlight=False, soft_wrap=True)
+    # No markup: paths and tensor names may hold anything.
+    Console(markup=False, emoji=False).print(text, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ names of files in `conf/genome` and `conf/task`, or paths of one's own.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from workers.errors import BadInputError
@@ -127,38 +130,44 @@ def load_config(path: str, overrides: list[str] | None = None) -> CampaignConfig
     Raises `BadInputError` naming the file and the key.
     """
     file = find_shipped("campaign", path)
-    schema = OmegaConf.structured(CampaignConfig)
-    try:
-        merged = OmegaConf.merge(schema, OmegaConf.load(file))
-        for override in overrides or []:
-            _override(merged, override)
-        missing = OmegaConf.missing_keys(merged)
-        if missing:
-            raise BadInputError(f"{file}: the key {sorted(missing)[0]!r} is missing")
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{file}: {_first_line(error)}") from error
+    with _naming(str(file)):
+        data = OmegaConf.load(file)
+    if not isinstance(data, DictConfig):
+        raise BadInputError(f"{file}: not a campaign: it has no keys")
+    merged = OmegaConf.structured(CampaignConfig)
+    for key in data:
+        with _naming(str(file), str(key)):
+            merged = OmegaConf.merge(merged, OmegaConf.masked_copy(data, [key]))
+    for override in overrides or []:
+        merged = _override(merged, override)
+    with _naming(str(file)):
+        missing = sorted(OmegaConf.missing_keys(merged))
+        config = None if missing else OmegaConf.to_object(merged)
+    if missing:
+        raise BadInputError(f"{file}: the key {missing[0]!r} is missing")
     assert isinstance(config, CampaignConfig)
     _check_values(config, str(file))
     return config
 
 
-def _override(config: Any, override: str) -> None:
-    """Apply one `key=value`; the value is read as YAML."""
+def _override(config: Any, override: str) -> Any:
+    """The configuration with one `key=value` applied; the value is read as YAML."""
     key, equals, value = override.partition("=")
     if not equals:
         raise BadInputError(f"{override!r} is not key=value")
-    try:
-        OmegaConf.update(config, key, yaml.safe_load(value), merge=True, force_add=False)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
-        raise BadInputError(f"{override}: {_first_line(error)}") from error
+    with _naming(override):
+        if re.search(r"\[|(^|\.)\d", key):  # an item of a list: a merge would replace the list
+            OmegaConf.update(config, key, yaml.safe_load(value), merge=True)
+            return config
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
 
 
 def config_from_dict(data: dict[str, Any]) -> CampaignConfig:
     """A configuration that `config_to_dict` wrote, from a ledger."""
-    config = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(CampaignConfig), OmegaConf.create(data))
-    )
+    with _naming("the recorded configuration"):
+        config = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(CampaignConfig), OmegaConf.create(data))
+        )
     assert isinstance(config, CampaignConfig)
     return config
 
@@ -187,6 +196,15 @@ def find_shipped(kind: str, name: str) -> Path:
     return shipped
 
 
+def read_yaml(file: Path) -> Any:
+    """What a YAML file of one's own holds. Raises `BadInputError` naming the file."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: not UTF-8, or a date that no calendar has.
+        raise BadInputError(f"{file}: not valid YAML ({_first_line(error)})") from error
+
+
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two plain configurations."""
     one, two = _flatten(old), _flatten(new)
@@ -195,9 +213,17 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(data, dict) and data:
-        return {k: v for key, value in data.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
+        return {
+            k: v
+            for key, value in data.items()
+            for k, v in _flatten(value, f"{prefix}{key}.").items()
+        }
     if isinstance(data, list) and data:
-        return {k: v for n, value in enumerate(data) for k, v in _flatten(value, f"{prefix}{n}.").items()}
+        return {
+            k: v
+            for n, value in enumerate(data)
+            for k, v in _flatten(value, f"{prefix}{n}.").items()
+        }
     return {prefix[:-1]: data}
 
 
@@ -237,14 +263,35 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, value in whole_numbers.items():
         if value is not None and value < 1:
             refuse(key, f"{value} must be 1 or more")
-    if config.search.step <= 0:
-        refuse("search.step", f"{config.search.step} must be above 0")
-    if config.workers.cpus < 0 or config.workers.gpus < 0:
-        refuse("workers", "cpus and gpus must not be negative")
+    if not 0 < config.search.step < math.inf:
+        refuse("search.step", f"{config.search.step} must be a number above 0")
+    for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):
+        if not 0 <= share < math.inf:
+            refuse(f"workers.{key}", f"{share} must be a number from 0 on")
+    if config.seed < 0:
+        refuse("seed", f"{config.seed} must not be negative")
     if config.engine.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", config.engine.device):
         refuse("engine.device", f"{config.engine.device!r} is neither cpu nor cuda")
     if config.engine.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        refuse("engine.dtype", f"{config.engine.dtype!r} is none of auto, float32, bfloat16, float16")
+        refuse(
+            "engine.dtype", f"{config.engine.dtype!r} is none of auto, float32, bfloat16, float16"
+        )
+
+
+@contextmanager
+def _naming(where: str, within: str = "") -> Iterator[None]:
+    """Turn what OmegaConf and YAML raise into a `BadInputError` that names `where` and the key.
+
+    OmegaConf does not always know the whole key: it lies in the key `within`.
+    """
+    try:
+        yield
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, OSError, IndexError, TypeError,
+            ValueError) as error:  # fmt: skip
+        key = getattr(error, "full_key", None) or within
+        if not key.startswith(within):
+            key = f"{within}.{key}"
+        raise BadInputError(f"{where}: {f'{key}: ' if key else ''}{_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -71,8 +71,12 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     tasks = []
     for task in config.tasks:
         file = find_shipped("task", task.name)
+        try:
+            definition = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInputError(f"{file}: not a text file ({error})") from error
         limits = {"search": task.search_items, "holdout": task.holdout_items}
-        tasks.append(load_task(Path(task.name).stem, file.read_text(), limits))
+        tasks.append(load_task(Path(task.name).stem, definition, limits))
     check_disjoint(tasks)
     return Inputs(parents, base, tuple(tasks))
 
@@ -112,16 +116,21 @@ def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tokens_by_id(checkpoint: Checkpoint) -> dict[int, str]:
-    """The vocabulary of tokenizer.json; empty if there is none or it is of another form."""
+    """The vocabulary of tokenizer.json; empty if there is none."""
     data = checkpoint.read_json("tokenizer.json")
-    if not isinstance(data, dict):
+    if data is None:
         return {}
-    vocabulary = (data.get("model") or {}).get("vocab")
     tokens: dict[int, str] = {}
-    if isinstance(vocabulary, dict):
-        tokens = {token_id: token for token, token_id in vocabulary.items()}
-    elif isinstance(vocabulary, list):
-        tokens = {token_id: entry[0] for token_id, entry in enumerate(vocabulary)}
-    for added in data.get("added_tokens") or []:
-        tokens[added["id"]] = added["content"]
+    try:
+        vocabulary = (data.get("model") or {}).get("vocab")
+        if isinstance(vocabulary, dict):
+            tokens = {token_id: token for token, token_id in vocabulary.items()}
+        elif isinstance(vocabulary, list):
+            tokens = {token_id: entry[0] for token_id, entry in enumerate(vocabulary)}
+        for added in data.get("added_tokens") or []:
+            tokens[added["id"]] = added["content"]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{checkpoint.location}/tokenizer.json: not of the form that tokenizers write ({error!r})"
+        ) from error
     return tokens

@@ -67,4 +67,3 @@ def judge(results: dict[str, dict[str, Results]], kind: str) -> Judgement:
         for name, tasks in scores.items()
     }
     return Judgement(scores, comparisons, fitness)
-

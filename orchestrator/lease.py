@@ -171,8 +171,9 @@ def _parse(data: bytes) -> dict[str, Any]:
     found = json.loads(data)
     if not isinstance(found, dict) or not {"owner", "host", "pid", "beat", "epoch"} <= found.keys():
         raise ValueError("not a lease")
-    if found["owner"] is not None and not {"machine", "started"} <= found["owner"].keys():
-        raise ValueError("not a lease")
+    owner = found["owner"]
+    if not (owner is None or (isinstance(owner, dict) and {"machine", "started"} <= owner.keys())):
+        raise ValueError("not a lease: no owner")
     return found
 
 

@@ -78,7 +78,9 @@ class Ledger:
 
     def since_begun(self) -> list[Record]:
         """The records from the newest `campaign` record on: those of the present budget."""
-        begun = max((i for i, r in enumerate(self.records) if r["kind"] == "campaign"), default=None)
+        begun = max(
+            (i for i, r in enumerate(self.records) if r["kind"] == "campaign"), default=None
+        )
         return [] if begun is None else self.records[begun:]
 
     def result(self) -> dict[str, Any] | None:

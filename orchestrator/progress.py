@@ -141,7 +141,9 @@ class ProgressView:
             f"about {_duration(left)} left" if left is not None and done < budget else "",
         )
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=budget, completed=done, width=50), f"{done}/{budget} evaluations")
+        bar.add_row(
+            ProgressBar(total=budget, completed=done, width=50), f"{done}/{budget} evaluations"
+        )
         return Group(grid, bar, self._scores())
 
     def _scores(self) -> Table:

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from orchestrator.card import component_changes, reservations, verdict
+from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
-from orchestrator.publish import LINEAGE_FILE, component_changes, verdict
+from orchestrator.lineage import LINEAGE_FILE
 from orchestrator.shares import parent_shares
 from orchestrator.state import CampaignState, Candidate
 from orchestrator.statistics import format_p_value
@@ -23,7 +25,6 @@ from workers.storage import Store
 REPORT_FILE = "report.html"
 TEMPLATE_FILE = "report.html.jinja"
 
-SIGNIFICANT = 0.05
 ALL_PARENTS = "all parents"
 """Heads the genes that weigh no single parent."""
 
@@ -68,6 +69,7 @@ def build_report(store: Store) -> str:
     return template.render(
         lineage=lineage,
         verdict=verdict(lineage),
+        reservations=reservations(lineage),
         parents=parents,
         colours=charts.parent_colours(parents),
         best_parent=max(parents, key=lambda name: lineage["holdout_fitness"][name]),
@@ -85,7 +87,7 @@ def build_report(store: Store) -> str:
         base_remains=any(sum(shares.values()) < 0.999 for shares in by_component.values()),
         largest_share=max(share for shares in by_layer.values() for share in shares.values()),
         changes=component_changes(lineage),
-        significant=SIGNIFICANT,
+        significant=SIGNIFICANCE,
         configuration=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         software=lineage["software"] | (_scalars(engine["description"]) if engine else {}),
         charts=_draw_search(lineage, state, generations)

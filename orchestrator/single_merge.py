@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from orchestrator.publish import LINEAGE_FILE, LINEAGE_FORMAT, licence_of, package_version
+from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT, licence_of, package_version
 from orchestrator.recipe_file import load_recipe_file
 from workers.checkpoints import open_checkpoint, publish_companions
 from workers.errors import BadInputError

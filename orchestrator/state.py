@@ -54,7 +54,9 @@ class CampaignState:
     def apply(self, record: Record) -> None:
         """Take in one record."""
         if record["kind"] == "asked":
-            self.generations.append([Candidate(c["genome"], c["recipe"]) for c in record["candidates"]])
+            self.generations.append(
+                [Candidate(c["genome"], c["recipe"]) for c in record["candidates"]]
+            )
         elif record["kind"] == "scored":
             evaluation = self.evaluation(record["recipe"], record["split"])
             for task, items in record["items"].items():

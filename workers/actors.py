@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.checkpoints import Checkpoint, open_checkpoint
-from workers.merging.child import write_weights
 from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
+from workers.merging.child import write_weights
 from workers.storage import open_store
 
 

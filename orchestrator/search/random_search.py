@@ -24,9 +24,7 @@ class RandomSearch:
         self._generator = numpy.random.default_rng(seed)
 
     def ask(self) -> list[list[float]]:
-        points: list[list[float]] = self._generator.random(
-            (self._population, self._genes)
-        ).tolist()
+        points: list[list[float]] = self._generator.random((self._population, self._genes)).tolist()
         if self._start is not None:
             points[0], self._start = self._start, None
         return points

@@ -96,7 +96,9 @@ def peak_memory(driver: int) -> dict[str, float]:
         is_driver = entry.name == str(driver)
         if not is_driver and not title.startswith("ray::EvaluationWorker"):
             continue
-        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        peak = next(
+            int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
+        )
         name = "driver" if is_driver else "worker"
         peaks[name] = max(peaks.get(name, 0.0), peak / 1024)
     return peaks

@@ -55,7 +55,9 @@ def test_the_child_is_an_ordinary_checkpoint(undisturbed: dict) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         undisturbed["child"], dtype=torch.float32
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(undisturbed["child"], padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        undisturbed["child"], padding_side="left"
+    )
     names = {info.key for info in open_store(undisturbed["child"]).list_objects()}
     assert {"config.json", "generation_config.json", "README.md", "lineage.json"} <= names
     ledger = records(open_store(undisturbed["campaign"]))
@@ -73,7 +75,9 @@ def test_the_child_is_an_ordinary_checkpoint(undisturbed: dict) -> None:
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
             max_new_tokens=10, do_sample=False,
         )  # fmt: skip
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(
+        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     right = {i: text.strip() == items[i]["answer"] for i, text in zip(held_out, texts, strict=True)}
     assert {i: item["score"] == 1.0 for i, item in held_out.items()} == right
 
@@ -207,7 +211,10 @@ def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path
     """Store and parents in a bucket: the same child, byte for byte."""
     parents = []
     for name in ("reverse", "sort", "shift"):
-        source, target = open_store(f"shipped:strings/{name}"), open_store(f"{s3_location}/models/{name}")
+        source, target = (
+            open_store(f"shipped:strings/{name}"),
+            open_store(f"{s3_location}/models/{name}"),
+        )
         for info in source.list_objects():
             target.write(info.key, source.read(info.key))
         parents.append({"name": name, "path": target.uri})
@@ -228,7 +235,9 @@ def worker_processes(driver: int) -> list[int]:
         try:
             title = (entry / "cmdline").read_text()
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+            grandparent = int(
+                Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1]
+            )
         except (OSError, ValueError):
             continue
         if title.startswith("ray::EvaluationWorker") and grandparent == driver:

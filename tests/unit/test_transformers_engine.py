@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.families import write_family
 
+from tests.families import write_family
 from workers.checkpoints import open_checkpoint, publish_companions
 from workers.errors import BadInputError
 from workers.evaluation.transformers_engine import TransformersEngine
@@ -29,12 +29,18 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 def dare_ties_recipe(merger: Merger) -> Recipe:
     rule = Rule(
-        Selector(components=("embedding", "attention", "linear_attention", "mlp", "expert", "norm")),
+        Selector(
+            components=("embedding", "attention", "linear_attention", "mlp", "expert", "norm")
+        ),
         "dare_ties",
         {"weight": {"a": 0.9, "b": 0.7}, "density": 0.6},
     )
     rest = Rule(Selector(components=("lm_head",)), "linear", {"weight": {"a": 1.0, "b": 3.0}})
-    rules = (rule, rest) if any(t.component == "lm_head" for t in merger.plan.father.tensors) else (rule,)
+    rules = (
+        (rule, rest)
+        if any(t.component == "lm_head" for t in merger.plan.father.tensors)
+        else (rule,)
+    )
     return Recipe(merger.references, rules, merger.base_reference, seed=5)
 
 

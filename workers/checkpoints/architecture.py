@@ -21,6 +21,7 @@ from typing import Any
 
 from workers.checkpoints.checkpoint import Checkpoint
 from workers.checkpoints.safetensors_format import TensorEntry
+from workers.errors import BadInputError
 
 COMPONENTS = (
     "embedding",
@@ -66,7 +67,7 @@ OUTSIDE_LAYERS = (
 )
 
 INSIDE_LAYERS = (
-    ("norm", re.compile(r"((.*\.)?\w*(layernorm|norm)\.(weight|bias)|layer_scalar)$")),
+    ("norm", re.compile(r"((.*\.)?\w*(layernorm|norm)(_\d+)?\.(weight|bias)|layer_scalar)$")),
     ("linear_attention", re.compile(r"(linear_attn|mamba|mixer)\.")),
     ("attention", re.compile(r"(self_attn|attention|attn)\.")),
     ("shared_expert", re.compile(r"mlp\.(shared_experts?|shared_expert_gate|shared_mlp)\.")),
@@ -109,13 +110,16 @@ class LogicalTensor:
 
 
 class ArchitectureMap:
-    """The logical tensors of one checkpoint, in the order in which they are stored."""
+    """The logical tensors of one checkpoint, in the order in which they are stored.
+
+    Raises `BadInputError` if two stored tensors would have one name, or the config is malformed.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        text = checkpoint.config.get("text_config") or checkpoint.config
         self.model_type = str(checkpoint.config.get("model_type", "unknown"))
-        self.tensors = tuple(name_tensors(checkpoint.tensors.values(), text))
+        self.tensors = tuple(name_tensors(checkpoint.tensors.values(), _text_config(checkpoint)))
+        _check_unique(self.tensors, checkpoint.location)
 
     @cached_property
     def by_name(self) -> dict[str, LogicalTensor]:
@@ -145,7 +149,7 @@ def name_tensors(
         name = canonical_name(entry.name)
         component, layer, rest = classify(name, text_config)
         fused = FUSED_EXPERTS.match(rest) if component == "expert" else None
-        if fused and len(entry.shape) == 3:
+        if fused and len(entry.shape) == 3 and entry.elements:
             stem = name[: name.index("experts.") + len("experts")]
             yield from _split_experts(entry, stem, fused[1], layer, text_config)
             continue
@@ -182,7 +186,8 @@ def classify(name: str, text_config: dict[str, Any]) -> tuple[str, int | None, s
                 return component, None, name
         return "unknown", None, name
     layer, rest = int(inside[1]), inside[2]
-    if layer >= text_config.get("num_hidden_layers", layer + 1):
+    layers = text_config.get("num_hidden_layers")
+    if layers is not None and layer >= layers:
         # DeepSeek stores its multi-token prediction as layers behind the last one.
         return "mtp", None, rest
     for component, pattern in INSIDE_LAYERS:
@@ -196,7 +201,7 @@ def _split_experts(
 ) -> Iterator[LogicalTensor]:
     """The experts of one fused tensor `[E, 2I, H]` or `[E, H, I]`, as per-expert matrices."""
     experts, rows, columns = entry.shape
-    transposed = text_config.get("model_type") in TRANSPOSED_FUSED_EXPERTS
+    transposed = str(text_config.get("model_type")) in TRANSPOSED_FUSED_EXPERTS
     names = [role]
     if role == "gate_up_proj" and not transposed and rows % 2 == 0:
         names = ["gate_proj", "up_proj"]  # gate rows come first, then up
@@ -212,4 +217,28 @@ def _split_experts(
                 entry.dtype,
                 entry.name,
                 (expert * len(names) + part) * math.prod(shape),
+            )
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The language model's part of the configuration, what is read of it checked."""
+    config = checkpoint.config
+    text = config.get("text_config") or config
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else text
+    if layers is not None and type(layers) is not int:
+        raise BadInputError(
+            f"{checkpoint.location}/config.json: text_config must be an object, and num_hidden_layers "
+            "a whole number"
+        )
+    return {"model_type": config.get("model_type")} | text
+
+
+def _check_unique(tensors: tuple[LogicalTensor, ...], location: str) -> None:
+    owners: dict[str, str] = {}
+    for tensor in tensors:
+        other = owners.setdefault(tensor.name, tensor.stored)
+        if other != tensor.stored:
+            raise BadInputError(
+                f"{location}: the tensors {other!r} and {tensor.stored!r} are both {tensor.name!r}: "
+                "remove the one that the model does not load"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from workers.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from workers.errors import BadInputError
+from workers.storage import StorageError
 
 COPY_BYTES = 32 << 20
 
@@ -61,22 +62,31 @@ def localize(checkpoint: Checkpoint, cache: Path | None = None) -> Checkpoint:
     if cache is None:
         cache = Path(os.environ.get("DARWIN_CACHE") or Path.home() / ".cache" / "darwin")
     target = cache / checkpoint.fingerprint
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{checkpoint.fingerprint}.", dir=cache))
-        try:
-            _copy_files(checkpoint, partial)
-            partial.rename(target)
-        except OSError as error:
-            # Another worker of this node may have put the same copy there first.
-            if not target.exists():
-                raise BadInputError(
-                    f"{checkpoint.location}: cannot keep a local copy in {cache} ({error}); make room "
-                    "there, or point DARWIN_CACHE to a larger disk"
-                ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if not target.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            _put_copy(checkpoint, target)
+    except StorageError:
+        raise  # an OSError too, but of the store that is read, not of this disk
+    except OSError as error:
+        raise BadInputError(
+            f"{checkpoint.location}: cannot keep a local copy in {cache} ({error}); make room "
+            "there, or point DARWIN_CACHE to a larger disk"
+        ) from error
     return open_checkpoint(str(target))
+
+
+def _put_copy(checkpoint: Checkpoint, target: Path) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        _copy_files(checkpoint, partial)
+        partial.rename(target)
+    except OSError:
+        # Another worker of this node may have put the same copy there first.
+        if not target.exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:

@@ -153,7 +153,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _is_table_of_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_text(part) for item in value.items() for part in item)
+    return isinstance(value, dict) and all(
+        _is_text(part) for item in value.items() for part in item
+    )
 
 
 def _is_text(value: Any) -> bool:

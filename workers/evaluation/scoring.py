@@ -41,9 +41,7 @@ def score_batch(engine: Engine, task: Task, items: Sequence[Item]) -> list[ItemR
 
 def _exact_match(engine: Engine, task: Task, items: Sequence[Item]) -> list[ItemResult]:
     """The generated text, without surrounding white space, is the answer."""
-    generations = engine.generate(
-        [item.prompt for item in items], task.max_new_tokens, task.stop
-    )
+    generations = engine.generate([item.prompt for item in items], task.max_new_tokens, task.stop)
     results = []
     for item, generation in zip(items, generations, strict=True):
         text = generation.text.strip()

@@ -62,9 +62,7 @@ class Task:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_task(
-    name: str, definition: str, limits: dict[str, int | None] | None = None
-) -> Task:
+def load_task(name: str, definition: str, limits: dict[str, int | None] | None = None) -> Task:
     """Build a task from the text of its YAML file and the item files that it names.
 
     `limits` keeps the first so many items of a split. Raises `BadInputError` naming task, key, file and

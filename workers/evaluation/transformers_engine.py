@@ -105,7 +105,10 @@ class TransformersEngine:
             if live.name not in stored:
                 continue
             view = weights[live.stored].view(-1)[live.offset : live.offset + live.elements]
-            if view.numel() and owners.setdefault((view.data_ptr(), view.numel()), live.name) != live.name:
+            if (
+                view.numel()
+                and owners.setdefault((view.data_ptr(), view.numel()), live.name) != live.name
+            ):
                 aliases.add(live.name)
                 continue
             if stored[live.name].shape != live.shape:
@@ -147,13 +150,17 @@ class TransformersEngine:
         self, pairs: tuple[tuple[str, str], ...]
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        wholes = self.tokenizer([prompt + continuation for prompt, continuation in pairs])["input_ids"]
+        wholes = self.tokenizer([prompt + continuation for prompt, continuation in pairs])[
+            "input_ids"
+        ]
         # A tokenizer may close a text with an end token, and may join prompt and continuation.
         starts = [
             max(1, min(_common_length(prompt, whole), len(whole) - 1))
             for prompt, whole in zip(prompts, wholes, strict=True)
         ]
-        padded = self.tokenizer.pad({"input_ids": wholes}, padding_side="right", return_tensors="pt")
+        padded = self.tokenizer.pad(
+            {"input_ids": wholes}, padding_side="right", return_tensors="pt"
+        )
         return (
             padded["input_ids"].to(self.device),
             padded["attention_mask"].to(self.device),
@@ -169,9 +176,7 @@ class TransformersEngine:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if stop:
             options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
-        output = self.model.generate(
-            **encoded, **options, pad_token_id=self.tokenizer.pad_token_id
-        )
+        output = self.model.generate(**encoded, **options, pad_token_id=self.tokenizer.pad_token_id)
         written = output[:, encoded["input_ids"].shape[1] :]
         ends = self.model.generation_config.eos_token_id
         ends = torch.tensor(ends if isinstance(ends, list) else [ends or -1], device=written.device)
@@ -181,9 +186,7 @@ class TransformersEngine:
 
     def _encode_uncached(self, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
-        return {
-            name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")
-        }
+        return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def describe(self, prompt: str) -> dict[str, Any]:
         """See `Engine.describe`."""

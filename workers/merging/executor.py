@@ -20,7 +20,7 @@ from workers.merging.methods.method import Values
 from workers.merging.plan import CHUNK_ELEMENTS, Assignment, MergeUnit, Plan
 from workers.merging.recipe import ParentReference, Recipe
 from workers.merging.sinks import Sink
-from workers.merging.sources import TORCH_DTYPES, read_elements, require_mergeable
+from workers.merging.sources import TORCH_DTYPES, read_elements
 
 
 @dataclass(slots=True)
@@ -104,7 +104,8 @@ class Merger:
             for name in report.changed:
                 report.changed[name] += self._count_changes(name, unit, values)
             if values.is_floating_point():
-                report.not_finite += int((~values.float().isfinite()).sum())
+                finite = _widened(values).isfinite()
+                report.not_finite += finite.numel() - int(finite.sum())
         return reports
 
     def _run(
@@ -142,9 +143,6 @@ class Merger:
         if way.method.copies and stored[names[0]].dtype == father_dtype:
             values.copy_(stored[names[0]])
             return
-        for name in names:
-            parent = self.plan.maps[name].by_name[unit.tensor.name]
-            require_mergeable(parent, self.parents[name].location, way.method.name)
         base = None
         if way.method.uses_base:
             base = self._read_base(unit.tensor, unit.first, unit.count)
@@ -216,6 +214,11 @@ class Merger:
     def _count_changes(self, parent: str, unit: MergeUnit, values: torch.Tensor) -> int:
         own = self._read(parent, unit.tensor, unit.first, unit.count).to(values.dtype)
         return int((own != values).sum())
+
+
+def _widened(values: torch.Tensor) -> torch.Tensor:
+    """The same values in a dtype that torch can do everything with."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _in_order(work: Any, units: list[MergeUnit], threads: int) -> Iterator[tuple[MergeUnit, Any]]:

@@ -19,6 +19,9 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements worked on at once: a few fp32 buffers of 1 MiB stay in a core's cache. Units and the
 statistics of a tensor lie on this grid, so neither bytes nor sums depend on who does what."""
 
+MERGEABLE_DTYPES = ("F16", "BF16", "F32", "F64")
+"""Arithmetic on others would average codes, not values."""
+
 
 @dataclass(frozen=True, slots=True)
 class MergeUnit:
@@ -72,7 +75,7 @@ class Plan:
         ]
         for tensor in self.father.tensors:
             assignment = next((way for names, way in rules if tensor.name in names), carry)
-            self._check_present(tensor, assignment, parents)
+            self._check_inputs(tensor, assignment, parents)
             assigned[tensor.name] = assignment
         return assigned
 
@@ -91,7 +94,7 @@ class Plan:
             self._selected[where] = names
         return self._selected[where]
 
-    def _check_present(
+    def _check_inputs(
         self, tensor: LogicalTensor, assignment: Assignment, parents: tuple[str, ...]
     ) -> None:
         needed = [assignment.values["source"]] if assignment.method.copies else list(parents)
@@ -104,6 +107,10 @@ class Plan:
                     f"{name} ({parent.checkpoint.location}) has no tensor {tensor.name!r}, which "
                     f"{assignment.method.name} needs; let a `passthrough` rule take it from the father"
                 )
+        if assignment.method.copies and maps[needed[0]].by_name[tensor.name].dtype == tensor.dtype:
+            return  # bit by bit, whatever the bits stand for
+        for parent in (self.father, *maps.values()):
+            _require_mergeable(parent, tensor.name, assignment.method.name)
 
 
 def _cut(tensor: LogicalTensor) -> list[MergeUnit]:
@@ -113,6 +120,16 @@ def _cut(tensor: LogicalTensor) -> list[MergeUnit]:
         MergeUnit(tensor, first, min(most, tensor.elements - first))
         for first in range(0, max(tensor.elements, 1), most)
     ]
+
+
+def _require_mergeable(parent: ArchitectureMap, name: str, method: str) -> None:
+    tensor = parent.by_name[name]
+    if tensor.dtype not in MERGEABLE_DTYPES:
+        raise BadInputError(
+            f"{parent.checkpoint.location}: tensor {tensor.stored!r} is {tensor.dtype}; {method} needs "
+            f"one of {', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` "
+            "copy it from a parent that stores it as the father does"
+        )
 
 
 def _check_shapes(father: ArchitectureMap, other: ArchitectureMap) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -106,24 +107,23 @@ class Recipe:
         }
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Recipe:
+    def from_dict(data: Any) -> Recipe:
         """Read what `to_dict` wrote. Raises `BadInputError` for anything else."""
-        if data.get("format") != FORMAT:
+        if isinstance(data, dict) and data.get("format") != FORMAT:
             raise BadInputError(
                 f"recipe: format {data.get('format')!r} is not {FORMAT}, the one this version reads"
             )
-        try:
-            return Recipe(
-                parents=tuple(ParentReference(**parent) for parent in data["parents"]),
-                rules=tuple(
-                    Rule(parse_selector(rule["where"]), rule["method"], rule["parameters"])
-                    for rule in data["rules"]
-                ),
-                base=ParentReference(**data["base"]) if data["base"] else None,
-                seed=data["seed"],
-            )
-        except (KeyError, TypeError) as error:
-            raise BadInputError(f"recipe: malformed ({error!r})") from error
+        table = _table(data, "recipe", "format", "parents", "base", "seed", "rules")
+        parents = tuple(map(_parse_reference, _typed(table["parents"], list, "recipe: parents")))
+        names = [parent.name for parent in parents]
+        if not names or len(set(names)) < len(names):
+            raise BadInputError(f"recipe: parents: {names} must be one or more different names")
+        return Recipe(
+            parents,
+            rules=tuple(map(_parse_rule, _typed(table["rules"], list, "recipe: rules"))),
+            base=None if table["base"] is None else _parse_reference(table["base"]),
+            seed=_typed(table["seed"], int, "recipe: seed"),
+        )
 
 
 def passthrough_recipe(parents: tuple[ParentReference, ...], source: str) -> Recipe:
@@ -139,14 +139,15 @@ CARRIED = ("vision", "mtp", "unknown")
 """Components that are the father's unless a recipe says otherwise."""
 
 
-def parse_selector(data: dict[str, Any]) -> Selector:
+def parse_selector(data: Any) -> Selector:
     """A selector from plain data: `{components: [...], layers: [first, last], names: [...]}`."""
+    _typed(data, dict, "where")
     unknown = set(data) - {"components", "layers", "names"}
     if unknown:
         raise BadInputError(
             f"where: unknown key {sorted(unknown)[0]!r}; allowed are components, layers, names"
         )
-    components = tuple(data.get("components") or ())
+    components = _list_or_none(data, "components")
     for component in components:
         if component not in COMPONENTS:
             raise BadInputError(
@@ -154,10 +155,62 @@ def parse_selector(data: dict[str, Any]) -> Selector:
             )
     layers = data.get("layers")
     if layers is not None:
+        _typed(layers, list, "where.layers")
         if len(layers) != 2 or not all(type(layer) is int for layer in layers):
             raise BadInputError(f"where.layers: {layers!r} is not [first, last]")
         layers = (layers[0], layers[1])
-    return Selector(components, layers, tuple(data.get("names") or ()))
+    names = _list_or_none(data, "names")
+    for name in names:
+        _typed(name, str, "where.names")
+    return Selector(tuple(components), layers, tuple(names))
+
+
+def _list_or_none(data: dict[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    found: list[Any] = _typed([] if value is None else value, list, f"where.{key}")
+    return found
+
+
+def _parse_reference(data: Any) -> ParentReference:
+    table = _table(data, "recipe: parent", "name", "fingerprint")
+    return ParentReference(*(_typed(table[key], str, key) for key in ("name", "fingerprint")))
+
+
+def _parse_rule(data: Any) -> Rule:
+    table = _table(data, "recipe: rule", "where", "method", "parameters")
+    parameters = _typed(table["parameters"], dict, "recipe: parameters")
+    for name, value in parameters.items():
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if not isinstance(value, str) and not all(map(_is_number, numbers)):
+            raise BadInputError(
+                f"recipe: parameter {name!r}: {value!r} is neither a number nor a parent's name nor "
+                "a number per parent"
+            )
+    return Rule(
+        parse_selector(table["where"]), _typed(table["method"], str, "recipe: method"), parameters
+    )
+
+
+def _table(data: Any, where: str, *keys: str) -> dict[str, Any]:
+    """`data`, which must be a table of exactly these keys."""
+    table: dict[str, Any] = _typed(data, dict, where)
+    for key in [key for key in keys if key not in table] + [
+        key for key in table if key not in keys
+    ]:
+        problem = "lacks the key" if key in keys else "has the unknown key"
+        raise BadInputError(f"{where}: {problem} {key!r}")
+    return table
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    """`value`, which must be of this very type: True is no number, a text no list."""
+    if type(value) is not kind:
+        raise BadInputError(f"{where}: {value!r} is not a {kind.__name__}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _reference_to_dict(reference: ParentReference) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from workers.checkpoints import CheckpointReader, LogicalTensor
-from workers.errors import BadInputError
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -27,9 +26,6 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 
-MERGEABLE_DTYPES = ("F16", "BF16", "F32", "F64")
-"""Arithmetic on others would average codes, not values."""
-
 
 def read_elements(
     reader: CheckpointReader, tensor: LogicalTensor, first: int, count: int
@@ -42,12 +38,3 @@ def read_elements(
     return torch.frombuffer(
         reader.read(tensor.stored, start, start + count * dtype.itemsize), dtype=dtype
     )
-
-
-def require_mergeable(tensor: LogicalTensor, location: str, method: str) -> None:
-    """Raise `BadInputError` if method arithmetic on this tensor would be meaningless."""
-    if tensor.dtype not in MERGEABLE_DTYPES:
-        raise BadInputError(
-            f"{location}: tensor {tensor.stored!r} is {tensor.dtype}; {method} needs one of "
-            f"{', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` copy it"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -10,6 +11,9 @@ from workers.errors import BadInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LARGEST = sys.float_info.max
+"""An unbounded parameter is finite all the same."""
 
 Values = dict[str, Any]
 """A tensor's parameters, resolved: a float, a parent's name, or a float per parent."""
@@ -147,6 +151,7 @@ def _check_number(parameter: Parameter, given: Any, where: str) -> float:
         return parameter.default
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise BadInputError(f"{where}: {given!r} is not a number")
-    if not parameter.low <= given <= parameter.high:
-        raise BadInputError(f"{where}: {given} is outside [{parameter.low:g}, {parameter.high:g}]")
+    low, high = max(parameter.low, -LARGEST), min(parameter.high, LARGEST)
+    if not low <= given <= high:
+        raise BadInputError(f"{where}: {given} is outside [{low:g}, {high:g}]")
     return float(given)

@@ -1,25 +1,15 @@
-"""Publish a child: model card, lineage, and at last the small files that make it a checkpoint."""
+"""The child's model card: what it is, what was measured, what it is made of. Written from the lineage."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from orchestrator.judgement import SIGNIFICANCE
+from orchestrator.lineage import LINEAGE_FILE
 from orchestrator.statistics import format_p_value
-from workers.checkpoints import Checkpoint, open_checkpoint, publish_companions
-from workers.storage import ObjectNotFoundError, Store
-
-if TYPE_CHECKING:
-    from orchestrator.campaign import Campaign
-    from orchestrator.judgement import Judgement
-    from orchestrator.state import Candidate
-
-LINEAGE_FILE = "lineage.json"
-LINEAGE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -31,78 +21,6 @@ class ComponentChange:
     methods: list[str]
     changed: dict[str, float]
     """Parent -> share of the elements that differ from it."""
-
-
-def publish_child(
-    campaign: Campaign,
-    candidate: Candidate,
-    judgement: Judgement,
-    weights: dict[str, Any],
-    target: Store,
-) -> None:
-    """Write card and lineage next to the verified weights, then config last; check that it opens.
-
-    Nothing in these files depends on when or where the campaign ran, so the same campaign publishes the
-    same bytes.
-    """
-    lineage = build_lineage(campaign, candidate, judgement, weights)
-    files = {
-        "README.md": build_card(lineage).encode(),
-        LINEAGE_FILE: json.dumps(lineage, indent=1, ensure_ascii=False).encode(),
-    }
-    publish_companions(campaign.inputs.father, target, files)
-    open_checkpoint(target.uri)
-
-
-def build_lineage(
-    campaign: Campaign, candidate: Candidate, judgement: Judgement, weights: dict[str, Any]
-) -> dict[str, Any]:
-    """Parents, recipe and evidence: everything the card says, as data."""
-    config, inputs = campaign.config, campaign.inputs
-    parents = [
-        {
-            "name": parent.name,
-            "hub": parent.hub,
-            "fingerprint": inputs.parents[parent.name].fingerprint,
-            "license": licence_of(inputs.parents[parent.name]),
-        }
-        for parent in config.parents
-    ]
-    base = inputs.base
-    return {
-        "format": LINEAGE_FORMAT,
-        "campaign": config.name,
-        "software": {"darwin": package_version()},
-        "parents": parents,
-        "base": {"fingerprint": base.fingerprint, "license": licence_of(base)} if base else None,
-        "recipe_id": candidate.recipe_id,
-        "recipe": campaign.recipes[candidate.recipe_id].to_dict(),
-        "genome": candidate.genome,
-        "search": {
-            "optimizer": config.search.optimizer,
-            "method": config.genome.method,
-            "evaluations": campaign.state.evaluated(config.search.evaluations),
-            "objective": config.objective,
-            "seed": config.seed,
-            "fitness": campaign.state.fitness(candidate.recipe_id),
-            "parents_fitness": {
-                name: campaign.state.fitness(recipe.id)
-                for name, recipe in campaign.parent_recipes.items()
-            },
-        },
-        "tasks": {
-            task.name: {
-                "kind": task.kind,
-                "fingerprint": task.fingerprint,
-                "search_items": len(task.items["search"]),
-                "holdout_items": len(task.items["holdout"]),
-            }
-            for task in inputs.tasks
-        },
-        **judgement.to_dict(),
-        "digests": weights["digests"],
-        "tensors": weights["tensors"],
-    }
 
 
 def build_card(lineage: dict[str, Any]) -> str:
@@ -123,6 +41,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         f"# {lineage['campaign']}\n",
         f"A merge of {_join(names)} by Darwin, found by evolutionary search, without training.\n",
         f"**{verdict(lineage)}**\n",
+        f"{reservations(lineage)}\n",
         "## Results on held-out items\n",
         "Items that steered the search are not among these. Intervals are 95 % Wilson intervals.\n",
         _score_table(lineage, names),
@@ -149,6 +68,22 @@ def verdict(lineage: dict[str, Any]) -> str:
     if rest:
         return f"On the held-out items this child beats {_join(beaten)} (p < 0.05), but not {_join(rest)}."
     return "On the held-out items this child beats every parent (p < 0.05)."
+
+
+def reservations(lineage: dict[str, Any]) -> str:
+    """What the verdict means, and the single tasks on which a parent is better than the child."""
+    better = [
+        f"{c['parent']} on {c['task']} (p = {format_p_value(c['p_value'])})"
+        for c in lineage["comparisons"]
+        if c["task"] != "all" and c["parent_only"] > c["child_only"] and c["p_value"] < SIGNIFICANCE
+    ]
+    meaning = (
+        f"To beat a parent is to have a higher {lineage['search']['objective']} of the tasks, and "
+        "significantly more right answers over all items."
+    )
+    if not better:
+        return meaning
+    return f"{meaning} On single tasks these parents are better than the child: {_join(better)}."
 
 
 def _score_table(lineage: dict[str, Any], names: list[str]) -> str:
@@ -259,28 +194,3 @@ def _cell(text: str) -> str:
 
 def _join(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-
-
-def licence_of(checkpoint: Checkpoint) -> str | None:
-    """The licence that the checkpoint's own model card declares, or None."""
-    try:
-        card = checkpoint.store.read("README.md").decode(errors="replace")
-    except ObjectNotFoundError:
-        return None
-    front, found, _ = card.removeprefix("---").partition("\n---")
-    if not card.startswith("---") or not found:
-        return None
-    try:
-        data = yaml.safe_load(front)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    licence = data.get("license") if isinstance(data, dict) else None
-    return licence if isinstance(licence, str) else None
-
-
-def package_version() -> str:
-    """Darwin's own version."""
-    try:
-        return version("darwin-orchestrator")
-    except PackageNotFoundError:
-        return "unknown"

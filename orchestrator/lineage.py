@@ -1,0 +1,104 @@
+"""The lineage: what a child was made from, how, and with what evidence, as data."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+
+from orchestrator.config import CampaignConfig
+from orchestrator.inputs import Inputs
+from orchestrator.judgement import Judgement
+from orchestrator.state import CampaignState
+from workers.checkpoints import Checkpoint
+from workers.merging import Recipe
+from workers.storage import ObjectNotFoundError
+
+LINEAGE_FILE = "lineage.json"
+LINEAGE_FORMAT = 1
+
+
+def build_lineage(
+    config: CampaignConfig,
+    inputs: Inputs,
+    state: CampaignState,
+    recipe: Recipe,
+    parent_recipes: dict[str, Recipe],
+    genome: dict[str, float],
+    judgement: Judgement,
+    weights: dict[str, Any],
+) -> dict[str, Any]:
+    """Parents, recipe and evidence of a child: everything its card says, as data.
+
+    `weights` is `workers.merging.child.ChildReport.to_dict`. Nothing in it depends on when or where the
+    campaign ran.
+    """
+    parents = [
+        {
+            "name": parent.name,
+            "hub": parent.hub,
+            "fingerprint": inputs.parents[parent.name].fingerprint,
+            "license": licence_of(inputs.parents[parent.name]),
+        }
+        for parent in config.parents
+    ]
+    base = inputs.base
+    return {
+        "format": LINEAGE_FORMAT,
+        "campaign": config.name,
+        "software": {"darwin": package_version()},
+        "parents": parents,
+        "base": {"fingerprint": base.fingerprint, "license": licence_of(base)} if base else None,
+        "recipe_id": recipe.id,
+        "recipe": recipe.to_dict(),
+        "genome": genome,
+        "search": {
+            "optimizer": config.search.optimizer,
+            "method": config.genome.method,
+            "evaluations": state.evaluated(config.search.evaluations),
+            "objective": config.objective,
+            "seed": config.seed,
+            "fitness": state.fitness(recipe.id),
+            "parents_fitness": {
+                name: state.fitness(parent.id) for name, parent in parent_recipes.items()
+            },
+        },
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "fingerprint": task.fingerprint,
+                "search_items": len(task.items["search"]),
+                "holdout_items": len(task.items["holdout"]),
+            }
+            for task in inputs.tasks
+        },
+        **judgement.to_dict(),
+        "digests": weights["digests"],
+        "tensors": weights["tensors"],
+    }
+
+
+def licence_of(checkpoint: Checkpoint) -> str | None:
+    """The licence that the checkpoint's own model card declares, or None."""
+    try:
+        card = checkpoint.store.read("README.md").decode(errors="replace")
+    except ObjectNotFoundError:
+        return None
+    front, found, _ = card.removeprefix("---").partition("\n---")
+    if not card.startswith("---") or not found:
+        return None
+    try:
+        data = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    licence = data.get("license") if isinstance(data, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def package_version() -> str:
+    """Darwin's own version."""
+    try:
+        return version("darwin-orchestrator")
+    except PackageNotFoundError:
+        return "unknown"
