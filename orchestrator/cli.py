@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+PIPE_WIDTH = 1000
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 CampaignPlace = Annotated[
@@ -164,8 +165,9 @@ def _print_json(data: dict[str, Any]) -> None:
 def _say(text: Any) -> None:
     from rich.console import Console
 
-    # No markup: paths and tensor names may hold anything.
-    Console(markup=False, emoji=False).print(text, highlight=False, soft_wrap=True)
+    # No markup: paths and tensor names may hold anything. A file or a pipe has no width to fit into.
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(markup=False, emoji=False, width=width).print(text, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def campaign_overview(place: str) -> dict[str, Any]:
 def render_overview(overview: dict[str, Any]) -> RenderableType:
     """The overview for a person."""
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # a place is never cut short
     best = overview["best"]
     table.add_row("campaign", overview["campaign"])
     table.add_row("status", overview["status"])
@@ -131,6 +133,9 @@ def render_checkpoint(overview: dict[str, Any]) -> RenderableType:
         )
     parts: list[RenderableType] = [heading, table]
     if overview["unknown"]:
-        names = "\n".join(f"  {name}" for name in overview["unknown"])
+        # A name is whatever the file says, also what would command a terminal.
+        names = "\n".join(
+            f"  {name if name.isprintable() else ascii(name)}" for name in overview["unknown"]
+        )
         parts.append(f"\nunknown tensors (a merge carries them from the father):\n{names}")
     return Group(*parts)

@@ -54,8 +54,9 @@ class ProgressView:
     ) -> None:
         if self._live:
             self._live.stop()
-        if self.campaign is not None and self.campaign.state.evaluations:
-            self.console.print(self._scores())
+        scores = self._scores() if self.campaign is not None else Table()
+        if scores.row_count:
+            self.console.print(scores)
 
     # -- what the campaign calls ---------------------------------------------------------------
 

@@ -254,3 +254,25 @@ def _items(file: str) -> dict[str, Record]:
 
     lines = open_store("shipped:strings/items").read(file).decode().splitlines()
     return {item["id"]: item for item in map(json.loads, lines)}
+
+
+def test_a_candidate_that_cannot_work_is_recorded_and_the_campaign_goes_on(tmp_path: Path) -> None:
+    """The first candidate's weights are all 0: there is no such mean. The others are fine."""
+    space = tmp_path / "space.yaml"
+    space.write_text(  # random search begins at `start`, where all weights are 0
+        "groups: {all: [embedding, attention, mlp, norm]}\n"
+        "genes: {linear: {weight: {per: [parent], low: -1.0, high: 1.0, start: 0.0}}}\n"
+    )
+    parents = [{"name": name, "path": f"shipped:strings/{name}"} for name in ("sort", "shift")]
+    campaign = write_campaign(
+        tmp_path,
+        parents=parents,
+        base=None,
+        genome={"space": str(space), "method": "linear"},
+        search={"optimizer": "random", "evaluations": 4, "population": 4},
+    )
+    result = run_darwin("run", str(campaign))
+    assert result["evaluations"] == 4
+    failed = [r for r in records(open_store(result["campaign"])) if r["kind"] == "failed"]
+    assert [r["given_up"] for r in failed] == [True]
+    assert "sum to 0" in failed[0]["error"]

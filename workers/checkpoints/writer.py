@@ -83,18 +83,30 @@ class CheckpointWriter:
 def publish_companions(father: Checkpoint, target: Store, files: dict[str, bytes]) -> None:
     """Make finished weights a checkpoint: the father's small files, `files` over them, config last.
 
-    A file that is there already must have the same content. Raises `StorageError` otherwise.
+    A copy of a father's file that is there already must be the same, else `StorageError`; `files`
+    (card, lineage) take the place of older ones, when a campaign went on and chose the same child.
     """
-    contents = {name: father.store.read(name) for name in father.companions} | files
+    copies = {name: father.store.read(name) for name in father.companions if name not in files}
     if [file.name for file in father.weight_files] != [SINGLE_FILE]:
-        contents[INDEX_FILE] = father.store.read(INDEX_FILE)
-    last = [name for name in (INDEX_FILE, "config.json") if name in contents]
-    for name in [name for name in contents if name not in last] + last:
+        copies[INDEX_FILE] = father.store.read(INDEX_FILE)
+    last = [name for name in (INDEX_FILE, "config.json") if name in copies]
+    for name, data in files.items():
+        _create_or_update(target, name, data)
+    for name in [name for name in copies if name not in last] + last:
         try:
-            target.create(name, contents[name])
+            target.create(name, copies[name])
         except PreconditionFailedError:
-            if target.read(name) != contents[name]:
+            if target.read(name) != copies[name]:
                 raise StorageError(
                     f"{target.uri}/{name}: another file of that name is in the way; remove the "
                     "folder or choose another"
                 ) from None
+
+
+def _create_or_update(target: Store, name: str, data: bytes) -> None:
+    try:
+        target.create(name, data)
+    except PreconditionFailedError:
+        present, version = target.read_with_version(name)
+        if present != data:
+            target.replace(name, data, version)

@@ -42,6 +42,11 @@ class TransformersEngine:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(threads)
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise BadInputError(
+                f"engine.device: {device}, but this worker sees no CUDA device: give workers.gpus a "
+                "share of one, or set engine.device to cpu"
+            )
         parents = {name: localize(parent) for name, parent in parents.items()}
         self.father = next(iter(parents.values()))
         self.device = torch.device(device)

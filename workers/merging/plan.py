@@ -98,18 +98,18 @@ class Plan:
         self, tensor: LogicalTensor, assignment: Assignment, parents: tuple[str, ...]
     ) -> None:
         needed = [assignment.values["source"]] if assignment.method.copies else list(parents)
-        maps = {name: self.maps[name] for name in needed}
+        inputs = [(name, self.maps[name]) for name in needed]
         if assignment.method.uses_base and self.base is not None:
-            maps["base"] = self.base
-        for name, parent in maps.items():
+            inputs.append(("base", self.base))
+        for name, parent in inputs:
             if tensor.name not in parent.by_name:
                 raise BadInputError(
                     f"{name} ({parent.checkpoint.location}) has no tensor {tensor.name!r}, which "
                     f"{assignment.method.name} needs; let a `passthrough` rule take it from the father"
                 )
-        if assignment.method.copies and maps[needed[0]].by_name[tensor.name].dtype == tensor.dtype:
+        if assignment.method.copies and inputs[0][1].by_name[tensor.name].dtype == tensor.dtype:
             return  # bit by bit, whatever the bits stand for
-        for parent in (self.father, *maps.values()):
+        for _, parent in [("father", self.father), *inputs]:
             _require_mergeable(parent, tensor.name, assignment.method.name)
 
 

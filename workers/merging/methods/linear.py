@@ -14,7 +14,7 @@ def merge(piece: Slice, values: Values) -> None:
         raise BadInputError("method linear: the weights sum to 0, so there is nothing to normalize")
     piece.out.zero_()
     for name, parent in piece.parents.items():
-        piece.out.add_(parent, alpha=weights[name] / total)
+        piece.out.add_(parent.mul_(weights[name] / total))
 
 
 register(

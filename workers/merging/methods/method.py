@@ -69,7 +69,8 @@ class MergeMethod:
     """One line with the formula's source."""
     parameters: tuple[Parameter, ...]
     merge: Callable[[Slice, Values], None]
-    """Fills `Slice.out` from parents and base."""
+    """Fills `Slice.out` from parents and base, by operations that round once each: torch fuses the
+    multiplication of `add_(x, alpha=a)` into the addition on some processors and not on others."""
     uses_base: bool = False
     parents: tuple[int, int | None] = (1, None)
     """Least and greatest number of parents; None is any number."""

@@ -23,14 +23,26 @@ class PairMoments:
 
     def update(self, parents: dict[str, Tensor], base: Tensor | None) -> None:
         one, two = (parent.double() for parent in parents.values())
-        self.dot += float(one.dot(two))
-        self.first += float(one.dot(one))
-        self.second += float(two.dot(two))
+        self.dot += sum_by_halves(one * two)
+        self.first += sum_by_halves(one * one)
+        self.second += sum_by_halves(two * two)
 
     def finish(self) -> float:
         """The cosine between the parents; 1 if one of them is zero (interpolated as a line)."""
         norms = math.sqrt(self.first * self.second)
         return max(-1.0, min(1.0, self.dot / norms)) if norms > 0 else 1.0
+
+
+def sum_by_halves(values: Tensor) -> float:
+    """Their sum, added up in an order that depends on their number alone; overwrites them.
+
+    `dot` and `sum` take another order, hence other last bits, for other processors and threads.
+    """
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        values[: len(values) - half] += values[half:]
+        values = values[:half]
+    return float(values.sum())
 
 
 def shares(cosine: float, t: float) -> tuple[float, float]:
@@ -50,9 +62,11 @@ def shares(cosine: float, t: float) -> tuple[float, float]:
 
 def merge(piece: Slice, values: Values) -> None:
     """out = sin((1-t)a)/sin(a) x_1 + sin(ta)/sin(a) x_2."""
+    import torch
+
     one, two = piece.parents.values()
     first, second = shares(piece.statistic, values["t"])
-    piece.out.copy_(one).mul_(first).add_(two, alpha=second)
+    torch.add(one.mul_(first), two.mul_(second), out=piece.out)
 
 
 register(

@@ -11,7 +11,7 @@ def merge(piece: Slice, values: Values) -> None:
     piece.out.copy_(piece.base)
     for name, parent in piece.parents.items():
         delta = parent.sub_(piece.base)
-        piece.out.add_(delta, alpha=values["lambda"] * values["weight"][name])
+        piece.out.add_(delta.mul_(values["lambda"] * values["weight"][name]))
 
 
 register(

@@ -99,7 +99,7 @@ def merge_agreeing(piece: Slice, values: Values) -> None:
             divisor.addcmul_(signs.clamp(min=0.0), is_positive, value=weight)
             divisor.addcmul_(signs.clamp(max=0.0), is_negative, value=-weight)
         total.div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))
-    torch.add(piece.base, total, alpha=values["lambda"], out=piece.out)
+    torch.add(piece.base, total.mul_(values["lambda"]), out=piece.out)
 
 
 def consensus_parameters(normalize: float) -> tuple[Parameter, ...]:

@@ -1,0 +1,465 @@
+"""The `darwin` command: what it prints where, how it ends, and that no input makes it stumble."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from orchestrator import cli, single_merge
+from orchestrator.config import config_to_dict, load_config
+from orchestrator.ledger import Ledger
+from tests.families import write_family
+from workers.checkpoints import open_checkpoint
+from workers.storage import StorageError, open_store
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on standard output."""
+        assert self.out.count("\n") == 1
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    @property
+    def error(self) -> str:
+        """The one line on standard error."""
+        assert "Traceback" not in self.err
+        assert self.err.startswith("darwin: ")
+        assert self.err.count("\n") == 1
+        assert self.err.endswith("\n")
+        return self.err.removeprefix("darwin: ").strip()
+
+
+class Darwin:
+    """Runs the command in this process, as the installed script does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self.patch = patch
+        self.capture = capture
+
+    def __call__(self, *arguments: object) -> Outcome:
+        self.capture.readouterr()
+        self.patch.setattr(sys, "argv", ["darwin", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = self.capture.readouterr()
+        assert isinstance(caught.value.code, int)
+        return Outcome(caught.value.code, printed.out, printed.err)
+
+
+@pytest.fixture
+def darwin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Darwin:
+    return Darwin(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and two relatives, in files of two shards each."""
+    root = tmp_path_factory.mktemp("family")
+    return write_family(root, "qwen3", max_shard_size="40KB")
+
+
+def write_recipe(folder: Path, family: list[Path], **changes: Any) -> Path:
+    """A recipe of two parents, by default of their even mean, with keys changed."""
+    parents = [
+        {"name": name, "path": str(path)} for name, path in zip("ab", family[1:], strict=True)
+    ]
+    rules = [{"method": "linear", "parameters": {"weight": 0.5}}]
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"parents": parents, "rules": rules} | changes))
+    return file
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+# -- merge -----------------------------------------------------------------------------------
+
+
+def test_merge_writes_the_mean_of_two_parents(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "child"
+    done = darwin("merge", write_recipe(tmp_path, family), out, "--json")
+    assert (done.code, done.err) == (0, "")
+    first, second, child = (weights(folder) for folder in (*family[1:], out))
+    assert child.keys() == first.keys()
+    for name, found in child.items():
+        wanted = ((first[name].double() + second[name].double()) / 2).to(torch.bfloat16)
+        assert torch.equal(found, wanted), name
+    assert done.json == {
+        "status": "done",
+        "child": str(out),
+        "recipe_id": done.json["recipe_id"],
+        "tensors": len(child),
+        "bytes": sum(tensor.nbytes for tensor in child.values()),
+    }
+
+
+def test_merge_writes_a_whole_checkpoint_with_its_lineage(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "child"
+    rule = {"method": "task_arithmetic", "parameters": {"weight": {"a": 1, "b": 0.5}}}
+    recipe = write_recipe(tmp_path, family, base=str(family[0]), rules=[rule], seed=4)
+    recipe_id = darwin("merge", recipe, out, "--json").json["recipe_id"]
+    father, child = open_checkpoint(str(family[1])), open_checkpoint(str(out))
+    assert len(father.weight_files) > 1
+    assert [file.name for file in child.weight_files] == [file.name for file in father.weight_files]
+    assert set(child.companions) == {*father.companions, "lineage.json"}
+    lineage = child.read_json("lineage.json")
+    assert lineage["recipe_id"] == recipe_id
+    assert [parent["fingerprint"] for parent in lineage["parents"]] == [
+        open_checkpoint(str(path)).fingerprint for path in family[1:]
+    ]
+    assert {tensor["method"] for tensor in lineage["tensors"]} == {"task_arithmetic"}
+    assert set(lineage["digests"]) == set(child.tensors)
+
+
+def test_merge_says_in_one_line_what_it_wrote(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "a [/bold] folder with a long name, and :smile: in it" / "child"
+    done = darwin("merge", write_recipe(tmp_path, family), out)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"{out}: {len(weights(out))} tensors, recipe ")
+    assert done.out.count("\n") == 1
+
+
+def test_the_same_recipe_writes_the_same_bytes(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, family)
+    for name in ("one", "two"):
+        assert darwin("merge", recipe, tmp_path / name).code == 0
+    one, two = (open_store(str(tmp_path / name)) for name in ("one", "two"))
+    keys = [info.key for info in one.list_objects()]
+    assert keys == [info.key for info in two.list_objects()]
+    assert all(one.read(key) == two.read(key) for key in keys)
+
+
+def test_merge_leaves_a_place_that_is_not_empty_alone(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, family)
+    out = tmp_path / "taken"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused = darwin("merge", recipe, out)
+    assert refused.code == 2
+    assert f"{out}: is not empty" in refused.error
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert darwin("merge", recipe, family[1]).code == 2
+    assert darwin("merge", recipe, out / "notes.txt").code == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        ({"method": "linear"}, "rules.0"),
+        ({"method": "ties", "parameters": {"weight": 1, "density": 0.5}}, "rules.0"),
+        ({"method": "linear", "parameters": {"weight": 1}, "where": {"layers": [7, 9]}}, "layers"),
+    ],
+)
+def test_a_rule_that_cannot_work_fails_before_anything_is_written(
+    darwin: Darwin, family: list[Path], tmp_path: Path, rule: dict[str, Any], named: str
+) -> None:
+    refused = darwin(
+        "merge", write_recipe(tmp_path, family, rules=[rule]), tmp_path / "out", "--json"
+    )
+    assert refused.code == 2
+    assert named in refused.error
+    assert refused.json == {"status": "bad input", "error": refused.error}
+    assert not (tmp_path / "out").exists()
+
+
+# -- inspect ---------------------------------------------------------------------------------
+
+
+def test_inspect_counts_what_is_there(darwin: Darwin, family: list[Path]) -> None:
+    done = darwin("inspect", family[0], "--json")
+    stored = weights(family[0])
+    assert (done.code, done.err) == (0, "")
+    found = done.json
+    assert found["status"] == "done"
+    assert found["tensors"] == len(stored)
+    assert found["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert found["bytes"] == 2 * found["parameters"]
+    assert (found["model_type"], found["layers"], found["experts"]) == ("qwen3", 4, 0)
+    assert found["unknown"] == []
+    components = found["components"]
+    assert components.keys() == {"embedding", "attention", "mlp", "norm"}
+    for key in ("tensors", "parameters", "bytes"):
+        assert sum(row[key] for row in components.values()) == found[key]
+    assert components["mlp"] == {
+        "tensors": 12, "parameters": 12 * 32 * 48, "bytes": 24 * 32 * 48, "dtypes": ["BF16"], "layers": 4,
+    }  # fmt: skip
+
+
+def test_inspect_shows_the_same_to_a_person(darwin: Darwin, family: list[Path]) -> None:
+    shown = darwin("inspect", family[0])
+    for part in (
+        str(family[0]),
+        "qwen3",
+        "4 layers",
+        "embedding",
+        "attention",
+        "mlp",
+        "norm",
+        "BF16",
+    ):
+        assert part in shown.out
+    assert f"{12 * 32 * 48:,}" in shown.out
+
+
+def test_inspect_shows_the_names_of_unknown_tensors_whatever_they_are(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "[/strange]"}')
+    names = ["we[/bold]ird", "a:smile:b", "clear\x1b[2J"]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    shown = darwin("inspect", tmp_path)
+    assert shown.code == 0
+    for part in ("[/strange]", "we[/bold]ird", "a:smile:b", "x1b[2J"):
+        assert part in shown.out
+    assert "\x1b" not in shown.out
+    assert darwin("inspect", tmp_path, "--json").json["unknown"] == sorted(names)
+
+
+# -- status and report -----------------------------------------------------------------------
+
+
+def begun_campaign(folder: Path) -> str:
+    """A campaign with one scored candidate of a budget of 5, as its ledger would tell."""
+    file = folder / "campaign.yaml"
+    parents = [{"name": name, "path": name} for name in "ab"]
+    search = {"evaluations": 5}
+    data = {"name": "x", "parents": parents, "tasks": [{"name": "t"}], "search": search}
+    file.write_text(yaml.safe_dump(data))
+    ledger = Ledger(open_store(str(folder / "runs" / "x")))
+    ledger.open_epoch(1)
+    ledger.append("campaign", identity={}, config=config_to_dict(load_config(str(file))))
+    candidates = [{"genome": {"w": 0.5}, "recipe": "r1"}, {"genome": {"w": 0.7}, "recipe": "r2"}]
+    ledger.append("asked", generation=0, candidates=candidates)
+    results = [{"id": "1", "score": 1.0}, {"id": "2", "score": 0.0}]
+    ledger.append(
+        "scored", recipe="r1", split="search", worker=0, items={"t": results}, complete=True,
+        realize_seconds=0.1, score_seconds=0.1,
+    )  # fmt: skip
+    return str(folder / "runs" / "x")
+
+
+def test_status_tells_from_the_store_where_a_campaign_stands(
+    darwin: Darwin, tmp_path: Path
+) -> None:
+    place = begun_campaign(tmp_path)
+    found = darwin("status", place, "--json").json
+    assert (found["status"], found["evaluations"], found["budget"]) == ("unfinished", 1, 5)
+    assert found["best"] == {"recipe_id": "r1", "fitness": 0.5, "genome": {"w": 0.5}}
+    assert found["child"] is None
+    shown = darwin("status", place + "/")
+    assert shown.code == 0
+    for part in (place, "unfinished", "1 of 5", "0.500"):
+        assert part in shown.out
+
+
+def test_there_is_no_report_of_an_unfinished_campaign(darwin: Darwin, tmp_path: Path) -> None:
+    refused = darwin("report", begun_campaign(tmp_path), "--json")
+    assert refused.code == 2
+    assert refused.json["error"] == refused.error
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff", b'{"kind": "asked"}'])
+def test_a_damaged_ledger_is_named(
+    darwin: Darwin, tmp_path: Path, command: str, damage: bytes
+) -> None:
+    place = begun_campaign(tmp_path)
+    (Path(place) / "ledger" / "00000002.json").write_bytes(damage)
+    refused = darwin(command, place)
+    assert refused.code == 2
+    assert "00000002.json" in refused.error
+
+
+# -- run -------------------------------------------------------------------------------------
+
+
+def test_run_refuses_a_campaign_whose_parents_are_not_there(darwin: Darwin, tmp_path: Path) -> None:
+    refused = darwin(
+        "run", "demo", f"store={tmp_path / 'runs'}", "parents.1.path=nowhere", "--json"
+    )
+    assert refused.code == 2
+    assert "nowhere" in refused.error
+    assert refused.json["status"] == "bad input"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_refuses_an_override_by_its_key(darwin: Darwin) -> None:
+    refused = darwin("run", "demo", "search.evaluation=5")
+    assert refused.code == 2
+    assert "search.evaluation" in refused.error
+
+
+# -- how it ends -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_command_it_shows_its_help(darwin: Darwin, arguments: list[str]) -> None:
+    shown = darwin(*arguments)
+    assert (shown.code, shown.err) == (0, "")
+    for command in ("run", "status", "report", "merge", "inspect"):
+        assert command in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["breed"], "breed"),
+        (["inspect"], "CHECKPOINT"),
+        (["merge", "recipe.yaml"], "OUT"),
+        (["inspect", "--jsn", "x"], "--jsn"),
+        (["inspect", "x", "y"], "y"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(
+    darwin: Darwin, arguments: list[str], named: str
+) -> None:
+    refused = darwin(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert named in refused.error
+    with_json = darwin(*arguments, "--json")
+    assert with_json.code == 2
+    assert with_json.json == {"status": "bad input", "error": with_json.error}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (StorageError("the store\nis down"), 1, "failed"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_one_line_too(
+    darwin: Darwin, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, status: str
+) -> None:
+    def fail(*arguments: str) -> None:
+        raise error
+
+    monkeypatch.setattr(single_merge, "merge_recipe", fail)
+    ended = darwin("merge", "recipe.yaml", "out", "--json")
+    assert ended.code == code
+    assert ended.json == {"status": status, "error": ended.error}
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single_merge, "merge_recipe", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["darwin", "merge", "recipe.yaml", "out"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+# -- hostile input ---------------------------------------------------------------------------
+
+COMMANDS = [
+    ("inspect", []), ("status", []), ("report", []), ("run", []), ("merge", ["out"]),
+]  # fmt: skip
+
+PLACES = [
+    "nowhere", "", "binary.yaml", "binary", "folder.yaml", "folder", "s3:/bucket", "file://host/x",
+    "ftp://host/x", "shipped:nothing", "shipped:../..", "[/bold]", "a\x1b[2Jb.yaml",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "rest"), COMMANDS, ids=[command for command, _ in COMMANDS])
+@pytest.mark.parametrize("place", PLACES)
+def test_no_place_makes_a_command_stumble(
+    darwin: Darwin,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    rest: list[str],
+    place: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("binary", "binary.yaml"):
+        (tmp_path / name).write_bytes(bytes(range(256)))
+    for name in ("folder", "folder.yaml"):
+        (tmp_path / name).mkdir()
+    refused = darwin(command, place, *rest, "--json")
+    assert refused.code == 2
+    assert refused.json == {"status": "bad input", "error": refused.json["error"]}
+    assert refused.error
+    assert not (tmp_path / "out").exists()
+
+
+CONFIGS = [
+    "[]", "5", "{", '{"text_config": "x"}', '{"text_config": {"num_hidden_layers": "4"}}',
+    '{"num_hidden_layers": "x"}', '{"model_type": ["x"]}', '{"model_type": null}', "\x00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_no_configuration_of_a_parent_makes_a_command_stumble(
+    darwin: Darwin, family: list[Path], tmp_path: Path, config: str
+) -> None:
+    shutil.copytree(family[1], tmp_path / "parent")
+    (tmp_path / "parent" / "config.json").write_text(config)
+    recipe = write_recipe(tmp_path, [family[0], tmp_path / "parent", family[2]])
+    inspected = darwin("inspect", tmp_path / "parent")
+    merged = darwin("merge", recipe, tmp_path / "out")
+    for ended in (inspected, merged):
+        assert ended.code in (0, 2)
+        if ended.code:
+            assert "config.json" in ended.error
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"[" * 100_000])
+def test_a_damaged_file_of_a_parent_is_named(
+    darwin: Darwin, family: list[Path], tmp_path: Path, file: str, content: bytes
+) -> None:
+    shutil.copytree(family[1], tmp_path / "parent")
+    (tmp_path / "parent" / file).write_bytes(content)
+    recipe = write_recipe(tmp_path, [family[0], tmp_path / "parent", family[2]])
+    refused = darwin("merge", recipe, tmp_path / "out")
+    assert refused.code == 2
+    assert f"{tmp_path / 'parent' / file}: " in refused.error
+
+
+# -- as a process of its own -----------------------------------------------------------------
+
+
+def test_the_process_prints_one_object_and_ends_with_the_code(
+    family: list[Path], tmp_path: Path
+) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments), "--json"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run("inspect", family[0])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["status"] == "done"
+    for missing in ("missing.yaml", os.fsdecode(b"caf\xff.yaml")):
+        refused = run("merge", tmp_path / missing, tmp_path / "out")
+        assert refused.returncode == 2
+        error = json.loads(refused.stdout)["error"]
+        assert missing in error
+        assert refused.stderr == f"darwin: {error}\n".encode(errors="backslashreplace").decode()

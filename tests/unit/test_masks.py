@@ -1,0 +1,113 @@
+"""Random masks: the same bits whoever draws them, in whatever pieces, for ever."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.merging.masks import keep_mask
+
+TENSOR = "layers.3.mlp.up_proj.weight"
+
+
+def drawn_in_one_go(
+    seed: int, parent: str, tensor: str, count: int, probability: float
+) -> numpy.ndarray:
+    """The definition: element `i` is kept if word `i` of the Philox stream is below the probability."""
+    digest = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
+    key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")]
+    numbers = numpy.random.Philox(key=numpy.array(key, numpy.uint64), counter=0).random_raw(
+        count // 2 + 1
+    )
+    words = numpy.stack([numbers & 0xFFFFFFFF, numbers >> 32], axis=1).reshape(-1)[:count]
+    return words < round(probability * 2**32)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-6, 0.1, 0.5, 0.999, 1.0])
+def test_is_the_stream_of_philox(probability: float) -> None:
+    expected = drawn_in_one_go(7, "mother", TENSOR, 10_001, probability)
+    found = keep_mask(7, "mother", TENSOR, 0, 10_001, probability)
+    assert found.dtype == numpy.bool_
+    assert numpy.array_equal(found, expected)
+
+
+WHOLE = keep_mask(1, "mother", TENSOR, 0, 3000, 0.4)
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+@settings(max_examples=200, deadline=None)
+def test_any_piece_is_that_of_the_whole(start: int, stop: int) -> None:
+    start, stop = min(start, stop), max(start, stop)
+    piece = keep_mask(1, "mother", TENSOR, start, stop - start, 0.4)
+    assert numpy.array_equal(piece, WHOLE[start:stop])
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_pieces_put_together_are_the_whole(counts: list[int]) -> None:
+    pieces, start = [], 0
+    for count in counts:
+        pieces.append(keep_mask(1, "mother", TENSOR, start, count, 0.4))
+        start += count
+    together = numpy.concatenate(pieces)[:3000]
+    assert numpy.array_equal(together, WHOLE[: len(together)])
+
+
+def test_a_piece_far_behind_is_drawn_without_what_is_before() -> None:
+    """At the offsets of the largest tensors: 512 experts in one of 8.6 GB."""
+    far = 512 * 2048 * 4096
+    whole = keep_mask(1, "mother", TENSOR, far, 64, 0.5)
+    assert numpy.array_equal(keep_mask(1, "mother", TENSOR, far + 13, 20, 0.5), whole[13:33])
+    assert not numpy.array_equal(whole, keep_mask(1, "mother", TENSOR, 0, 64, 0.5))
+
+
+def test_another_seed_parent_or_tensor_has_another_mask() -> None:
+    keys = [
+        (0, "mother", TENSOR),
+        (1, "mother", TENSOR),
+        (-1, "mother", TENSOR),
+        (0, "donor", TENSOR),
+        (0, "mother", TENSOR.replace("3", "4")),
+        (0, "moth", "er" + TENSOR),
+        (2**80, "mother", TENSOR),
+    ]
+    count = 4096
+    masks = [keep_mask(*key, 0, count, 0.5) for key in keys]
+    for number, mask in enumerate(masks):
+        for other in masks[:number]:
+            agreeing = int((mask == other).sum())
+            assert abs(agreeing - count / 2) < 5 * math.sqrt(count / 4)  # as of independent coins
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.3, 0.5, 0.9, 0.99])
+def test_the_share_kept_is_the_probability(probability: float) -> None:
+    count = 1 << 20
+    kept = int(keep_mask(3, "mother", TENSOR, 0, count, probability).sum())
+    sigma = math.sqrt(count * probability * (1 - probability))
+    assert abs(kept - count * probability) < 5 * sigma
+
+
+def test_a_greater_probability_keeps_what_a_smaller_one_keeps() -> None:
+    smaller, greater = (keep_mask(0, "mother", TENSOR, 0, 5000, p) for p in (0.3, 0.31))
+    assert not (smaller & ~greater).any()
+    assert greater.sum() > smaller.sum()
+
+
+def test_nothing_and_everything() -> None:
+    assert not keep_mask(0, "mother", TENSOR, 5, 1000, 0.0).any()
+    assert keep_mask(0, "mother", TENSOR, 5, 1000, 1.0).all()
+    assert keep_mask(0, "mother", TENSOR, 5, 0, 0.5).shape == (0,)
+
+
+def test_the_bits_never_change() -> None:
+    """Frozen: a change of these would change every child with random masks that was ever made."""
+    bits = keep_mask(42, "mother", TENSOR, 0, 1000, 0.5)
+    first = "".join(map(str, bits[:32].astype(int)))
+    digest = hashlib.sha256(numpy.packbits(bits).tobytes()).hexdigest()
+    assert first == "01100100001001010001011011001111"
+    assert digest == "920ae031489f00fe57b6bb622dd7b4b3dede23c776b805a35d5cfbcaafa80157"

@@ -1,0 +1,475 @@
+"""Recipes: one identity for one merge, strict reading, and which tensor gets which rule."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint_files import (
+    assert_same_bits,
+    merge,
+    open_merger,
+    read_tensors,
+    recipe_for,
+    rule,
+    write_checkpoint,
+)
+from workers.checkpoints import LogicalTensor
+from workers.errors import BadInputError
+from workers.merging import (
+    CARRIED,
+    ParentReference,
+    Recipe,
+    Rule,
+    Selector,
+    parse_selector,
+    passthrough_recipe,
+)
+from workers.merging.sinks import HashSink
+
+RECIPE = Recipe(
+    parents=(ParentReference("father", "f" * 64), ParentReference("mother", "e" * 64)),
+    rules=(
+        Rule(
+            Selector(components=("mlp", "expert"), layers=(0, 3)),
+            "dare_ties",
+            {"weight": {"mother": 0.25, "father": 0.75}, "density": 0.5, "lambda": 1.0},
+        ),
+        Rule(Selector(names=("lm_head.*", "é")), "passthrough", {"source": "mother"}),
+        Rule(Selector(), "slerp", {"t": 0.1}),
+    ),
+    base=ParentReference("base", "b" * 64),
+    seed=42,
+)
+CANONICAL = (
+    '{"base":{"fingerprint":"' + "b" * 64 + '","name":"base"},"format":1,'
+    '"parents":[{"fingerprint":"' + "f" * 64 + '","name":"father"},'
+    '{"fingerprint":"' + "e" * 64 + '","name":"mother"}],'
+    '"rules":[{"method":"dare_ties",'
+    '"parameters":{"density":0.5,"lambda":1.0,"weight":{"father":0.75,"mother":0.25}},'
+    '"where":{"components":["mlp","expert"],"layers":[0,3]}},'
+    '{"method":"passthrough","parameters":{"source":"mother"},"where":{"names":["lm_head.*","é"]}},'
+    '{"method":"slerp","parameters":{"t":0.1},"where":{}}],"seed":42}'
+)
+GOLDEN_ID = "779692646028f00da6b5a517fa6fdc1a30409078371878ba0f8cff42f2fa46c2"
+
+
+def as_data() -> dict[str, Any]:
+    """The example as JSON gives it back."""
+    data: dict[str, Any] = json.loads(RECIPE.canonical_json)
+    return data
+
+
+def test_the_identity_never_changes() -> None:
+    """Frozen: the ids of all recipes in ledgers and lineages depend on it."""
+    assert RECIPE.canonical_json == CANONICAL
+    assert RECIPE.id == hashlib.sha256(CANONICAL.encode()).hexdigest() == GOLDEN_ID
+
+
+def reversed_tables(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reversed_tables(value[key]) for key in reversed(value)}
+    return [reversed_tables(part) for part in value] if isinstance(value, list) else value
+
+
+def test_the_identity_does_not_depend_on_the_order_of_tables() -> None:
+    data = reversed_tables(as_data())
+    assert list(data) != list(as_data())
+    assert Recipe.from_dict(data).canonical_json == CANONICAL
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("seed",), 43),
+        (("base",), None),
+        (("parents", 1, "name"), "other"),
+        (("parents", 0, "fingerprint"), "0" * 64),
+        (("rules", 0, "where", "layers", 1), 4),
+        (("rules", 0, "parameters", "weight", "mother"), 0.25000001),
+        (("rules", 2, "method"), "linear"),
+    ],
+)
+def test_the_identity_depends_on_everything(path: tuple[Any, ...], value: Any) -> None:
+    assert Recipe.from_dict(changed(path, value)).id != GOLDEN_ID
+
+
+def test_what_is_written_is_read_back() -> None:
+    for recipe in (
+        RECIPE,
+        Recipe(RECIPE.parents, ()),
+        passthrough_recipe(RECIPE.parents, "mother"),
+    ):
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+        assert again == recipe
+        assert again.to_dict() == recipe.to_dict()
+        assert again.id == recipe.id
+    assert RECIPE.father == ParentReference("father", "f" * 64)
+
+
+MISSING = object()
+ANYTHING_ELSE = (None, 1, 1.5, True, "text", [], [1], {}, {"a": 1}, float("nan"))
+
+
+def changed(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """The example with one place changed, or gone."""
+    data = as_data()
+    place: Any = data
+    for step in path[:-1]:
+        place = place[step]
+    if value is MISSING:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return data
+
+
+PLACES: dict[tuple[Any, ...], tuple[type, ...]] = {
+    ("format",): (),
+    ("seed",): (int,),
+    ("parents",): (),
+    ("parents", 0): (),
+    ("parents", 0, "name"): (str,),
+    ("parents", 0, "fingerprint"): (str,),
+    ("base",): (type(None),),
+    ("base", "name"): (str,),
+    ("rules",): (list,),
+    ("rules", 0): (),
+    ("rules", 0, "method"): (str,),
+    ("rules", 0, "parameters"): (dict,),
+    ("rules", 0, "where"): (dict,),
+    ("rules", 0, "where", "components"): (list, type(None)),
+    ("rules", 0, "where", "components", 0): (),
+    ("rules", 0, "where", "layers"): (type(None),),
+    ("rules", 0, "where", "layers", 0): (int,),
+    ("rules", 1, "where", "names"): (list, type(None)),
+    ("rules", 1, "where", "names", 0): (str,),
+}
+"""Every place of a recipe, and which types can stand there. Of lists and tables only empty ones can,
+but for the parameters, whose names only their method knows."""
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: ".".join(map(str, path)))
+def test_a_malformed_recipe_is_refused(path: tuple[Any, ...]) -> None:
+    may_be_left_out = ("where" in path and path[-1] != "where") or path[-1] == 0
+    for value in ANYTHING_ELSE if may_be_left_out else (*ANYTHING_ELSE, MISSING):
+        filled = isinstance(value, list | dict) and value and path[-1] != "parameters"
+        if type(value) in PLACES[path] and not filled:
+            Recipe.from_dict(changed(path, value))
+        elif (path, value) != (("format",), 1):
+            with pytest.raises(BadInputError):
+                Recipe.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("data", ANYTHING_ELSE)
+def test_what_is_no_recipe_is_refused(data: Any) -> None:
+    with pytest.raises(BadInputError, match="recipe"):
+        Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "path", [("sede",), ("rules", 0, "paramters"), ("rules", 0, "where", "layer"), ("base", "path")]
+)
+def test_an_unknown_key_is_refused_by_name(path: tuple[Any, ...]) -> None:
+    with pytest.raises(BadInputError, match=path[-1]):
+        Recipe.from_dict(changed(path, 1))
+
+
+def test_another_format_is_refused() -> None:
+    with pytest.raises(BadInputError, match="format 2 is not 1"):
+        Recipe.from_dict(changed(("format",), 2))
+
+
+def test_two_parents_of_one_name_are_refused() -> None:
+    with pytest.raises(BadInputError, match="'mother'"):
+        Recipe.from_dict(changed(("parents", 0, "name"), "mother"))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), [0.5], None, True])
+def test_parameters_are_numbers_names_or_numbers_per_parent(value: Any) -> None:
+    for path in (("rules", 2, "parameters", "t"), ("rules", 0, "parameters", "weight", "father")):
+        with pytest.raises(BadInputError, match=f"'{path[3]}'"):
+            Recipe.from_dict(changed(path, value))
+
+
+# Which tensors a rule is for
+
+
+def tensor(name: str, component: str, layer: int | None) -> LogicalTensor:
+    return LogicalTensor(name, component, layer, None, (1,), "BF16", name, 0)
+
+
+UP = tensor("layers.3.mlp.up_proj.weight", "mlp", 3)
+HEAD = tensor("lm_head.weight", "lm_head", None)
+
+
+@pytest.mark.parametrize(
+    ("where", "up", "head"),
+    [
+        ({}, True, True),
+        ({"components": ["mlp"]}, True, False),
+        ({"components": ["lm_head", "mlp"]}, True, True),
+        ({"layers": [3, 3]}, True, False),
+        ({"layers": [0, 99]}, True, False),
+        ({"layers": [0, 2]}, False, False),
+        ({"layers": [4, 9]}, False, False),
+        ({"layers": [9, 0]}, False, False),
+        ({"names": ["*"]}, True, True),
+        ({"names": ["x", "lm_head.weight"]}, False, True),
+        ({"names": ["layers.?.mlp.*"]}, True, False),
+        ({"names": ["layers.[0-2].*"]}, False, False),
+        ({"names": ["LM_HEAD.weight"]}, False, False),
+        ({"names": ["lm_head"]}, False, False),
+        ({"names": ["layers.*"], "components": ["norm"]}, False, False),
+        ({"names": ["layers.*"], "components": ["mlp"], "layers": [3, 4]}, True, False),
+    ],
+)
+def test_a_selector_restricts_by_all_that_it_says(
+    where: dict[str, Any], up: bool, head: bool
+) -> None:
+    selector = parse_selector(where)
+    assert (selector.matches(UP), selector.matches(HEAD)) == (up, head)
+
+
+@pytest.mark.parametrize(
+    ("where", "word"),
+    [
+        ({"component": ["mlp"]}, "component"),
+        ({"components": ["mlps"]}, "'mlps'"),
+        ({"components": "mlp"}, "components"),
+        ({"components": 3}, "components"),
+        ({"layers": [1]}, "layers"),
+        ({"layers": [1, 2, 3]}, "layers"),
+        ({"layers": [0.0, 1]}, "layers"),
+        ({"layers": 3}, "layers"),
+        ({"layers": "12"}, "layers"),
+        ({"names": "layers.*"}, "names"),  # letter by letter, its last one would match everything
+        ({"names": [1]}, "names"),
+        ([], "where"),
+        ("mlp", "where"),
+        (None, "where"),
+    ],
+)
+def test_a_malformed_selector_is_refused_by_its_key(where: Any, word: str) -> None:
+    with pytest.raises(BadInputError, match=word):
+        parse_selector(where)
+
+
+# Recipes over real checkpoints
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 2}
+NAMES = (
+    "model.embed_tokens.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.norm.weight",
+    "model.visual.proj.weight",
+    "model.odd.weight",
+    "mtp.fc.weight",
+)
+
+
+def write_parent(folder: Path, seed: int, *changes: tuple[str, torch.Tensor | None]) -> Path:
+    """Every tensor `[4, 6]` of its own random values, but for `changes` (None: it is not there)."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(4, 6, generator=generator).bfloat16() for name in NAMES}
+    for name, changed_tensor in changes:
+        del tensors[name]
+        if changed_tensor is not None:
+            tensors[name] = changed_tensor
+    return write_checkpoint(folder, tensors, config=CONFIG)
+
+
+@pytest.fixture
+def parents(tmp_path: Path) -> dict[str, Path]:
+    return {name: write_parent(tmp_path / name, number) for number, name in enumerate("abc")}
+
+
+def test_the_first_rule_that_matches_wins(parents: dict[str, Path], tmp_path: Path) -> None:
+    rules = (
+        rule("passthrough", Selector(names=("layers.1.*up*",)), source="c"),
+        rule("passthrough", Selector(components=("mlp", "norm")), source="b"),
+        rule("passthrough", Selector(layers=(0, 1)), source="c"),
+    )
+    child = merge(tmp_path / "child", parents, rules)
+    sources = {
+        "model.embed_tokens.weight": "a",
+        "model.layers.0.mlp.up_proj.weight": "b",
+        "model.layers.1.mlp.up_proj.weight": "c",
+        "model.layers.1.self_attn.q_proj.weight": "c",
+        "model.norm.weight": "b",
+        "model.visual.proj.weight": "a",
+        "model.odd.weight": "a",
+        "mtp.fc.weight": "a",
+    }
+    stored = {name: read_tensors(folder) for name, folder in parents.items()}
+    assert_same_bits(child, {name: stored[source][name] for name, source in sources.items()})
+
+
+def test_without_rules_the_child_is_the_father(parents: dict[str, Path], tmp_path: Path) -> None:
+    assert_same_bits(merge(tmp_path / "child", parents, ()), read_tensors(parents["a"]))
+
+
+def test_a_parent_in_the_layout_of_the_father(parents: dict[str, Path], tmp_path: Path) -> None:
+    """All of the mother's, but for what only stands in a role that is carried."""
+    merger = open_merger(parents)
+    child = merge(tmp_path / "child", parents, passthrough_recipe(merger.references, "b").rules)
+    father, mother = read_tensors(parents["a"]), read_tensors(parents["b"])
+    carried = {"model.visual.proj.weight", "model.odd.weight", "mtp.fc.weight"}
+    assert_same_bits(child, {name: (father if name in carried else mother)[name] for name in NAMES})
+    assert set(CARRIED) == {"vision", "mtp", "unknown"}
+
+
+def run_once(parents: dict[str, Path], *rules: Rule) -> None:
+    merger = open_merger(parents)
+    merger.run(recipe_for(merger, *rules), HashSink())
+
+
+def refuse(parents: dict[str, Path], *words: str, rules: tuple[Rule, ...]) -> None:
+    with pytest.raises(BadInputError) as caught:
+        run_once(parents, *rules)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "where", [{"components": ["router"]}, {"layers": [2, 3]}, {"names": ["model.norm.weight"]}]
+)
+def test_a_rule_that_matches_nothing_is_refused(
+    parents: dict[str, Path], where: dict[str, Any]
+) -> None:
+    """Canonical names have no `model.` in front; a pattern with it is a mistake worth telling."""
+    rules = (rule("linear", weight=1.0), rule("linear", parse_selector(where), weight=1.0))
+    word = next(iter(where.values()))[0]
+    refuse(parents, "matches no tensor", str(parents["a"]), str(word), rules=rules)
+
+
+def test_an_unknown_method_is_refused(parents: dict[str, Path]) -> None:
+    refuse(parents, "'lerp'", "linear", rules=(rule("lerp"),))
+
+
+def test_a_recipe_for_other_parents_is_refused(parents: dict[str, Path], tmp_path: Path) -> None:
+    """Told by content: it does not matter where they lie, but it does matter what they are."""
+    merger = open_merger(parents)
+    recipe = recipe_for(merger, rule("linear", weight=1.0))
+    other = open_merger(parents | {"b": write_parent(tmp_path / "other", 9)})
+    swapped = open_merger({"b": parents["b"], "a": parents["a"], "c": parents["c"]})
+    renamed = open_merger({"x": parents["a"], "b": parents["b"], "c": parents["c"]})
+    fewer = open_merger({"a": parents["a"], "b": parents["b"]})
+    for wrong in (other, swapped, renamed, fewer):
+        with pytest.raises(BadInputError, match=recipe.id[:12]):
+            wrong.run(recipe, HashSink())
+    moved = open_merger(parents | {"b": parents["b"].rename(tmp_path / "moved")})
+    moved.run(recipe, HashSink())
+
+
+def test_a_recipe_for_another_base_is_refused(parents: dict[str, Path]) -> None:
+    two = {"a": parents["a"], "b": parents["b"]}
+    merger = open_merger(two, base=parents["c"])
+    recipe = recipe_for(merger, rule("task_arithmetic", weight=1.0))
+    for wrong in (open_merger(two), open_merger(two, base=parents["a"])):
+        with pytest.raises(BadInputError, match=recipe.id[:12]):
+            wrong.run(recipe, HashSink())
+    without = Recipe(merger.references, (rule("linear", weight=1.0),))
+    merger.run(without, HashSink())  # a base that a recipe does not use may be open
+
+
+def test_a_tensor_that_a_parent_lacks_is_named(parents: dict[str, Path], tmp_path: Path) -> None:
+    missing = "model.layers.1.mlp.up_proj.weight"
+    lacking = write_parent(tmp_path / "lacking", 1, (missing, None))
+    words = (missing.removeprefix("model."), str(lacking), "b (")
+    refuse(parents | {"b": lacking}, *words, rules=(rule("linear", weight=1.0),))
+    refuse(parents | {"b": lacking}, *words, rules=(rule("passthrough", source="b"),))
+    elsewhere = (
+        rule("linear", Selector(components=("norm",)), weight=1.0),
+        rule("passthrough", source="c"),
+    )
+    with_rest = merge(tmp_path / "child", parents | {"b": lacking}, elsewhere)
+    assert_same_bits({missing: with_rest[missing]}, {missing: read_tensors(parents["c"])[missing]})
+
+
+def test_a_tensor_that_the_base_lacks_is_named(parents: dict[str, Path], tmp_path: Path) -> None:
+    lacking = write_parent(tmp_path / "lacking", 1, ("model.norm.weight", None))
+    merger = open_merger(parents, lacking)
+    with pytest.raises(
+        BadInputError, match=rf"base \({lacking}\).*'norm\.weight'.*task_arithmetic"
+    ):
+        merger.run(recipe_for(merger, rule("task_arithmetic", weight=1.0)), HashSink())
+    merger.run(recipe_for(merger, rule("linear", weight=1.0)), HashSink())
+
+
+def test_a_parent_may_be_called_base(parents: dict[str, Path], tmp_path: Path) -> None:
+    lacking = write_parent(tmp_path / "lacking", 1, ("model.norm.weight", None))
+    merger = open_merger({"a": parents["a"], "base": lacking}, parents["c"])
+    with pytest.raises(BadInputError, match=rf"{lacking}.*'norm\.weight'"):
+        merger.run(recipe_for(merger, rule("task_arithmetic", weight=1.0)), HashSink())
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6, 1), (24,), (5, 6)])
+def test_shapes_that_differ_are_refused(
+    parents: dict[str, Path], tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    other = write_parent(tmp_path / "other", 1, ("model.norm.weight", torch.ones(shape)))
+    words = ("'norm.weight'", "[4, 6]", str(list(shape)), str(parents["a"]), str(other))
+    refuse(parents | {"c": other}, *words, rules=())
+    with pytest.raises(BadInputError, match=r"'norm\.weight'"):
+        open_merger(parents, base=other)
+
+
+QUANTIZED = (torch.float8_e4m3fn, torch.int32, torch.uint8, torch.bool)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("who", ["a", "b"])
+def test_codes_are_never_averaged(
+    parents: dict[str, Path], tmp_path: Path, dtype: torch.dtype, who: str
+) -> None:
+    """Quantized weights and whole numbers are codes; their mean is no weight."""
+    name = "model.norm.weight"
+    quantized = write_parent(tmp_path / "quantized", 1, (name, torch.ones(4, 6).to(dtype)))
+    words = (str(quantized), f"'{name}'", "linear", "dequantize")
+    refuse(parents | {who: quantized}, *words, rules=(rule("linear", weight=1.0),))
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_codes_of_the_base_are_never_subtracted(
+    parents: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    quantized = write_parent(tmp_path / "q", 1, ("model.norm.weight", torch.ones(4, 6).to(dtype)))
+    merger = open_merger(parents, quantized)
+    with pytest.raises(BadInputError, match=rf"{quantized}.*'model\.norm\.weight'"):
+        merger.run(recipe_for(merger, rule("task_arithmetic", weight=1.0)), HashSink())
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_codes_are_carried_bit_by_bit(
+    parents: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    name = "model.norm.weight"
+    values = torch.arange(24).reshape(4, 6).to(dtype)
+    father = write_parent(tmp_path / "father", 1, (name, values))
+    mother = write_parent(tmp_path / "mother", 2, (name, values.flip(0)))
+    both = {"a": father, "b": mother}
+    everything = (rule("passthrough", source="b"),)
+    assert_same_bits(merge(tmp_path / "one", both, ()), read_tensors(father))
+    assert_same_bits(merge(tmp_path / "two", both, everything), read_tensors(mother))
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_weights_are_not_turned_into_codes_nor_back(
+    parents: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A plain cast would lose the scales: the father's dtype is not the mother's, and one of them is
+    of codes."""
+    quantized = write_parent(tmp_path / "q", 1, ("model.norm.weight", torch.ones(4, 6).to(dtype)))
+    everything = (rule("passthrough", source="b"),)
+    words = (str(quantized), "'model.norm.weight'", "passthrough")
+    refuse({"a": parents["a"], "b": quantized}, *words, rules=everything)
+    refuse({"a": quantized, "b": parents["b"]}, *words, rules=everything)
