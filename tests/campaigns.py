@@ -41,20 +41,24 @@ def write_campaign(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def start_darwin(*arguments: str) -> subprocess.Popen[str]:
+def start_darwin(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """The command as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=(environment or dict(os.environ)) | {"HF_HUB_OFFLINE": "1"},
     )
 
 
-def run_darwin(*arguments: str, expect: int = 0) -> dict[str, Any]:
+def run_darwin(
+    *arguments: str, expect: int = 0, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Run a command with `--json` to its end, check its exit code; its JSON object."""
-    process = start_darwin(*arguments, "--json")
+    process = start_darwin(*arguments, "--json", environment=environment)
     out, err = process.communicate(timeout=300)
     assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
     assert "Traceback" not in err, err

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,7 +152,7 @@ def test_a_killed_worker_costs_nothing_but_time(undisturbed: dict, tmp_path: Pat
     store = open_store(str(tmp_path / "store" / "small"))
     process = start_darwin("run", str(campaign), "--json")
     wait_for(lambda: sum(r["kind"] == "scored" for r in records(store)) >= 5, process)
-    victims = worker_processes(process.pid)
+    victims = engine_processes(process.pid)
     assert victims
     os.kill(victims[0], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
@@ -226,36 +229,6 @@ def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path
     assert run_darwin("status", result["campaign"])["status"] == "done"
 
 
-def worker_processes(driver: int) -> list[int]:
-    """Pids of the driver's Ray workers that hold an engine."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_text()
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            grandparent = int(
-                Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1]
-            )
-        except (OSError, ValueError):
-            continue
-        if title.startswith("ray::EvaluationWorker") and grandparent == driver:
-            found.append(int(entry.name))
-    return found
-
-
-def store_has_finished(store: Store) -> bool:
-    return any(record["kind"] == "finished" for record in records(store))
-
-
-def _items(file: str) -> dict[str, Record]:
-    import json
-
-    lines = open_store("shipped:strings/items").read(file).decode().splitlines()
-    return {item["id"]: item for item in map(json.loads, lines)}
-
-
 def test_a_candidate_that_cannot_work_is_recorded_and_the_campaign_goes_on(tmp_path: Path) -> None:
     """The first candidate's weights are all 0: there is no such mean. The others are fine."""
     space = tmp_path / "space.yaml"
@@ -276,3 +249,73 @@ def test_a_candidate_that_cannot_work_is_recorded_and_the_campaign_goes_on(tmp_p
     failed = [r for r in records(open_store(result["campaign"])) if r["kind"] == "failed"]
     assert [r["given_up"] for r in failed] == [True]
     assert "sum to 0" in failed[0]["error"]
+
+
+def test_on_a_running_cluster(undisturbed: dict, tmp_path: Path) -> None:
+    """With `address`, workers run in a cluster that is up already, and leave it as it was."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    port = free_port()
+    head = subprocess.Popen(
+        [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+            "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2",
+            "--include-dashboard=false", "--disable-usage-stats",
+        ],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: is_listening(port), head)
+        campaign = write_campaign(tmp_path, address=f"127.0.0.1:{port}")
+        result = run_darwin("run", str(campaign), environment=environment)
+        assert digests(result["child"]) == digests(undisturbed["child"])
+        assert head.poll() is None
+        wait_for(lambda: not engine_processes(head.pid), head)
+    finally:
+        head.terminate()
+        head.communicate(timeout=60)
+
+
+def engine_processes(ancestor: int) -> list[int]:
+    """Pids of the Ray workers below a process that hold an engine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_text()
+            if title.startswith("ray::EvaluationWorker") and ancestor in ancestors(int(entry.name)):
+                found.append(int(entry.name))
+        except (OSError, ValueError):
+            continue  # it ended while one looked
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    """The parent, its parent, and so on."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as opened:
+        return opened.connect_ex(("127.0.0.1", port)) == 0
+
+
+def store_has_finished(store: Store) -> bool:
+    return any(record["kind"] == "finished" for record in records(store))
+
+
+def _items(file: str) -> dict[str, Record]:
+    import json
+
+    lines = open_store("shipped:strings/items").read(file).decode().splitlines()
+    return {item["id"]: item for item in map(json.loads, lines)}
