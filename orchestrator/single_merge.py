@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT, licence_of, package_version
+from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
 from workers.checkpoints import open_checkpoint, publish_companions
 from workers.errors import BadInputError
@@ -29,8 +30,9 @@ def merge_recipe(path: str, out: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     merger = Merger(loaded.parents, loaded.base)
-    report = write_weights(merger, loaded.recipe, target, threads=os.cpu_count() or 1)
     father = next(iter(loaded.parents.values()))
+    with progress_bar(f"merging {len(loaded.parents)} parents", father.bytes) as notify:
+        report = write_weights(merger, loaded.recipe, target, os.cpu_count() or 1, notify)
     lineage = {
         "format": LINEAGE_FORMAT,
         "software": {"darwin": package_version()},

@@ -372,7 +372,7 @@ STORED = st.dictionaries(
 
 
 @given(STORED, st.sampled_from(["qwen3_5_moe", "gpt_oss"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_every_stored_element_is_covered_exactly_once(
     shapes: dict[str, list[int]], kind: str
 ) -> None:
@@ -422,7 +422,7 @@ def test_fused_and_per_expert_checkpoints_are_the_same_tensors(kind: str, tmp_pa
 
 
 def test_the_values_of_fused_experts_are_those_of_the_slices(tmp_path: Path) -> None:
-    gate_up, down = torch.randn(3, 8, 5), torch.randn(3, 5, 4)
+    gate_up, down = torch.arange(120.0).reshape(3, 8, 5), torch.arange(60.0).reshape(3, 5, 4)
     folder = write_checkpoint(
         tmp_path / "fused",
         {

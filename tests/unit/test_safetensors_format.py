@@ -227,7 +227,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8
         max_size=5,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_whatever_the_library_writes_is_read(
     tensors: dict[str, tuple[torch.dtype, list[int]]],
 ) -> None:
@@ -259,7 +259,7 @@ CHANGES = st.lists(
 
 
 @given(CHANGES, st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 def test_a_damaged_file_is_refused_or_read_as_by_the_library(
     changes: list[tuple[str, int, int]], keep_length_right: bool
 ) -> None:
@@ -307,7 +307,7 @@ ENTRIES = st.fixed_dictionaries(
     ),
     st.integers(0, 8),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 def test_a_header_of_odd_values_is_refused_or_read_as_by_the_library(
     header: dict[str, Any], size: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,15 +27,22 @@ class ChildReport:
         return {"tensors": [asdict(tensor) for tensor in self.tensors], "digests": self.digests}
 
 
-def write_weights(merger: Merger, recipe: Recipe, target: Store, threads: int) -> ChildReport:
+def write_weights(
+    merger: Merger,
+    recipe: Recipe,
+    target: Store,
+    threads: int,
+    notify: Callable[[int], None] = lambda written: None,
+) -> ChildReport:
     """Merge into `target` in the father's layout, then read everything back (the health check).
 
-    The folder is not a checkpoint yet: `publish_companions` makes it one. Raises `BadInputError` if a
+    The folder is not a checkpoint yet: `publish_companions` makes it one. `notify` is called with the
+    number of bytes each time that some were written. Raises `BadInputError` if a
     merged tensor holds a NaN or an infinity that its parents do not explain away.
     """
     father = next(iter(merger.parents.values()))
     writer = CheckpointWriter(father, target)
-    sink = CheckpointSink(writer)
+    sink = CheckpointSink(writer, notify)
     try:
         reports = merger.run_with_report(recipe, sink, threads)
         writer.finish()

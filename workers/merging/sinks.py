@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -65,12 +66,14 @@ class HashSink:
 
 
 class CheckpointSink(HashSink):
-    """Streams into a `CheckpointWriter`, hashing on the way."""
+    """Streams into a `CheckpointWriter`, hashing on the way; `notify` is told how many bytes."""
 
-    def __init__(self, writer: CheckpointWriter) -> None:
+    def __init__(self, writer: CheckpointWriter, notify: Callable[[int], None]) -> None:
         super().__init__()
         self.writer = writer
+        self.notify = notify
 
     def take(self, unit: MergeUnit, data: memoryview) -> None:
         super().take(unit, data)
         self.writer.write(unit.tensor.stored, data)
+        self.notify(data.nbytes)
