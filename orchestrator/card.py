@@ -53,6 +53,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         _tensor_table(lineage, names),
         "## Lineage\n",
         _parent_table(lineage),
+        _unused(lineage),
         f"Recipe `{lineage['recipe_id']}`. The recipe, the genome, the held-out results, and for every "
         f"tensor its method, parameters, changes and SHA-256 are in `{LINEAGE_FILE}`.\n",
     ]
@@ -180,6 +181,21 @@ def _parent_table(lineage: dict[str, Any]) -> str:
             ["base", "", base["license"] or "not declared", f"`{base['fingerprint'][:16]}`"]
         )
     return _table(rows)
+
+
+def _unused(lineage: dict[str, Any]) -> str:
+    """Tensors of mothers that the father's layout has no place for; empty if there are none."""
+    lines = []
+    for parent in lineage["parents"]:
+        names = parent["unused_tensors"]
+        if names:
+            some = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if names[3:] else "")
+            lines.append(f"- {len(names)} of {parent['name']}: {some}\n")
+    return (
+        "Tensors that the father does not have, so the child neither:\n\n" + "".join(lines)
+        if lines
+        else ""
+    )
 
 
 def _table(rows: list[list[str]]) -> str:

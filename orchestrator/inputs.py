@@ -45,6 +45,15 @@ class Inputs:
     def father_map(self) -> ArchitectureMap:
         return ArchitectureMap(self.father)
 
+    @cached_property
+    def unused(self) -> dict[str, list[str]]:
+        """Parent -> its stored tensors that have no counterpart in the father, so are in no child."""
+        known = self.father_map.by_name
+        return {
+            name: sorted({t.stored for t in ArchitectureMap(p).tensors if t.name not in known})
+            for name, p in self.parents.items()
+        }
+
     def identity(self, config: CampaignConfig) -> dict[str, Any]:
         """What decides the campaign's result: the configuration with places replaced by contents."""
         data = config_to_dict(config)

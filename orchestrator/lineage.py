@@ -40,6 +40,7 @@ def build_lineage(
             "hub": parent.hub,
             "fingerprint": inputs.parents[parent.name].fingerprint,
             "license": licence_of(inputs.parents[parent.name]),
+            "unused_tensors": inputs.unused[parent.name],
         }
         for parent in config.parents
     ]

@@ -101,7 +101,7 @@ def checkpoint_overview(location: str) -> dict[str, Any]:
         "files": len(checkpoint.weight_files),
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.elements for tensor in mapped.tensors),
-        "bytes": checkpoint.bytes,
+        "bytes": checkpoint.total_bytes,
         "fingerprint": checkpoint.fingerprint,
         "components": components,
         "unknown": mapped.unknown,

@@ -69,6 +69,13 @@ class ProgressView:
             f"{campaign.config.search.evaluations} evaluations by {campaign.config.search.optimizer}",
             highlight=False,
         )
+        for name, tensors in campaign.inputs.unused.items():
+            if tensors:
+                self.console.print(
+                    f"[yellow]{len(tensors)} tensors of {name} have no counterpart in the father and are "
+                    f"not used[/yellow], such as {tensors[0]}",
+                    highlight=False,
+                )
 
     def stage(self, name: str) -> None:
         if name != self.stage_name:

@@ -31,7 +31,7 @@ def merge_recipe(path: str, out: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     merger = Merger(loaded.parents, loaded.base)
     father = next(iter(loaded.parents.values()))
-    with progress_bar(f"merging {len(loaded.parents)} parents", father.bytes) as notify:
+    with progress_bar(f"merging {len(loaded.parents)} parents", father.total_bytes) as notify:
         report = write_weights(merger, loaded.recipe, target, os.cpu_count() or 1, notify)
     lineage = {
         "format": LINEAGE_FORMAT,
@@ -51,5 +51,5 @@ def merge_recipe(path: str, out: str) -> dict[str, Any]:
         "child": target.uri,
         "recipe_id": loaded.recipe.id,
         "tensors": len(child.tensors),
-        "bytes": child.bytes,
+        "bytes": child.total_bytes,
     }

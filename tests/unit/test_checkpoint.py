@@ -65,7 +65,7 @@ def test_a_sharded_checkpoint_is_opened(sharded: Path) -> None:
     assert {name: found.shape for name, found in opened.tensors.items()} == {
         name: tuple(tensor.shape) for name, tensor in stored.items()
     }
-    assert opened.bytes == sum(tensor.nbytes for tensor in stored.values()) == 52
+    assert opened.total_bytes == sum(tensor.nbytes for tensor in stored.values()) == 52
 
 
 def test_tensors_come_in_the_order_of_files_and_bytes(sharded: Path) -> None:

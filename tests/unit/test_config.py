@@ -83,6 +83,7 @@ def test_what_is_not_given_has_its_default(file: Path) -> None:
         ("search={evaluations: 7}", "search.optimizer", "random"),
         ("parents.0.path=three", "parents.0.path", "three"),
         ("parents.1.name=c", "parents.1.name", "c"),
+        ("parents.0.hub=null", "parents.0.hub", None),
         ("parents[1].hub=me/it", "parents.1.hub", "me/it"),
         ("parents.0.path=three", "parents.1.path", "two"),
         ("tasks.0.search_items=5", "tasks.0.search_items", 5),

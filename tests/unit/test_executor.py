@@ -421,7 +421,7 @@ def test_statistics_are_taken_once(parents: dict[str, Path]) -> None:
     }
     merger = Merger(opened, open_checkpoint(str(parents["c"])))
     assert merger.references  # fingerprints are read once, too
-    size, counts = opened["a"].bytes, []
+    size, counts = opened["a"].total_bytes, []
     for way in (
         rule("ties", weight=1.0, density=0.5),
         rule("ties", weight=0.7, density={"a": 0.1, "c": 0.9}),

@@ -21,7 +21,7 @@ from workers.errors import BadInputError
 from workers.storage import PreconditionFailedError, StorageError
 from workers.storage.folder import FolderStore
 
-NEVER = 1e6
+NEVER = 60.0
 PATIENCE = 30.0
 
 

@@ -50,7 +50,13 @@ def lineage(
         "mean",
     )
     parents = [
-        {"name": name, "hub": None, "fingerprint": name * 11, "license": "mit"}
+        {
+            "name": name,
+            "hub": None,
+            "fingerprint": name * 11,
+            "license": "mit",
+            "unused_tensors": [],
+        }
         for name in ("father", "mother")
     ]
     tensors = [
@@ -86,7 +92,13 @@ def lineage(
 
 def parents_with(**licences: str | None) -> list[dict[str, Any]]:
     return [
-        {"name": name, "hub": None, "fingerprint": "f" * 64, "license": licence}
+        {
+            "name": name,
+            "hub": None,
+            "fingerprint": "f" * 64,
+            "license": licence,
+            "unused_tensors": [],
+        }
         for name, licence in licences.items()
     ]
 
@@ -338,3 +350,11 @@ def test_the_lineage_does_not_depend_on_where_the_campaign_ran(
         found.append(lineage_at(tmp_path / place, workers={"count": 1 + len(found)}))
     assert found[0] == found[1]
     assert str(tmp_path) not in json.dumps(found[0])
+
+
+def test_tensors_that_no_child_can_have_are_named() -> None:
+    data = lineage()
+    data["parents"][1]["unused_tensors"] = ["lm_head.weight", "mtp.fc.weight"]
+    card = build_card(data)
+    assert f"- 2 of {data['parents'][1]['name']}: `lm_head.weight`, `mtp.fc.weight`\n" in card
+    assert f" of {data['parents'][0]['name']}: `" not in card

@@ -142,7 +142,13 @@ def write_campaign(
         "campaign": config["name"],
         "software": {"darwin": "0.1.0"},
         "parents": [
-            {"name": parent, "hub": None, "fingerprint": recipe_id(parent), "license": licence}
+            {
+                "name": parent,
+                "hub": None,
+                "fingerprint": recipe_id(parent),
+                "license": licence,
+                "unused_tensors": [],
+            }
             for parent in parents
         ],
         "base": None if method == "slerp" else {"fingerprint": recipe_id("base"), "license": None},

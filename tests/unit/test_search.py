@@ -41,9 +41,10 @@ def few_values(point: Sequence[float]) -> float:
 def run(
     optimizer: Optimizer, fitness: Fitness = sphere, generations: int = GENERATIONS
 ) -> list[Points]:
-    """What the optimizer asks for, generation by generation."""
+    """What the optimizer asks for, generation by generation, used as a campaign does."""
     asked = []
     for _ in range(generations):
+        optimizer.stopped()
         points = optimizer.ask()
         asked.append([list(point) for point in points])
         optimizer.tell(points, [fitness(point) for point in points])
@@ -79,6 +80,7 @@ def test_a_replay_comes_to_the_same_next_question(name: str, fitness: Fitness) -
     for kept in range(1, GENERATIONS):
         resumed = build(name)
         for points in whole[:kept]:
+            assert resumed.stopped() is None
             assert resumed.ask() == points
             resumed.tell(points, [fitness(point) for point in points])
         assert resumed.ask() == whole[kept]

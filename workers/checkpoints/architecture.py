@@ -43,12 +43,12 @@ prediction layers."""
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 
 CANONICAL_SPELLINGS = (
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"\.(block_sparse_moe|feed_forward)\."), ".mlp."),
     (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
     (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
     (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
 )
-"""Mixtral's names, spelt as everybody else spells them."""
+"""The names of Mixtral and Llama 4, spelt as everybody else spells them."""
 
 OUTSIDE_LAYERS = (
     ("mtp", re.compile(r"mtp\.")),
@@ -73,7 +73,7 @@ INSIDE_LAYERS = (
     ("shared_expert", re.compile(r"mlp\.(shared_experts?|shared_expert_gate|shared_mlp)\.")),
     ("expert", re.compile(r"(mlp\.)?experts\.")),
     ("router", re.compile(r"(mlp\.gate|mlp\.router|router)\.")),
-    ("mlp", re.compile(r"(mlp|feed_forward)\.")),
+    ("mlp", re.compile(r"mlp\.")),
     ("embedding", re.compile(r"(per_layer_input_gate|per_layer_projection)\.")),
 )
 
@@ -202,7 +202,7 @@ def _split_experts(
     """The experts of one fused tensor `[E, 2I, H]` or `[E, H, I]`, as per-expert matrices."""
     experts, rows, columns = entry.shape
     transposed = str(text_config.get("model_type")) in TRANSPOSED_FUSED_EXPERTS
-    names = [role]
+    names = [f"{role}_transposed" if transposed else role]
     if role == "gate_up_proj" and not transposed and rows % 2 == 0:
         names = ["gate_proj", "up_proj"]  # gate rows come first, then up
     shape = (rows // len(names), columns)

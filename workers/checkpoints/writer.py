@@ -86,6 +86,7 @@ def publish_companions(father: Checkpoint, target: Store, files: dict[str, bytes
     A copy of a father's file that is there already must be the same, else `StorageError`; `files`
     (card, lineage) take the place of older ones, when a campaign went on and chose the same child.
     """
+    assert "config.json" not in files, "config.json is the father's, and comes last"
     copies = {name: father.store.read(name) for name in father.companions if name not in files}
     if [file.name for file in father.weight_files] != [SINGLE_FILE]:
         copies[INDEX_FILE] = father.store.read(INDEX_FILE)

@@ -38,7 +38,7 @@ def write_weights(
 
     The folder is not a checkpoint yet: `publish_companions` makes it one. `notify` is called with the
     number of bytes each time that some were written. Raises `BadInputError` if a
-    merged tensor holds a NaN or an infinity that its parents do not explain away.
+    tensor of the child holds a NaN or an infinity.
     """
     father = next(iter(merger.parents.values()))
     writer = CheckpointWriter(father, target)
