@@ -19,13 +19,14 @@ from orchestrator.judgement import Judgement, judge
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
 from orchestrator.lineage import LINEAGE_FILE, build_lineage
-from orchestrator.pool import Job, Pool, Progress
+from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.state import CampaignState, Candidate, scored_record
 from workers.checkpoints import open_checkpoint, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe, passthrough_recipe
+from workers.merging.plan import Plan
 from workers.storage import Store, check_store, open_store
 
 STAGNANT_GENERATIONS = 3
@@ -73,9 +74,18 @@ class Campaign:
             name: self._know(passthrough_recipe(self.inputs.references, name))
             for name in self.inputs.parents
         }
+        self._check_recipes()
+        self.identity = self.inputs.identity(config) | {"genome": self.space.identity}
         self.pool: Pool | None = None
         self._ledger: Ledger | None = None
         self._lease: Lease | None = None
+
+    def _check_recipes(self) -> None:
+        """Raise `BadInputError` now if what the search will ask cannot be merged from these parents."""
+        plan = Plan(self.inputs.maps, self.inputs.base_map)
+        start = self.space.decode(self.space.point(self.space.start))
+        for recipe in (start, *self.parent_recipes.values()):
+            plan.assign(recipe)
 
     # -- the whole way -----------------------------------------------------------------------
 
@@ -91,9 +101,11 @@ class Campaign:
         if finished is not None:
             return finished
         check_store(self.store)
-        self._lease = acquire_lease(self.store, self.watcher.stage)
+        ledger = Ledger(self.store)
+        newest_epoch = max((record["epoch"] for record in ledger.records), default=0)
+        self._lease = acquire_lease(self.store, self.watcher.stage, newest_epoch)
         try:
-            self._open_ledger()
+            self._open_ledger(ledger)
             with self._make_pool() as self.pool:
                 self._evaluate(self.parent_recipes.values(), "search")
                 self._search()
@@ -109,33 +121,30 @@ class Campaign:
         begun, result = ledger.last("campaign"), ledger.result()
         if begun is None or result is None:
             return None
-        identity = self.inputs.identity(self.config)
-        if begun["identity"] != identity:
-            self._check_identity(begun["identity"], identity)
+        if begun["identity"] != self.identity:
+            self._check_identity(begun["identity"])
             return None  # a larger budget
         self.state = CampaignState(self.config.objective, ledger.records)
         if next(self.store.list_objects(REPORT_FILE), None) is None:
             write_report(self.store)  # the driver was stopped just before it
         return {"status": "done", **result}
 
-    def _open_ledger(self) -> None:
-        """Read the ledger, make sure it is this campaign's, and begin to write."""
+    def _open_ledger(self, ledger: Ledger) -> None:
+        """Begin to write, and make sure that the ledger is this campaign's."""
         assert self._lease is not None
-        ledger = Ledger(self.store)
-        identity = self.inputs.identity(self.config)
-        budget = self.config.search.evaluations
-        recorded = ledger.last("campaign")
-        if recorded is not None:
-            self._check_identity(recorded["identity"], identity)
         ledger.open_epoch(self._lease.epoch)
         self._ledger = ledger
         self.state = CampaignState(self.config.objective, ledger.records)
-        if recorded is None or recorded["identity"]["search"]["evaluations"] != budget:
-            self._record("campaign", identity=identity, config=config_to_dict(self.config))
+        recorded = ledger.last("campaign")
+        # Until something was scored, a configuration that did not work may be mended.
+        if recorded is not None and self.state.has_scores:
+            self._check_identity(recorded["identity"])
+        if recorded is None or recorded["identity"] != self.identity:
+            self._record("campaign", identity=self.identity, config=config_to_dict(self.config))
 
-    def _check_identity(self, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
-        different = differing_keys(recorded, wanted)
-        old, new = recorded["search"]["evaluations"], wanted["search"]["evaluations"]
+    def _check_identity(self, recorded: dict[str, Any]) -> None:
+        different = differing_keys(recorded, self.identity)
+        old, new = recorded["search"]["evaluations"], self.config.search.evaluations
         if new > old:
             different.remove("search.evaluations")  # a larger budget is welcome
         if different:
@@ -160,6 +169,9 @@ class Campaign:
         spec = WorkerSpec(
             parents=parents,
             base=base,
+            fingerprints={
+                reference.name: reference.fingerprint for reference in self.inputs.references
+            },
             tasks=self.inputs.tasks,
             batch_size=engine.batch_size,
             engine={"dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
@@ -170,7 +182,7 @@ class Campaign:
         """All scores of a campaign come from engines that are alike, today's and last week's."""
         assert self._ledger is not None
         recorded = self._ledger.last("engine")
-        if recorded is None:
+        if recorded is None or not self.state.has_scores:
             self._record("engine", description=description)
             return
         different = differing_keys(recorded["description"], description)
@@ -179,7 +191,7 @@ class Campaign:
                 f"{key} {recorded['description'].get(key)!r} -> {description.get(key)!r}"
                 for key in different
             )
-            raise CampaignError(
+            raise EngineMismatchError(
                 f"this worker would score differently from those before ({changes}); restore the "
                 "environment that the campaign began with, or start one of another name"
             )
@@ -246,6 +258,8 @@ class Campaign:
             stopped = self.optimizer.stopped()
             if stopped is not None:
                 return f"the optimizer stopped: {stopped}"
+            if len(known) >= budget and generation == len(self.state.generations):
+                return "the budget is spent"
             points = self.optimizer.ask()
             asked = self._asked(generation, points)
             paid = self.state.within_budget(budget)[generation:]
@@ -283,9 +297,16 @@ class Campaign:
         return asked
 
     def _fitness_for_tell(self, asked: list[Candidate]) -> list[float]:
-        """Fitness in ask order; a failed candidate counts as the worst of its generation."""
+        """Fitness in ask order; a failed candidate counts as the worst of its generation, or of all."""
         fitness = [self.state.fitness(candidate.recipe_id) for candidate in asked]
         known = [value for value in fitness if value is not None]
+        if not known:
+            known = [
+                value
+                for generation in self.state.generations
+                for candidate in generation
+                if (value := self.state.fitness(candidate.recipe_id)) is not None
+            ]
         if not known:
             reason = self.state.evaluation(asked[0].recipe_id, "search").failed
             raise CampaignError(f"every candidate of a generation failed; the first: {reason}")
@@ -334,9 +355,12 @@ class Campaign:
         recipe = self.recipes[candidate.recipe_id]
         folder = f"child-{recipe.id[:12]}"
         target = self.store.substore(folder)
-        self._record_once("child", recipe=recipe.id, folder=folder)
-        target.discard_unfinished("")
-        weights = self.pool.call("write_child", recipe.to_dict(), target.uri)
+        weights = self.pool.call(
+            "write_child",
+            recipe.to_dict(),
+            target.uri,
+            before=lambda: self._begin_child(recipe, folder, target),
+        )
         lineage = build_lineage(
             self.config,
             self.inputs,
@@ -351,22 +375,26 @@ class Campaign:
             "README.md": build_card(lineage).encode(),
             LINEAGE_FILE: json.dumps(lineage, indent=1, ensure_ascii=False).encode(),
         }
+        # A record before each step that others see: a driver that was replaced stops here.
+        self._record("publishing", recipe=recipe.id)
         publish_companions(self.inputs.father, target, files)
         open_checkpoint(target.uri)  # as any user would; raises if it is not one
         self.watcher.stage("writing the report")
-        result = self._result(recipe, judgement, target)
-        self._record_once("finished", **{k: v for k, v in result.items() if k != "status"})
+        self._record(
+            "finished",
+            child=folder,
+            recipe_id=recipe.id,
+            evaluations=self.state.evaluated(self.config.search.evaluations),
+            **judgement.to_dict(),
+            report=REPORT_FILE,
+        )
         write_report(self.store)
         self.watcher.notify(self)
-        return result
+        assert self._ledger is not None
+        result = self._ledger.result()
+        assert result is not None
+        return {"status": "done", **result}
 
-    def _result(self, recipe: Recipe, judgement: Judgement, target: Store) -> dict[str, Any]:
-        return {
-            "status": "done",
-            "campaign": self.store.uri,
-            "child": target.uri,
-            "recipe_id": recipe.id,
-            "evaluations": self.state.evaluated(self.config.search.evaluations),
-            **judgement.to_dict(),
-            "report": f"{self.store.uri}/{REPORT_FILE}",
-        }
+    def _begin_child(self, recipe: Recipe, folder: str, target: Store) -> None:
+        self._record("child", recipe=recipe.id, folder=folder)
+        target.discard_unfinished("")

@@ -43,7 +43,8 @@ def build_card(lineage: dict[str, Any]) -> str:
         f"**{verdict(lineage)}**\n",
         f"{reservations(lineage)}\n",
         "## Results on held-out items\n",
-        "Items that steered the search are not among these. Intervals are 95 % Wilson intervals.\n",
+        "Items that steered the search are not among these. Intervals are 95 % Wilson intervals. "
+        f"Children of this campaign that these items have judged: {lineage['children_judged']}.\n",
         _score_table(lineage, names),
         "### Child against each parent\n",
         "Exact McNemar test (two-sided) on the same items; `all` pools the tasks.\n",

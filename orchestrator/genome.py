@@ -7,6 +7,7 @@ parameter's `per` says, and is named after them: `weight.reverse.attention.0`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -51,6 +52,16 @@ class GenomeSpace:
     base: ParentReference | None
     seed: int
     genes: tuple[Gene, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a search in this space depends on, wherever its file lies."""
+        content = repr((self.method.name, self.regions, self.families, self.genes)).encode()
+        return {
+            "method": self.method.name,
+            "genes": len(self.genes),
+            "content": hashlib.sha256(content).hexdigest(),
+        }
 
     def point(self, unit: Sequence[float]) -> dict[str, float]:
         """The genome at a point of the unit cube, one coordinate per gene in order."""

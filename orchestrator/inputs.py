@@ -17,6 +17,8 @@ from workers.storage.locations import absolute_location
 MEANING_KEYS = (
     "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
     "head_dim", "rope_theta", "rope_parameters", "num_experts_per_tok", "layer_types",
+    "rms_norm_eps", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+    "norm_topk_prob", "partial_rotary_factor",
 )  # fmt: skip
 """Configuration keys that change what equally shaped weights mean."""
 
@@ -42,16 +44,25 @@ class Inputs:
         return ParentReference("base", self.base.fingerprint) if self.base else None
 
     @cached_property
+    def maps(self) -> dict[str, ArchitectureMap]:
+        """The parents' architecture maps, the father's first."""
+        return {name: ArchitectureMap(parent) for name, parent in self.parents.items()}
+
+    @cached_property
+    def base_map(self) -> ArchitectureMap | None:
+        return ArchitectureMap(self.base) if self.base else None
+
+    @property
     def father_map(self) -> ArchitectureMap:
-        return ArchitectureMap(self.father)
+        return next(iter(self.maps.values()))
 
     @cached_property
     def unused(self) -> dict[str, list[str]]:
         """Parent -> its stored tensors that have no counterpart in the father, so are in no child."""
         known = self.father_map.by_name
         return {
-            name: sorted({t.stored for t in ArchitectureMap(p).tensors if t.name not in known})
-            for name, p in self.parents.items()
+            name: sorted({t.stored for t in parent.tensors if t.name not in known})
+            for name, parent in self.maps.items()
         }
 
     def identity(self, config: CampaignConfig) -> dict[str, Any]:
@@ -111,12 +122,23 @@ def check_parents(parents: dict[str, Checkpoint]) -> None:
                     f"{name} ({parent.location}): config.json has {key} {other!r}, but {first} has "
                     f"{own!r}: such weights cannot be mixed"
                 )
+        if _has_own_head(parent) and not _has_own_head(father):
+            raise BadInputError(
+                f"{name} ({parent.location}): has an lm_head of its own, which {first} ties to its "
+                "embedding: choose a father that stores one"
+            )
         for token_id, token in _tokens_by_id(parent).items():
             if tokens.get(token_id, token) != token:
                 raise BadInputError(
                     f"{name} ({parent.location}): token {token_id} is {token!r}, but "
                     f"{tokens[token_id]!r} in {first}: parents must share one vocabulary"
                 )
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether it stores a head that is not its embedding."""
+    stored = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
+    return stored and not ArchitectureMap(checkpoint).ties_head
 
 
 def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class Lease:
                 if not self._beat():
                     self._lost.set()
                     return
-            except StorageError:
-                # The store may come back. Should somebody take over meanwhile, the next try tells.
+            except (StorageError, BadInputError):
+                # The store, or credentials for it, may come back. Should somebody take over meanwhile,
+                # the next try tells.
                 continue
 
     def _beat(self) -> bool:
@@ -83,22 +84,23 @@ class Lease:
                 return
 
 
-def acquire_lease(store: Store, waiting: Callable[[str], None]) -> Lease:
+def acquire_lease(store: Store, waiting: Callable[[str], None], newest_epoch: int = 0) -> Lease:
     """Own the campaign in `store`. Raises `BadInputError` if a living driver does.
 
+    `newest_epoch` is that of the ledger: epochs go on from there also if the lease object was removed.
     May take `LIFETIME_SECONDS` if the last owner died elsewhere; `waiting` is told why.
     """
     # The token tells this call from every other, also of a process that started in the same tick.
     owner = _this_process() | {"token": secrets.token_hex(8)}
     mine: dict[str, Any]
     mine = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
-    data = mine | {"epoch": 1}
+    data = mine | {"epoch": newest_epoch + 1}
     try:
-        return Lease(store, 1, store.create(KEY, _dump(data)), data)
+        return Lease(store, data["epoch"], store.create(KEY, _dump(data)), data)
     except PreconditionFailedError:
         found, version = _read(store)
     if found["owner"] == owner:  # a retried request met its own first try
-        return Lease(store, 1, version, data)
+        return Lease(store, data["epoch"], version, data)
     deadline = time.monotonic() + LIFETIME_SECONDS
     while _may_be_alive(found) and time.monotonic() < deadline:
         waiting(
@@ -111,7 +113,7 @@ def acquire_lease(store: Store, waiting: Callable[[str], None]) -> Lease:
             found, version = latest, latest_version
             if found["owner"] is not None:
                 raise BadInputError(_in_use(store, found))
-    data = mine | {"epoch": found["epoch"] + 1}
+    data = mine | {"epoch": max(found["epoch"], newest_epoch) + 1}
     try:
         return Lease(store, data["epoch"], store.replace(KEY, _dump(data), version), data)
     except PreconditionFailedError:

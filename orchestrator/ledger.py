@@ -36,12 +36,12 @@ class Ledger:
         self.records: list[Record] = list(read_records(store))
         self.epoch: int | None = None
 
-    def open_epoch(self, epoch: int, **about: Any) -> None:
+    def open_epoch(self, epoch: int) -> None:
         """Begin to write as the owner of `epoch`; records of older epochs that came late are kept.
 
         Raises `LeaseLostError` if a later driver has written already.
         """
-        record = {"kind": "epoch", "epoch": epoch, **about}
+        record = {"kind": "epoch", "epoch": epoch}
         while True:
             newest = max((known["epoch"] for known in self.records), default=0)
             if newest > epoch:
@@ -88,7 +88,10 @@ class Ledger:
         finished = [record for record in self.since_begun() if record["kind"] == "finished"]
         if not finished:
             return None
-        return {key: value for key, value in finished[-1].items() if key not in ("kind", "epoch")}
+        found = {key: value for key, value in finished[-1].items() if key not in ("kind", "epoch")}
+        # Names are recorded, not places: a campaign's folder may be moved.
+        places = {key: f"{self.store.uri}/{found[key]}" for key in ("child", "report")}
+        return {"campaign": self.store.uri, **found, **places}
 
     def _try_append(self, record: Record) -> bool:
         key = _key(len(self.records))

@@ -74,6 +74,7 @@ def build_lineage(
             }
             for task in inputs.tasks
         },
+        "children_judged": state.judged(parent.id for parent in parent_recipes.values()),
         **judgement.to_dict(),
         "digests": weights["digests"],
         "tensors": weights["tensors"],

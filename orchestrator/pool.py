@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import WorkersConfig
 from workers.errors import BadInputError
+from workers.storage import StorageError
 
 if TYPE_CHECKING:
     from workers.actors import Scored, WorkerSpec
@@ -26,14 +27,18 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """How often an evaluation may fail before it is recorded as failed."""
 
+BAD_INPUT_ATTEMPTS = 2
+"""The same for an error in the input: once more elsewhere, in case it is that machine's input alone."""
+
 CALL_SECONDS = 20.0
 """For about this long a worker scores before it hands over what it has."""
 
-HUNG_SECONDS = 600.0
-"""A call that takes this much longer than `CALL_SECONDS` is given up, and its worker killed."""
+HUNG_SECONDS = 3600.0
+"""A call that takes this much longer than `CALL_SECONDS` is given up, and its worker killed. One batch of a
+large model, or the statistics of its first merge, may take many minutes."""
 
 START_ATTEMPTS = 3
-"""How many workers in a row may fail to start before the campaign does."""
+"""How many workers in a row may fail to start, before any has, until the campaign does."""
 
 START_SECONDS = 1800.0
 """With no worker in service for this long, the cluster will not give any: long enough for machines that
@@ -42,8 +47,16 @@ must be started first, and for parents that must be copied to them."""
 BACK_OFF_SECONDS = 1.0
 
 
+LONGEST_REST_SECONDS = 300.0
+"""After failed starts a place rests, longer each time, up to this long."""
+
+
 class PoolError(RuntimeError):
-    """Workers cannot be started, or do not fit together."""
+    """Workers cannot be started, or keep failing."""
+
+
+class EngineMismatchError(RuntimeError):
+    """A worker would score differently from those before it."""
 
 
 @dataclass(eq=False)
@@ -56,6 +69,8 @@ class Job:
     finished: dict[str, list[str]] = field(default_factory=dict)
     """Items that need no scoring any more: task -> item ids."""
     failures: list[str] = field(default_factory=list)
+    failed_on: set[int] = field(default_factory=set)
+    """Serial numbers of workers that another one is to be preferred to."""
     not_before: float = 0.0
 
 
@@ -73,14 +88,23 @@ class Progress:
 
 @dataclass
 class _Worker:
+    """A place for a worker, and the actor that has it now."""
+
     number: int
-    actor: Any
-    ready: Any
-    """The pending `describe` call of a worker that is starting; None once it is in service."""
-    started: float
+    serial: int = 0
+    """Counts the actors of the pool: no two have the same."""
+    actor: Any = None
+    """None while the place rests after a failed start."""
+    ready: Any = None
+    """The pending `describe` call of an actor that is starting."""
     job: Job | None = None
     call: Any = None
-    called: float = 0.0
+    since: float = 0.0
+    """When the actor was started, or called, or when the rest began."""
+
+    @property
+    def in_service(self) -> bool:
+        return self.actor is not None and self.ready is None
 
 
 class Pool:
@@ -103,18 +127,25 @@ class Pool:
         self.idle_seconds = 0.0
         """Time the driver spent waiting for workers, of all the time in `run`."""
         self._workers: list[_Worker] = []
+        self._serial = 0
         self._failed_starts: list[str] = []
+        self._was_in_service = False
+        """Whether any worker ever was: from then on, a bad start is the fault of its machine."""
+        self._last_service = time.monotonic()
 
     def __enter__(self) -> Pool:
         start_ray(self.address, self.config)
-        self._workers = [self._start_worker(number) for number in range(self.config.count)]
+        self._workers = [_Worker(number) for number in range(self.config.count)]
+        for worker in self._workers:
+            self._start(worker)
         return self
 
     def __exit__(self, *exception: object) -> None:
         import ray
 
         for worker in self._workers:
-            ray.kill(worker.actor)
+            if worker.actor is not None:
+                ray.kill(worker.actor)
         self._workers = []
         ray.shutdown()
 
@@ -127,7 +158,7 @@ class Pool:
         """Evaluate every job; progress in the order in which it happens.
 
         The caller has recorded a `Progress` when it asks for the next one. Raises `PoolError` if no
-        worker can be started, `BadInputError` if workers refuse their input.
+        worker can be started, `BadInputError` if the very first ones refuse their input.
         """
         waiting = deque(jobs)
         self._dispatch(waiting)
@@ -137,66 +168,125 @@ class Pool:
             self._dispatch(waiting)
             yield from progress
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Run one long call on some worker, again elsewhere if the worker dies."""
+    def call(self, method: str, *arguments: Any, before: Callable[[], None]) -> Any:
+        """Run one long call on some worker, again elsewhere if the worker fails.
+
+        `before` runs ahead of each try. Raises the worker's `BadInputError` or `StorageError` as it is.
+        """
         import ray
 
-        error: Exception | None = None
-        for _ in range(ATTEMPTS):
+        failures: list[str] = []
+        while len(failures) < ATTEMPTS:
             worker = self._ready_worker()
+            before()
             try:
                 return ray.get(getattr(worker.actor, method).remote(*arguments))
-            except ray.exceptions.RayTaskError as failure:
-                raise _cause(failure) from failure
-            except ray.exceptions.RayActorError as failure:
-                error = failure
-                self._replace(worker)
-        raise PoolError(f"{method} killed {ATTEMPTS} workers in a row: {error}")
+            except ray.exceptions.RayError as error:
+                cause = _cause(error)
+                if isinstance(cause, BadInputError | StorageError):
+                    raise cause from error
+                failures.append(f"{type(cause).__name__}: {cause}")
+                self._start(worker)
+        raise PoolError(f"{method} failed on {ATTEMPTS} workers; the last one: {failures[-1]}")
 
-    def _start_worker(self, number: int) -> _Worker:
+    # -- places and actors -------------------------------------------------------------------
+
+    def _start(self, worker: _Worker) -> None:
+        """Put a new actor into the place, instead of the one it may have."""
         import ray
 
         from workers.actors import EvaluationWorker
 
-        actor = (
+        if worker.actor is not None:
+            ray.kill(worker.actor)
+        self._serial += 1
+        worker.serial, worker.job, worker.call = self._serial, None, None
+        worker.actor = (
             ray.remote(EvaluationWorker)
             .options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_restarts=0)
             .remote(self.spec)
         )
-        return _Worker(number, actor, actor.describe.remote(), started=time.monotonic())
+        worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
 
-    def _replace(self, worker: _Worker) -> None:
+    def _enter_service(self, worker: _Worker) -> None:
         import ray
 
+        try:
+            self.check_engine(ray.get(worker.ready))
+        except (ray.exceptions.RayError, EngineMismatchError) as error:
+            self._handle_bad_start(worker, _cause(error))
+            return
+        worker.ready = None
+        self._was_in_service = True
+
+    def _handle_bad_start(self, worker: _Worker, cause: Exception) -> None:
+        """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
+        import ray
+
+        if not self._was_in_service and isinstance(cause, BadInputError | EngineMismatchError):
+            raise cause
+        self._failed_starts.append(str(cause))
+        if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
+            raise PoolError(
+                f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"
+            ) from cause
         ray.kill(worker.actor)
-        position = self._workers.index(worker)
-        self._workers[position] = self._start_worker(worker.number)
+        worker.actor, worker.ready, worker.since = None, None, time.monotonic()
+
+    def _wake(self) -> None:
+        """Start actors in places that have rested; give up if none has been in service for long."""
+        now = time.monotonic()
+        rest = min(BACK_OFF_SECONDS * 2 ** len(self._failed_starts), LONGEST_REST_SECONDS)
+        for worker in self._workers:
+            if worker.actor is None and now - worker.since > rest:
+                self._start(worker)
+        if any(worker.in_service for worker in self._workers):
+            self._last_service = now
+        elif now - self._last_service > START_SECONDS:
+            reason = self._failed_starts[-1] if self._failed_starts else (
+                f"does the cluster have a node with {self.config.cpus:g} free CPUs and "
+                f"{self.config.gpus:g} GPUs?"
+            )  # fmt: skip
+            raise PoolError(f"no worker has been in service for {START_SECONDS:.0f} s: {reason}")
 
     def _ready_worker(self) -> _Worker:
         while True:
             for worker in self._workers:
-                if worker.ready is None and worker.job is None:
+                if worker.in_service and worker.job is None:
                     return worker
             self._collect(deque())
 
+    # -- jobs --------------------------------------------------------------------------------
+
     def _dispatch(self, waiting: deque[Job]) -> None:
-        now = time.monotonic()
         for worker in self._workers:
-            if worker.ready is not None or worker.job is not None:
-                continue
-            job = next((job for job in waiting if job.not_before <= now), None)
-            if job is None:
-                return
-            waiting.remove(job)
-            worker.job, worker.called = job, now
-            worker.call = worker.actor.evaluate.remote(
-                worker.job.recipe.to_dict(), worker.job.split, worker.job.finished, CALL_SECONDS
+            if worker.in_service and worker.job is None:
+                job = self._choose(worker, waiting)
+                if job is None:
+                    continue
+                waiting.remove(job)
+                worker.job, worker.since = job, time.monotonic()
+                worker.call = worker.actor.evaluate.remote(
+                    job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS
+                )
+
+    def _choose(self, worker: _Worker, waiting: deque[Job]) -> Job | None:
+        """The first job that is due, and that has not failed on this worker while others are there."""
+        now = time.monotonic()
+        for job in waiting:
+            elsewhere = any(
+                other.actor is not None and other.serial not in job.failed_on
+                for other in self._workers
             )
+            if job.not_before <= now and not (worker.serial in job.failed_on and elsewhere):
+                return job
+        return None
 
     def _collect(self, waiting: deque[Job]) -> list[Progress]:
         """Wait until something happens, and say what."""
         import ray
 
+        self._wake()
         pending = {
             worker.ready if worker.ready is not None else worker.call: worker
             for worker in self._workers
@@ -205,7 +295,7 @@ class Pool:
         started = time.monotonic()
         if pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=BACK_OFF_SECONDS)
-        else:  # every job left is waiting for its next attempt
+        else:  # every job left is waiting for its next attempt, or every place rests
             done = []
             time.sleep(BACK_OFF_SECONDS / 10)
         self.idle_seconds += time.monotonic() - started
@@ -217,41 +307,9 @@ class Pool:
             else:
                 progress.append(self._finish_call(worker, waiting))
         for worker in self._workers:
-            if worker.job and time.monotonic() - worker.called > CALL_SECONDS + HUNG_SECONDS:
-                progress.append(self._fail(worker, waiting, "the worker hangs", replace=True))
-        self._check_service()
+            if worker.job and time.monotonic() - worker.since > CALL_SECONDS + HUNG_SECONDS:
+                progress.append(self._fail(worker, waiting, TimeoutError("the worker hangs")))
         return progress
-
-    def _check_service(self) -> None:
-        """Raise `PoolError` if all workers have been starting for too long."""
-        newest_start = max(worker.started for worker in self._workers)
-        if all(w.ready is not None for w in self._workers) and (
-            time.monotonic() - newest_start > START_SECONDS
-        ):
-            raise PoolError(
-                f"no worker came into service in {START_SECONDS:.0f} s: does the cluster have a node "
-                f"with {self.config.cpus:g} free CPUs and {self.config.gpus:g} GPUs?"
-            )
-
-    def _enter_service(self, worker: _Worker) -> None:
-        import ray
-
-        try:
-            description = ray.get(worker.ready)
-        except ray.exceptions.RayError as error:
-            cause = _cause(error)
-            if isinstance(cause, BadInputError):
-                raise cause from error
-            self._failed_starts.append(str(cause))
-            if len(self._failed_starts) >= START_ATTEMPTS:
-                raise PoolError(
-                    f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"
-                ) from error
-            self._replace(worker)
-            return
-        self.check_engine(description)
-        self._failed_starts.clear()
-        worker.ready = None
 
     def _finish_call(self, worker: _Worker, waiting: deque[Job]) -> Progress:
         import ray
@@ -259,14 +317,9 @@ class Pool:
         assert worker.job is not None
         try:
             scored: Scored = ray.get(worker.call)
-        except ray.exceptions.RayTaskError as error:
-            cause = _cause(error)
-            hopeless = isinstance(cause, BadInputError)  # it would fail everywhere
-            why = f"{type(cause).__name__}: {cause}"
-            return self._fail(worker, waiting, why, replace=False, hopeless=hopeless)
         except ray.exceptions.RayError as error:
-            # Dead, out of memory, or cut off: what exactly, Ray says best.
-            return self._fail(worker, waiting, f"worker lost: {error}", replace=True)
+            return self._fail(worker, waiting, _cause(error))
+        self._failed_starts.clear()
         job, worker.job, worker.call = worker.job, None, None
         for task, items in scored.items.items():
             job.finished.setdefault(task, []).extend(item["id"] for item in items)
@@ -274,19 +327,22 @@ class Pool:
             waiting.appendleft(job)  # most likely this worker takes it again, weights in place
         return Progress(job, worker.number, scored)
 
-    def _fail(
-        self, worker: _Worker, waiting: deque[Job], why: str, replace: bool, hopeless: bool = False
-    ) -> Progress:
+    def _fail(self, worker: _Worker, waiting: deque[Job], cause: Exception) -> Progress:
+        """Put the job back, for another worker if there is one; replace a worker that is not sound."""
         job, worker.job, worker.call = worker.job, None, None
         assert job is not None
-        if replace:
-            self._replace(worker)
-        job.failures.append(why)
-        given_up = hopeless or len(job.failures) >= ATTEMPTS
+        job.failures.append(f"{type(cause).__name__}: {cause}")
+        job.failed_on.add(worker.serial)
+        bad_input = isinstance(cause, BadInputError)
+        if not bad_input:
+            # Dead, out of memory, or with a device in disorder: it would fail the next job too.
+            self._start(worker)
+        given_up = len(job.failures) >= (BAD_INPUT_ATTEMPTS if bad_input else ATTEMPTS)
         if not given_up:
-            job.not_before = time.monotonic() + BACK_OFF_SECONDS * 2 ** len(job.failures)
+            back_off = 0.0 if bad_input else BACK_OFF_SECONDS * 2 ** len(job.failures)
+            job.not_before = time.monotonic() + back_off
             waiting.append(job)
-        return Progress(job, worker.number, error=why, given_up=given_up)
+        return Progress(job, worker.number, error=job.failures[-1], given_up=given_up)
 
 
 def start_ray(address: str | None, workers: WorkersConfig) -> None:
@@ -306,6 +362,7 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
             ray.init(address=address, log_to_driver=False, logging_level="error")
             return
         ray.init(
+            address="local",  # not a cluster that happens to run here
             num_cpus=max(1, -(-workers.count * workers.cpus // 1)),
             num_gpus=-(-workers.count * workers.gpus // 1) or None,
             include_dashboard=False,

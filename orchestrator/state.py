@@ -57,6 +57,8 @@ class CampaignState:
             self.generations.append(
                 [Candidate(c["genome"], c["recipe"]) for c in record["candidates"]]
             )
+        elif record["kind"] == "epoch":
+            self._forgive()
         elif record["kind"] == "scored":
             evaluation = self.evaluation(record["recipe"], record["split"])
             for task, items in record["items"].items():
@@ -69,6 +71,27 @@ class CampaignState:
             if record["given_up"]:
                 evaluation = self.evaluation(record["recipe"], record["split"])
                 evaluation.complete, evaluation.failed = True, record["error"]
+
+    def _forgive(self) -> None:
+        """A new driver tries again what must not fail for good: parents, held-out items, or everything
+        if nothing has worked so far. Failed candidates of a search that went on stay failed, because
+        the optimizer was told so."""
+        asked = {candidate.recipe_id for generation in self.generations for candidate in generation}
+        hopeless = not any(self.fitness(recipe_id) is not None for recipe_id in asked)
+        for (recipe_id, split), evaluation in self.evaluations.items():
+            settled = split == "search" and recipe_id in asked and not hopeless
+            if evaluation.failed is not None and not settled:
+                evaluation.complete, evaluation.failed = False, None
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether anything was asked or scored, so that the campaign is what it is."""
+        return bool(self.generations) or any(e.results for e in self.evaluations.values())
+
+    def judged(self, parents: Iterable[str]) -> int:
+        """How many different recipes, besides the `parents`, were scored on the held-out items."""
+        return len({r for (r, split), e in self.evaluations.items()
+                    if split == "holdout" and e.results} - set(parents))  # fmt: skip
 
     def evaluation(self, recipe_id: str, split: str) -> Evaluation:
         """The evaluation of a recipe on a split, begun or not."""

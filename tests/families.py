@@ -61,7 +61,9 @@ def configuration(kind: str) -> Any:
     if kind == "mixtral":
         return transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
     if kind == "qwen3_5":
-        return transformers.Qwen3_5TextConfig(**SMALL, **LINEAR_ATTENTION, tie_word_embeddings=True)
+        return transformers.Qwen3_5TextConfig(
+            **SMALL, **LINEAR_ATTENTION, tie_word_embeddings=False
+        )
     if kind == "qwen3_5_moe":
         return transformers.Qwen3_5MoeTextConfig(**SMALL, **LINEAR_ATTENTION, **EXPERTS)
     if kind == "qwen3_5_vision":

@@ -6,12 +6,12 @@ that matters: it can die at any point, and another one continues from what was r
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.checkpoints import Checkpoint, open_checkpoint
+from workers.checkpoints import Checkpoint, localize, open_checkpoint
+from workers.errors import BadInputError
 from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
 from workers.merging.child import write_weights
@@ -25,6 +25,8 @@ class WorkerSpec:
     parents: dict[str, str]
     """Name -> location, the father first."""
     base: str | None
+    fingerprints: dict[str, str]
+    """What the parents must be, wherever they are read."""
     tasks: tuple[Task, ...]
     batch_size: int
     engine: dict[str, Any] = field(default_factory=dict)
@@ -60,15 +62,17 @@ class EvaluationWorker:
         """
         from workers.evaluation.transformers_engine import TransformersEngine
 
-        self.parents = {name: open_checkpoint(place) for name, place in self.spec.parents.items()}
-        self.base = open_checkpoint(self.spec.base) if self.spec.base else None
+        self.parents = {n: localize(open_checkpoint(p)) for n, p in self.spec.parents.items()}
+        self.base = localize(open_checkpoint(self.spec.base)) if self.spec.base else None
+        for name, fingerprint in self.spec.fingerprints.items():
+            if self.parents[name].fingerprint != fingerprint:
+                raise BadInputError(
+                    f"{self.spec.parents[name]}: is another checkpoint on this worker's machine than where "
+                    "the campaign was started"
+                )
         self.engine = TransformersEngine(self.parents, self.base, **self.spec.engine)
         probe = self.spec.tasks[0].items["search"][0].prompt
         return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
-
-    def process_id(self) -> int:
-        """The worker's process, on its own machine."""
-        return os.getpid()
 
     def evaluate(
         self, recipe: dict[str, Any], split: str, finished: dict[str, list[str]], seconds: float
@@ -102,10 +106,13 @@ class EvaluationWorker:
 
     def write_child(self, recipe: dict[str, Any], target: str) -> dict[str, Any]:
         """Merge the recipe into the store at `target` and verify it; the child's report."""
+        import torch
+
         from workers.merging.executor import Merger
 
         merger = Merger(self.parents, self.base)
         threads = int(self.spec.engine.get("threads", 1))
+        torch.set_num_threads(1)  # the merge brings its own threads
         return write_weights(
             merger, Recipe.from_dict(recipe), open_store(target), threads
         ).to_dict()

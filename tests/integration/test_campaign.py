@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -89,7 +90,7 @@ def test_every_decision_is_in_the_ledger(undisturbed: dict) -> None:
     ledger = records(open_store(undisturbed["campaign"]))
     kinds = [record["kind"] for record in ledger]
     assert kinds[:3] == ["epoch", "campaign", "engine"]
-    assert kinds[-3:] == ["selected", "child", "finished"] or kinds[-2:] == ["child", "finished"]
+    assert kinds[-4:] == ["selected", "child", "publishing", "finished"]
     asked = [c["recipe"] for r in ledger if r["kind"] == "asked" for c in r["candidates"]]
     search = {recipe for recipe, split, _, _ in scored_items(ledger) if split == "search"}
     parents = search - set(asked)
@@ -147,24 +148,38 @@ def test_killed_at_five_points_the_child_is_the_same(undisturbed: dict, tmp_path
     assert count("epoch") == 6
 
 
-def test_a_killed_worker_costs_nothing_but_time(undisturbed: dict, tmp_path: Path) -> None:
+def test_killed_workers_cost_nothing_but_time(undisturbed: dict, tmp_path: Path) -> None:
+    """Kill all workers, until one was at work; the others' candidate is tried again."""
     campaign = write_campaign(tmp_path)
     store = open_store(str(tmp_path / "store" / "small"))
+
+    def failed() -> list[Record]:
+        return [record for record in records(store) if record["kind"] == "failed"]
+
     process = start_darwin("run", str(campaign), "--json")
     wait_for(lambda: sum(r["kind"] == "scored" for r in records(store)) >= 5, process)
-    victims = engine_processes(process.pid)
-    assert victims
-    os.kill(victims[0], signal.SIGKILL)
+    while not failed():
+        victims = engine_processes(process.pid)
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        wait_for(
+            lambda victims=victims: (
+                bool(failed()) or bool(set(engine_processes(process.pid)) - set(victims))
+            ),
+            process,
+        )
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    failed = [r for r in records(store) if r["kind"] == "failed"]
-    assert len(failed) <= 1
-    assert not any(r["given_up"] for r in failed)
+    assert not any(record["given_up"] for record in failed())
+    ledger = records(store)
+    assert len(scored_items(ledger)) == len(set(scored_items(ledger)))
     child = f"{store.uri}/child-{undisturbed['recipe_id'][:12]}"
     assert digests(child) == digests(undisturbed["child"])
 
 
-def test_interrupted_and_terminated_drivers_save_their_state(tmp_path: Path) -> None:
+def test_interrupted_and_terminated_drivers_save_their_state(
+    undisturbed: dict, tmp_path: Path
+) -> None:
     campaign = write_campaign(tmp_path)
     store = open_store(str(tmp_path / "store" / "small"))
     for number, signal_number in enumerate((signal.SIGINT, signal.SIGTERM), 1):
@@ -178,6 +193,8 @@ def test_interrupted_and_terminated_drivers_save_their_state(tmp_path: Path) -> 
         assert process.returncode == 130, err
         assert "Traceback" not in err
         assert run_darwin("status", store.uri)["status"] == "unfinished"
+    result = run_darwin("run", str(campaign))
+    assert digests(result["child"]) == digests(undisturbed["child"])
 
 
 def test_two_drivers_and_changed_configurations_are_refused(tmp_path: Path) -> None:
@@ -229,6 +246,33 @@ def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path
     assert run_darwin("status", result["campaign"])["status"] == "done"
 
 
+def test_the_whole_demo_on_a_real_s3_server(s3_location: str) -> None:
+    """What `make demo` runs, and what it promises of the child."""
+    result = run_darwin("run", "demo", f"store={s3_location}/demo")
+    assert result["evaluations"] == 200
+    assert min(score["score"] for score in result["holdout"]["child"].values()) >= 0.88
+    assert result["beaten"] == ["reverse", "sort", "shift"]
+    names = {info.key for info in open_store(result["child"]).list_objects()}
+    assert {"README.md", "config.json", "lineage.json", "model.safetensors"} <= names
+    assert b"</html>" in open_store(result["campaign"]).read("report.html")
+
+
+def test_a_configuration_that_did_not_work_may_be_mended(tmp_path: Path) -> None:
+    """As long as nothing was scored, the campaign's name is not taken."""
+    campaign = write_campaign(tmp_path)
+    refused = run_darwin("run", str(campaign), "engine.device=cuda", expect=2)
+    assert "engine.device" in refused["error"]
+    assert run_darwin("run", str(campaign), "search.evaluations=4")["evaluations"] == 4
+
+
+def test_a_moved_campaign_is_where_it_is(undisturbed: dict, tmp_path: Path) -> None:
+    store = Path(undisturbed["campaign"])
+    shutil.copytree(store, tmp_path / "store" / "small")
+    moved = run_darwin("run", str(write_campaign(tmp_path)))
+    assert moved["child"] == f"{tmp_path}/store/small/child-{undisturbed['recipe_id'][:12]}"
+    assert moved["holdout"] == undisturbed["holdout"]
+
+
 def test_a_candidate_that_cannot_work_is_recorded_and_the_campaign_goes_on(tmp_path: Path) -> None:
     """The first candidate's weights are all 0: there is no such mean. The others are fine."""
     space = tmp_path / "space.yaml"
@@ -247,7 +291,7 @@ def test_a_candidate_that_cannot_work_is_recorded_and_the_campaign_goes_on(tmp_p
     result = run_darwin("run", str(campaign))
     assert result["evaluations"] == 4
     failed = [r for r in records(open_store(result["campaign"])) if r["kind"] == "failed"]
-    assert [r["given_up"] for r in failed] == [True]
+    assert [r["given_up"] for r in failed] == [False, True]
     assert "sum to 0" in failed[0]["error"]
 
 

@@ -448,7 +448,7 @@ def test_the_values_of_fused_experts_are_those_of_the_slices(tmp_path: Path) -> 
         ("qwen3", {"embedding", "attention", "mlp", "norm"}),  # tied head
         ("qwen3_moe", {"embedding", "attention", "router", "expert", "norm", "lm_head"}),
         ("mixtral", {"embedding", "attention", "router", "expert", "norm", "lm_head"}),
-        ("qwen3_5", {"embedding", "attention", "linear_attention", "mlp", "norm"}),
+        ("qwen3_5", {"embedding", "attention", "linear_attention", "mlp", "norm", "lm_head"}),
         (
             "qwen3_5_moe",
             {"embedding", "attention", "linear_attention", "router", "expert", "shared_expert",

@@ -312,7 +312,7 @@ def test_units_cover_every_tensor_in_order(
 def test_no_unit_is_larger_than_its_limit(dtype: str, size: int) -> None:
     elements = 512 * 2048 * 4096 * 3 + 5
     tensor = LogicalTensor("t", "mlp", 0, None, (elements,), dtype, "t", 0)
-    units = plan_module._cut(tensor)
+    units = plan_module._cut(tensor, tensor)
     assert sum(unit.count for unit in units) == elements
     assert all(unit.count * size == UNIT_BYTES for unit in units[:-1])
     assert all(unit.first % CHUNK_ELEMENTS == 0 for unit in units)

@@ -81,11 +81,6 @@ def test_a_new_owner_appends_behind_the_old_records(store: FolderStore) -> None:
     assert second.last("child") is None
 
 
-def test_about_goes_into_the_record_of_the_epoch(store: FolderStore) -> None:
-    Ledger(store).open_epoch(1, host="here")
-    assert stored(store) == [{"kind": "epoch", "epoch": 1, "host": "here"}]
-
-
 def test_reading_starts_where_it_is_told(store: FolderStore) -> None:
     put_records(store, 5)
     assert [record["n"] for record in read_records(store, start=3)] == [3, 4]

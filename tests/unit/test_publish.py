@@ -84,6 +84,7 @@ def lineage(
             "seed": 3, "fitness": 0.875, "parents_fitness": {"father": 0.25, "mother": 0.125},
         },
         "tasks": {task: {} for task in tasks},
+        "children_judged": 1,
         "tensors": tensors,
         **judgement.to_dict(),
     }  # fmt: skip

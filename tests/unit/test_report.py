@@ -180,7 +180,9 @@ def write_campaign(
     store.write("child-1/lineage.json", json.dumps(lineage).encode())
     ledger.append("child", recipe=winner.recipe_id, folder="child-1")
     if finish:
-        ledger.append("finished", evaluations=budget, **judgement)
+        ledger.append(
+            "finished", evaluations=budget, child="child-1", report="report.html", **judgement
+        )
     return store
 
 

@@ -67,6 +67,7 @@ OUTSIDE_LAYERS = (
 )
 
 INSIDE_LAYERS = (
+    ("unknown", re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")),  # constants of old files
     ("norm", re.compile(r"((.*\.)?\w*(layernorm|norm)(_\d+)?\.(weight|bias)|layer_scalar)$")),
     ("linear_attention", re.compile(r"(linear_attn|mamba|mixer)\.")),
     ("attention", re.compile(r"(self_attn|attention|attn)\.")),
@@ -134,6 +135,13 @@ class ArchitectureMap:
     def experts(self) -> int:
         """Number of routed experts of a layer; 0 for a dense model."""
         return 1 + max((t.expert for t in self.tensors if t.expert is not None), default=-1)
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the configuration says that `lm_head` is the embedding."""
+        config = self.checkpoint.config
+        text = config.get("text_config") or {}
+        return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
     @property
     def unknown(self) -> list[str]:

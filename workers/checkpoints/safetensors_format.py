@@ -37,10 +37,6 @@ class TensorEntry:
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def item_bytes(self) -> int:
-        return BITS_PER_ELEMENT[self.dtype] // 8
-
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -60,7 +60,12 @@ def _multiple_choice(engine: Engine, task: Task, items: Sequence[Item]) -> list[
     A model that has no likelihood for a choice (NaN) gave no answer.
     """
     pairs = [(item.prompt, choice) for item in items for choice in item.choices]
-    answers = iter(engine.loglikelihood(pairs))
+    # As many rows at once as the batch has items, however many choices these have.
+    answers = iter(
+        answer
+        for start in range(0, len(pairs), len(items))
+        for answer in engine.loglikelihood(pairs[start : start + len(items)])
+    )
     results = []
     for item in items:
         scores = []

@@ -29,7 +29,7 @@ class Item:
     @property
     def content(self) -> tuple[str, tuple[str, ...]]:
         """What makes two items the same question."""
-        return self.prompt.strip(), self.choices
+        return self.prompt.strip(), tuple(sorted(self.choices))
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def _read_items(task: str, location: str, kind: str) -> tuple[Item, ...]:
     except BadInputError as error:
         raise BadInputError(f"task {task}: item file {location}: {error}") from error
     items: dict[str, Item] = {}
+    questions: dict[Any, str] = {}
     # Not splitlines: it would also cut at separators that JSON texts may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -156,6 +157,9 @@ def _read_items(task: str, location: str, kind: str) -> tuple[Item, ...]:
             raise BadInputError(f"{where}: not an item of kind {kind} ({error!r})") from error
         if item.id in items:
             raise BadInputError(f"{where}: the id {item.id!r} is used twice")
+        twin = questions.setdefault(item.content, item.id)
+        if twin != item.id:
+            raise BadInputError(f"{where}: the same question as {twin!r}: it would count twice")
         items[item.id] = item
     if not items:
         raise BadInputError(f"task {task}: {location} has no items")

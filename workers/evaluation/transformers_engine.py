@@ -114,6 +114,12 @@ class TransformersEngine:
                 view.numel()
                 and owners.setdefault((view.data_ptr(), view.numel()), live.name) != live.name
             ):
+                if live.name != self.merger.plan.tied:
+                    raise BadInputError(
+                        f"{self.father.location}: stores {live.name!r}, which "
+                        f"{type(self.model).__name__} ties to another tensor: remove it, or say "
+                        "tie_word_embeddings in config.json"
+                    )
                 aliases.add(live.name)
                 continue
             if stored[live.name].shape != live.shape:
@@ -140,6 +146,11 @@ class TransformersEngine:
         """See `Engine.loglikelihood`. The continuation's tokens are those that prompt + continuation
         has beyond the tokens of the prompt."""
         ids, attention, starts = self._encode_pairs(tuple(pairs))
+        if min(starts) < 1:
+            raise BadInputError(
+                "an empty prompt has no token to begin with, as this tokenizer adds none: give each item "
+                "a prompt"
+            )
         logits = self.model(input_ids=ids, attention_mask=attention).logits.float()
         logprobs = logits[:, :-1].log_softmax(-1)
         chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -160,7 +171,7 @@ class TransformersEngine:
         ]
         # A tokenizer may close a text with an end token, and may join prompt and continuation.
         starts = [
-            max(1, min(_common_length(prompt, whole), len(whole) - 1))
+            min(_common_length(prompt, whole), len(whole) - 1)
             for prompt, whole in zip(prompts, wholes, strict=True)
         ]
         padded = self.tokenizer.pad(
@@ -177,17 +188,32 @@ class TransformersEngine:
         self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
     ) -> list[Generation]:
         """See `Engine.generate`."""
+        from transformers import GenerationConfig
+
         encoded = self._encode(tuple(prompts))
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        if stop:
-            options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
-        output = self.model.generate(**encoded, **options, pad_token_id=self.tokenizer.pad_token_id)
+        ends = self._end_tokens()
+        # Greedy, whatever sampling or penalties the father's generation_config.json asks for.
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            stop_strings=list(stop) or None,
+        )
+        options = {"tokenizer": self.tokenizer} if stop else {}
+        output = self.model.generate(**encoded, generation_config=config, **options)
         written = output[:, encoded["input_ids"].shape[1] :]
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor(ends if isinstance(ends, list) else [ends or -1], device=written.device)
-        ended = torch.isin(written, ends).any(-1).tolist()
+        ended = torch.isin(written, torch.tensor(ends, device=written.device)).any(-1).tolist()
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [_finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
+
+    def _end_tokens(self) -> list[int]:
+        """Tokens that end an answer, by the father's generation config or else its tokenizer."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
     def _encode_uncached(self, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
@@ -203,7 +229,11 @@ class TransformersEngine:
             "torch": torch.__version__,
             "model": type(self.model).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.device.type,
+            "device": (
+                torch.cuda.get_device_name(self.device)
+                if self.device.type == "cuda"
+                else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+            ),
             "threads": self.threads,
             "probe_tokens": self.tokenizer(prompt)["input_ids"],
         }

@@ -27,6 +27,10 @@ class ChildReport:
         return {"tensors": [asdict(tensor) for tensor in self.tensors], "digests": self.digests}
 
 
+def _is_copy_of(parent: str, report: TensorReport) -> bool:
+    return report.method == "passthrough" and report.parameters["source"] == parent
+
+
 def write_weights(
     merger: Merger,
     recipe: Recipe,
@@ -38,7 +42,7 @@ def write_weights(
 
     The folder is not a checkpoint yet: `publish_companions` makes it one. `notify` is called with the
     number of bytes each time that some were written. Raises `BadInputError` if a
-    tensor of the child holds a NaN or an infinity.
+    tensor of the child holds a NaN or an infinity, and is not the father's own.
     """
     father = next(iter(merger.parents.values()))
     writer = CheckpointWriter(father, target)
@@ -49,7 +53,8 @@ def write_weights(
     except BaseException:
         writer.abort()
         raise
-    broken = [report for report in reports if report.not_finite]
+    name = next(iter(merger.parents))
+    broken = [r for r in reports if r.not_finite and not _is_copy_of(name, r)]
     if broken:
         raise BadInputError(
             f"tensor {broken[0].name!r} of the child has {broken[0].not_finite} elements that are NaN "

@@ -86,7 +86,7 @@ class Merger:
         reports: list[TensorReport] = []
         assigned = self.plan.assign(recipe)
         for unit, values in self._run(recipe, sink, threads):
-            tensor, way = unit.tensor, assigned[unit.tensor.name]
+            tensor, way = unit.target, assigned[unit.tensor.name]
             if unit.first == 0:
                 reports.append(
                     TensorReport(
@@ -113,10 +113,10 @@ class Merger:
     ) -> Iterator[tuple[MergeUnit, torch.Tensor]]:
         self._check_parents(recipe)
         assigned = self.plan.assign(recipe)
-        units = [unit for unit in self.plan.units if sink.wants(unit.tensor)]
+        units = [unit for unit in self.plan.units if sink.wants(unit.target)]
 
         def work(unit: MergeUnit) -> torch.Tensor:
-            values = sink.destination(unit, TORCH_DTYPES[unit.tensor.dtype])
+            values = sink.destination(unit, TORCH_DTYPES[unit.target.dtype])
             with torch.no_grad():
                 self._merge_unit(unit, assigned[unit.tensor.name], recipe.seed, values)
             return values
@@ -212,7 +212,7 @@ class Merger:
         return [name for name, parent in self.plan.maps.items() if tensor.name in parent.by_name]
 
     def _count_changes(self, parent: str, unit: MergeUnit, values: torch.Tensor) -> int:
-        own = self._read(parent, unit.tensor, unit.first, unit.count).to(values.dtype)
+        own = self._read(parent, unit.target, unit.first, unit.count).to(values.dtype)
         return int((own != values).sum())
 
 

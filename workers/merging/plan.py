@@ -19,6 +19,8 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements worked on at once: a few fp32 buffers of 1 MiB stay in a core's cache. Units and the
 statistics of a tensor lie on this grid, so neither bytes nor sums depend on who does what."""
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
 MERGEABLE_DTYPES = ("F16", "BF16", "F32", "F64")
 """Arithmetic on others would average codes, not values."""
 
@@ -28,13 +30,17 @@ class MergeUnit:
     """Elements `first` to `first + count` of a logical tensor: the smallest piece worked on at once."""
 
     tensor: LogicalTensor
+    """What is merged."""
+    target: LogicalTensor
+    """Where the result goes: `tensor` itself, but for a head that is stored beside the embedding it is
+    tied to: it gets the embedding's values."""
     first: int
     count: int
 
     @property
     def starts_stored(self) -> bool:
         """Whether it is the beginning of the stored tensor."""
-        return self.tensor.offset == 0 and self.first == 0
+        return self.target.offset == 0 and self.first == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +62,15 @@ class Plan:
         self.maps = maps
         self.base = base
         self.father = next(iter(maps.values()))
-        self.units = tuple(unit for tensor in self.father.tensors for unit in _cut(tensor))
+        self.tied = _tied_head(self.father)
+        self.units = tuple(unit for target in self.father.tensors for unit in self._units(target))
         self._selected: dict[Selector, frozenset[str]] = {}
         for other in [*maps.values(), *([base] if base else [])]:
             _check_shapes(self.father, other)
+
+    def _units(self, target: LogicalTensor) -> list[MergeUnit]:
+        tensor = self.father.by_name[EMBEDDING] if target.name == self.tied else target
+        return _cut(tensor, target)
 
     def assign(self, recipe: Recipe) -> dict[str, Assignment]:
         """Logical name -> assignment, for every tensor of the father.
@@ -74,6 +85,8 @@ class Plan:
             for rule in recipe.rules
         ]
         for tensor in self.father.tensors:
+            if tensor.name == self.tied:
+                continue  # merged as the embedding
             assignment = next((way for names, way in rules if tensor.name in names), carry)
             self._check_inputs(tensor, assignment, parents)
             assigned[tensor.name] = assignment
@@ -113,13 +126,21 @@ class Plan:
             _require_mergeable(parent, tensor.name, assignment.method.name)
 
 
-def _cut(tensor: LogicalTensor) -> list[MergeUnit]:
-    most = UNIT_BYTES * 8 // BITS_PER_ELEMENT[tensor.dtype]
+def _cut(tensor: LogicalTensor, target: LogicalTensor) -> list[MergeUnit]:
+    most = UNIT_BYTES * 8 // BITS_PER_ELEMENT[target.dtype]
     most -= most % CHUNK_ELEMENTS
     return [
-        MergeUnit(tensor, first, min(most, tensor.elements - first))
-        for first in range(0, max(tensor.elements, 1), most)
+        MergeUnit(tensor, target, first, min(most, target.elements - first))
+        for first in range(0, max(target.elements, 1), most)
     ]
+
+
+def _tied_head(father: ArchitectureMap) -> str | None:
+    """The head's name, if the father stores it although it is tied to the embedding."""
+    head, embedding = father.by_name.get(HEAD), father.by_name.get(EMBEDDING)
+    if head is None or embedding is None or not father.ties_head:
+        return None
+    return HEAD if (head.shape, head.dtype) == (embedding.shape, embedding.dtype) else None
 
 
 def _require_mergeable(parent: ArchitectureMap, name: str, method: str) -> None:

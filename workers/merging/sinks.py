@@ -35,7 +35,7 @@ class LiveSink:
         return tensor.name in self.views
 
     def destination(self, unit: MergeUnit, dtype: torch.dtype) -> torch.Tensor:
-        return self.views[unit.tensor.name][unit.first : unit.first + unit.count]
+        return self.views[unit.target.name][unit.first : unit.first + unit.count]
 
     def accept(self, unit: MergeUnit, values: torch.Tensor) -> None:
         pass
@@ -58,7 +58,7 @@ class HashSink:
         if unit.starts_stored:
             self._running = hashlib.sha256()
         self.take(unit, values.view(torch.uint8).numpy().data)
-        self.digests[unit.tensor.stored] = self._running.hexdigest()
+        self.digests[unit.target.stored] = self._running.hexdigest()
 
     def take(self, unit: MergeUnit, data: memoryview) -> None:
         """The bytes of one unit, in order."""
@@ -75,5 +75,5 @@ class CheckpointSink(HashSink):
 
     def take(self, unit: MergeUnit, data: memoryview) -> None:
         super().take(unit, data)
-        self.writer.write(unit.tensor.stored, data)
+        self.writer.write(unit.target.stored, data)
         self.notify(data.nbytes)
