@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.families import write_family
 from workers.checkpoints import open_checkpoint, publish_companions
@@ -130,8 +133,6 @@ def test_stop_texts_end_an_answer(families: dict[str, list[Path]]) -> None:
 def test_a_father_without_all_weights_is_refused(
     families: dict[str, list[Path]], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     first, second = families["llama"][1:]
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -143,3 +144,76 @@ def test_a_father_without_all_weights_is_refused(
     parents = {"a": open_checkpoint(str(broken)), "b": open_checkpoint(str(second))}
     with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.up_proj"):
         TransformersEngine(parents, None)
+
+
+def copy_of(source: Path, target: Path, **changes: object) -> Path:
+    """A checkpoint's copy; `changes` go into its config.json."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+def test_a_head_stored_beside_its_embedding_gets_the_same_values(
+    families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Masks are drawn by tensor name: merged apart, the two would differ and be tied no more."""
+    paths = []
+    for number, source in enumerate(families["qwen3"]):
+        path = copy_of(source, tmp_path / str(number))
+        weights = load_file(path / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        paths.append(path)
+    base, first, second = (open_checkpoint(str(path)) for path in paths)
+    parents = {"a": first, "b": second}
+    engine = TransformersEngine(parents, base, dtype="float32")
+    rule = Rule(Selector(), "dare_ties", {"weight": 0.9, "density": 0.5})
+    recipe = Recipe(engine.merger.references, (rule,), engine.merger.base_reference)
+    engine.realize(recipe)
+    target = open_store(str(tmp_path / "child"))
+    write_weights(Merger(parents, base), recipe, target, threads=1)
+    publish_companions(first, target, {})
+    child = load_file(tmp_path / "child" / "model.safetensors")
+    assert torch.equal(child["lm_head.weight"], child["model.embed_tokens.weight"])
+    assert not torch.equal(
+        child["lm_head.weight"], load_file(paths[1] / "model.safetensors")["lm_head.weight"]
+    )
+    written = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "child", dtype=torch.float32
+    )
+    for name, weight in written.state_dict().items():
+        assert torch.equal(weight, engine.model.state_dict()[name]), name
+
+
+def test_greedy_is_greedy_whatever_the_father_is_configured_to(
+    families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    plain, second = families["llama"][1:]
+    path = copy_of(plain, tmp_path / "penalized")
+    settings = {"repetition_penalty": 5.0, "num_beams": 3, "do_sample": True, "eos_token_id": 2,
+                "num_return_sequences": 2, "return_dict_in_generate": True}  # fmt: skip
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    answers = []
+    for father in (plain, path):
+        parents = {"a": open_checkpoint(str(father)), "b": open_checkpoint(str(second))}
+        answers.append(
+            TransformersEngine(parents, None, dtype="float32").generate(["abc", "de"], 8, ())
+        )
+    assert answers[0] == answers[1]
+
+
+def test_a_model_without_end_token_is_always_cut(families: dict[str, list[Path]]) -> None:
+    parents = {n: open_checkpoint(str(p)) for n, p in zip("ab", families["llama"][1:], strict=True)}
+    engine = TransformersEngine(parents, None, dtype="float32")
+    engine.model.generation_config.eos_token_id = []
+    assert all(g.truncated for g in engine.generate(["abc", "z"], 4, ()))
+
+
+def test_an_end_token_of_number_zero_ends_an_answer(families: dict[str, list[Path]]) -> None:
+    parents = {n: open_checkpoint(str(p)) for n, p in zip("ab", families["llama"][1:], strict=True)}
+    engine = TransformersEngine(parents, None, dtype="float32")
+    with torch.no_grad():
+        engine.model.lm_head.weight.zero_()  # every logit is 0, so the likeliest token is number 0
+    engine.model.generation_config.eos_token_id = [0]
+    assert not any(g.truncated for g in engine.generate(["abc", "z"], 4, ()))

@@ -88,6 +88,15 @@ class TransformersEngine:
                 f"{self.father.location}: lacks weights of {type(model).__name__}: "
                 f"{', '.join(sorted(loading['missing_keys'])[:5])}"
             )
+        # Greedy, whatever sampling or penalties the father's generation_config.json asks for; only the
+        # tokens that end an answer are taken from it.
+        ends = model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        model.generation_config = transformers.GenerationConfig(
+            eos_token_id=[] if ends is None else ends if isinstance(ends, list) else [ends],
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
         return model.to(self.device).eval().requires_grad_(False)
 
     def _live_views(self) -> dict[str, torch.Tensor]:
@@ -188,32 +197,16 @@ class TransformersEngine:
         self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
     ) -> list[Generation]:
         """See `Engine.generate`."""
-        from transformers import GenerationConfig
-
         encoded = self._encode(tuple(prompts))
-        ends = self._end_tokens()
-        # Greedy, whatever sampling or penalties the father's generation_config.json asks for.
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=ends or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            stop_strings=list(stop) or None,
-        )
-        options = {"tokenizer": self.tokenizer} if stop else {}
-        output = self.model.generate(**encoded, generation_config=config, **options)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        if stop:
+            options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        output = self.model.generate(**encoded, **options)
+        ends = self.model.generation_config.eos_token_id
         written = output[:, encoded["input_ids"].shape[1] :]
         ended = torch.isin(written, torch.tensor(ends, device=written.device)).any(-1).tolist()
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [_finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
-
-    def _end_tokens(self) -> list[int]:
-        """Tokens that end an answer, by the father's generation config or else its tokenizer."""
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
     def _encode_uncached(self, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(list(prompts), padding=True, return_tensors="pt")

@@ -1,0 +1,57 @@
+"""A worker that goes wrong as it is told, for the tests of the pool. Ray imports it by this module."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from workers.actors import Scored, WorkerSpec
+from workers.errors import BadInputError
+
+
+class UnreliableWorker:
+    """Scores one item per recipe; what goes wrong is said by the spec's `engine` and the recipe's seed.
+
+    `folder` counts what all workers of a test did, by files in it.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.folder = Path(spec.engine["folder"])
+        self.plan = spec.engine
+        self.serial = self._count("start")
+
+    def _count(self, what: str) -> int:
+        """How often it has happened, this time included."""
+        number = 1
+        while True:
+            try:
+                os.close(os.open(self.folder / f"{what}-{number}", os.O_CREAT | os.O_EXCL))
+                return number
+            except FileExistsError:
+                number += 1
+
+    def describe(self) -> dict[str, Any]:
+        if self.serial in self.plan.get("bad_starts", ()):
+            raise BadInputError("the disk of this machine is full")
+        if self.serial in self.plan.get("dead_starts", ()):
+            os._exit(1)
+        return {}
+
+    def evaluate(self, recipe: dict[str, Any], split: str, finished: Any, seconds: float) -> Scored:
+        fate = self.plan.get("fates", {}).get(recipe["seed"])
+        tries = self._count(f"try-{recipe['seed']}")
+        if fate == "dies" or (fate == "dies once" and tries == 1):
+            os._exit(1)
+        if fate == "refuses":
+            raise BadInputError("there is no such mean")
+        if self.serial in self.plan.get("poisoned", ()):
+            raise RuntimeError("the device is in disorder")
+        done = len(finished.get("t", ()))
+        items = [{"id": f"{recipe['seed']}-{done}"}]
+        return Scored({"t": items}, done + 1 >= self.plan.get("slices", 1), 0.0, 0.0)
+
+    def long_call(self, value: int) -> int:
+        if self._count("call") == 1:
+            os._exit(1)
+        return value + 1
