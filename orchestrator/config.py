@@ -120,7 +120,7 @@ class CampaignConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     address: str | None = None
-    """A running Ray cluster (`auto`, `host:port` or `ray://...`); None starts Ray on this machine."""
+    """A running Ray cluster (`auto` or `host:port`); None starts Ray on this machine."""
     seed: int = 0
 
 

@@ -96,11 +96,11 @@ def peak_memory(driver: int) -> dict[str, float]:
         is_driver = entry.name == str(driver)
         if not is_driver and not title.startswith("ray::EvaluationWorker"):
             continue
-        peak = next(
-            int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
-        )
+        sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+        if not sizes:
+            continue  # it has ended and is not reaped yet
         name = "driver" if is_driver else "worker"
-        peaks[name] = max(peaks.get(name, 0.0), peak / 1024)
+        peaks[name] = max(peaks.get(name, 0.0), int(sizes[0]) / 1024)
     return peaks
 
 
