@@ -182,7 +182,10 @@ class Campaign:
         """All scores of a campaign come from engines that are alike, today's and last week's."""
         assert self._ledger is not None
         recorded = self._ledger.last("engine")
-        if recorded is None or not self.state.has_scores:
+        if recorded is not None and not self.state.has_scores:
+            # Nothing depends yet on what an earlier driver's workers were; on this one's it will.
+            recorded = recorded if recorded["epoch"] == self._ledger.epoch else None
+        if recorded is None:
             self._record("engine", description=description)
             return
         different = differing_keys(recorded["description"], description)

@@ -1,7 +1,8 @@
 """The worker process: parents mapped once, one live engine, one candidate at a time.
 
 `orchestrator.pool` runs `EvaluationWorker` as a Ray actor. A worker decides nothing and keeps nothing
-that matters: it can die at any point, and another one continues from what was recorded.
+that matters: it can die at any point, and another one continues from what was recorded. The driver
+imports this module too, so torch is imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from workers.checkpoints import Checkpoint, localize, open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
-from workers.merging.child import write_weights
 from workers.storage import open_store
 
 
@@ -108,6 +108,7 @@ class EvaluationWorker:
         """Merge the recipe into the store at `target` and verify it; the child's report."""
         import torch
 
+        from workers.merging.child import write_weights
         from workers.merging.executor import Merger
 
         merger = Merger(self.parents, self.base)
