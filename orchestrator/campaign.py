@@ -106,6 +106,11 @@ class Campaign:
         self._lease = acquire_lease(self.store, self.watcher.stage, newest_epoch)
         try:
             self._open_ledger(ledger)
+            done = self.state.evaluated(self.config.search.evaluations)
+            self.watcher.stage(
+                "starting Ray and the workers"
+                + (f"; {done} candidates are scored already" if done else "")
+            )
             with self._make_pool() as self.pool:
                 self._evaluate(self.parent_recipes.values(), "search")
                 self._search()

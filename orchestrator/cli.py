@@ -53,7 +53,12 @@ def run(
         "held out "
         + ", ".join(f"{name} {value:.3f}" for name, value in result["holdout_fitness"].items())
     )
-    _say(f"beats    {', '.join(beaten) if beaten else 'no parent'} (p < 0.05 on held-out items)")
+    rest = [name for name in result["holdout_fitness"] if name not in ("child", *beaten)]
+    _say(
+        f"beats    {', '.join(beaten) if beaten else 'no parent'}"
+        + (f", but not {', '.join(rest)}" if beaten and rest else "")
+        + " (p < 0.05 on held-out items)"
+    )
 
 
 @app.command()

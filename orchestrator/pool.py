@@ -357,23 +357,31 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
     import ray
 
     on_terminate = signal.getsignal(signal.SIGTERM)
+    interrupted: list[int] = []
+    # An interrupt in the middle of Ray's start leaves it in pieces: it is taken when Ray is up.
+    on_interrupt = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
     try:
         if address is not None:
             ray.init(address=address, log_to_driver=False, logging_level="error")
-            return
-        ray.init(
-            address="local",  # not a cluster that happens to run here
-            num_cpus=max(1, -(-workers.count * workers.cpus // 1)),
-            num_gpus=-(-workers.count * workers.gpus // 1) or None,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=128 << 20,
-        )
+        else:
+            ray.init(
+                address="local",  # not a cluster that happens to run here
+                num_cpus=max(1, -(-workers.count * workers.cpus // 1)),
+                num_gpus=-(-workers.count * workers.gpus // 1) or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=128 << 20,
+            )
+    except SystemExit as error:  # how Ray takes a SIGTERM while it starts
+        raise KeyboardInterrupt from error
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise PoolError(f"Ray at {address or 'this machine'} does not start: {error}") from error
     finally:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would leave without saving
+        signal.signal(signal.SIGINT, on_interrupt)
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def _cause(error: Exception) -> Exception:

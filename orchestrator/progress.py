@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from types import TracebackType
@@ -14,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.campaign import Campaign
-from orchestrator.state import Evaluation
 from orchestrator.statistics import Score, score
 
 RATE_SECONDS = 20.0
@@ -172,7 +172,7 @@ class ProgressView:
                 continue
             scores = {task: score(evaluation.results[task]) for task in tasks}
             fitness = campaign.state.fitness(recipe_id) or 0.0
-            low, high = fitness_interval(evaluation, scores, campaign.config.objective)
+            low, high = fitness_interval(scores, campaign.config.objective)
             table.add_row(
                 name,
                 *(f"{s.score:.3f} [dim]{s.low:.2f}-{s.high:.2f}[/dim]" for s in scores.values()),
@@ -181,17 +181,19 @@ class ProgressView:
         return table
 
 
-def fitness_interval(
-    evaluation: Evaluation, scores: dict[str, Score], objective: str
-) -> tuple[float, float]:
-    """An interval for a fitness: of the worst task, or of all items pooled."""
+def fitness_interval(scores: dict[str, Score], objective: str) -> tuple[float, float]:
+    """An interval for a fitness: that of the worst task, or one for the mean of independent tasks.
+
+    The latter recovers variances from the tasks' own intervals (MOVER; Zou and Donner 2008, eq. 3).
+    """
+    values = scores.values()
     if objective == "worst":
-        worst = min(scores.values(), key=lambda value: value.score)
+        worst = min(values, key=lambda value: value.score)
         return worst.low, worst.high
-    pooled = score(
-        {f"{task}/{i}": r for task, items in evaluation.results.items() for i, r in items.items()}
-    )
-    return pooled.low, pooled.high
+    mean = sum(value.score for value in values) / len(scores)
+    below = math.hypot(*(value.score - value.low for value in values)) / len(scores)
+    above = math.hypot(*(value.high - value.score for value in values)) / len(scores)
+    return mean - below, mean + above
 
 
 def _duration(seconds: float) -> str:
