@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from workers.errors import BadInputError
+from workers.storage import ObjectNotFoundError, open_store
 
 SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 
@@ -180,7 +183,12 @@ def config_to_dict(config: CampaignConfig) -> dict[str, Any]:
 
 
 def find_shipped(kind: str, name: str) -> Path:
-    """The YAML file that `name` means: a path of one's own, or a name in `conf/KIND`."""
+    """The YAML file that `name` means: one's own (a path, `file://`, `s3://`), or a name in `conf/KIND`.
+
+    A file in a bucket is copied to this machine first, for as long as the process lives.
+    """
+    if "://" in name:
+        return _fetch(name)
     own = Path(os.path.expanduser(name))
     if own.suffix in (".yaml", ".yml"):
         if not own.is_file():
@@ -194,6 +202,26 @@ def find_shipped(kind: str, name: str) -> Path:
             "of its .yaml file"
         )
     return shipped
+
+
+@cache
+def _fetched() -> tempfile.TemporaryDirectory[str]:
+    """The folder of copies; it goes when the process does."""
+    return tempfile.TemporaryDirectory(prefix="darwin-")
+
+
+def _fetch(location: str) -> Path:
+    folder, _, file = location.rpartition("/")
+    store = open_store(folder)
+    try:
+        content = store.read(file)
+    except ObjectNotFoundError as error:
+        raise BadInputError(f"there is no file {location}") from error
+    path = store.local_path(file)
+    if path is None:
+        path = Path(tempfile.mkdtemp(dir=_fetched().name)) / file
+        path.write_bytes(content)
+    return path
 
 
 def read_yaml(file: Path) -> Any:

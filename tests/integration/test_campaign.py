@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from orchestrator.config import SHIPPED
 from orchestrator.ledger import Record
 from tests.campaigns import (
     digests,
@@ -229,7 +230,7 @@ def test_a_larger_budget_continues_the_search(undisturbed: dict, tmp_path: Path)
 
 
 def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path) -> None:
-    """Store and parents in a bucket: the same child, byte for byte."""
+    """Store, parents, tasks and genome space in a bucket: the same child, byte for byte."""
     parents = []
     for name in ("reverse", "sort", "shift"):
         source, target = (
@@ -239,7 +240,25 @@ def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path
         for info in source.list_objects():
             target.write(info.key, source.read(info.key))
         parents.append({"name": name, "path": target.uri})
-    campaign = write_campaign(tmp_path, store=f"{s3_location}/campaigns", parents=parents)
+    definitions = open_store(f"{s3_location}/conf")
+    for kind, name in [
+        ("genome", "components"),
+        ("task", "reverse"),
+        ("task", "sort"),
+        ("task", "shift"),
+    ]:
+        definitions.write(f"{name}.yaml", (SHIPPED / kind / f"{name}.yaml").read_bytes())
+    tasks = [
+        {"name": f"{definitions.uri}/{name}.yaml", "search_items": 24, "holdout_items": 48}
+        for name in ("reverse", "sort", "shift")
+    ]
+    campaign = write_campaign(
+        tmp_path,
+        store=f"{s3_location}/campaigns",
+        parents=parents,
+        tasks=tasks,
+        genome={"space": f"{definitions.uri}/components.yaml", "method": "dare_ties"},
+    )
     result = run_darwin("run", str(campaign))
     assert result["child"].startswith(s3_location)
     assert digests(result["child"]) == digests(undisturbed["child"])

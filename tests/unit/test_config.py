@@ -361,3 +361,13 @@ def test_neither_the_command_line_nor_a_configuration_imports_what_is_slow() -> 
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_file_of_ones_own_may_be_a_location(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("kind: x\n")
+    assert find_shipped("task", f"file://{tmp_path}/t.yaml") == tmp_path / "t.yaml"
+    for location in (f"file://{tmp_path}/u.yaml", f"file://{tmp_path}/none/t.yaml"):
+        with pytest.raises(BadInputError, match="there is no file"):
+            find_shipped("task", location)
+    with pytest.raises(BadInputError, match="gopher"):
+        find_shipped("task", "gopher://x/t.yaml")
