@@ -112,7 +112,7 @@ def build_space(
     """Make the configured space for these parents. Raises `BadInputError` naming file and key."""
     method = get_method(config.method)
     file = load_space_file(config, method)
-    base = base if method.uses_base else None
+    base = base if method.uses_base != "never" else None
     method.check_inputs(tuple(parent.name for parent in parents), base is not None)
     regions = tuple(
         replace(region, fixed=_fixed(file, region, father)) for region in _regions(file, father)

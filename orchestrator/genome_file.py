@@ -189,7 +189,7 @@ def _families(
 def _family(where: str, name: str, given: dict[str, Any], method: MergeMethod) -> GeneFamily:
     """One family; `where` is the place of its bounds: the space's file or the campaign's key."""
     declared = method.parameter(name)
-    if declared is None or declared.scope == "parent_name":
+    if declared is None or declared.scope not in ("shared", "per_parent"):
         raise BadInputError(f"{where}: the method ignores it: it has no such number")
     if set(given) != {"per", "low", "high", "start"}:
         raise BadInputError(f"{where}: needs exactly per, low, high and start")

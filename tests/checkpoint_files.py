@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -17,7 +18,6 @@ import torch
 
 from workers.checkpoints import (
     Checkpoint,
-    LogicalTensor,
     WeightFile,
     open_checkpoint,
     publish_companions,
@@ -26,8 +26,7 @@ from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT, Header, Ten
 from workers.merging import METHODS, MergeMethod, Recipe, Rule, Selector
 from workers.merging.child import write_weights
 from workers.merging.executor import Merger
-from workers.merging.plan import MergeUnit
-from workers.merging.sinks import HashSink
+from workers.merging.sources import TORCH_DTYPES
 from workers.storage.folder import FolderStore
 
 INDEX = "model.safetensors.index.json"
@@ -144,33 +143,23 @@ def write_child(merger: Merger, recipe: Recipe, target: Path, threads: int = 1) 
     return target
 
 
-class CollectingSink:
-    """Keeps every merged value, by logical name."""
-
-    def __init__(self) -> None:
-        self.units: dict[str, list[torch.Tensor]] = {}
-
-    def wants(self, tensor: LogicalTensor) -> bool:
-        return True
-
-    def destination(self, unit: MergeUnit, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(unit.count, dtype=dtype)
-
-    def accept(self, unit: MergeUnit, values: torch.Tensor) -> None:
-        self.units.setdefault(unit.tensor.name, []).append(values)
-
-
 def run(merger: Merger, *rules: Rule, seed: int = 0, threads: int = 1) -> dict[str, torch.Tensor]:
-    """The child's values, flat, by logical name."""
-    sink = CollectingSink()
-    merger.run(recipe_for(merger, *rules, seed=seed), sink, threads)
-    return {name: torch.cat(units) for name, units in sink.units.items()}
+    """The child's values, flat, by logical name, in the dtype that it is stored in."""
+    views = {
+        tensor.name: torch.full((tensor.elements,), torch.nan).to(TORCH_DTYPES[tensor.dtype])
+        for tensor in merger.plan.father.tensors
+    }
+    merger.realize(recipe_for(merger, *rules, seed=seed), views, threads)
+    return views
 
 
 def example_parameters(method: MergeMethod, parents: Sequence[str]) -> dict[str, Any]:
     """Parameters that any method must accept: another for each parent, its defaults where it has them."""
     given: dict[str, Any] = {}
     for parameter in method.parameters:
+        if parameter.scope in ("flag", "choice"):
+            assert parameter.default is not None, parameter.name
+            continue
         low = parameter.low if math.isfinite(parameter.low) else 0.0
         high = parameter.high if math.isfinite(parameter.high) else low + 1.0
         if parameter.scope == "parent_name":
@@ -190,7 +179,9 @@ def example_merger(method: MergeMethod, folder: Path, **arguments: Any) -> Merge
     `base` in `folder`."""
     most = min(3, method.parents[1] or 3)
     parents = {name: folder / name for name in "abc"[:most]}
-    return open_merger(parents, folder / "base" if method.uses_base else None, **arguments)
+    return open_merger(
+        parents, folder / "base" if method.uses_base != "never" else None, **arguments
+    )
 
 
 def example_rule(method: MergeMethod, merger: Merger) -> Rule:
@@ -198,12 +189,16 @@ def example_rule(method: MergeMethod, merger: Merger) -> Rule:
 
 
 def digests_by_method(folder: Path, threads: int = 1) -> dict[str, dict[str, str]]:
-    """Method -> stored tensor -> SHA-256 of its merged bytes, for every method there is."""
+    """Method -> tensor -> SHA-256 of its merged bytes, for every method whose bits are exact."""
     found = {}
     for name, method in METHODS.items():
-        merger, sink = example_merger(method, folder), HashSink()
-        merger.run(recipe_for(merger, example_rule(method, merger), seed=3), sink, threads)
-        found[name] = sink.digests
+        if method.exact and not method.post:
+            merger = example_merger(method, folder)
+            child = run(merger, example_rule(method, merger), seed=3, threads=threads)
+            found[name] = {
+                tensor: hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
+                for tensor, values in child.items()
+            }
     return found
 
 

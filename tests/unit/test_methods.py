@@ -3,7 +3,6 @@ that any method makes (`TestConformance` runs on whatever is registered)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -32,20 +31,18 @@ from tests.checkpoint_files import (
     write_checkpoint,
 )
 from tests.families import write_family
-from workers.checkpoints import ArchitectureMap, CheckpointReader, open_checkpoint
+from tests.references import CASES, REFERENCES, Vectors
+from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import METHODS, MergeMethod, get_method
 from workers.merging import executor as executor_module
 from workers.merging import plan as plan_module
 from workers.merging.child import write_weights
 from workers.merging.executor import Merger
+from workers.merging.methods import Slice
 from workers.merging.methods.slerp import PairMoments
-from workers.merging.sinks import LiveSink
-from workers.merging.sources import read_elements
+from workers.merging.sources import Source
 from workers.storage.folder import FolderStore
-
-Vectors = dict[str, numpy.ndarray]
-"""Parent -> the whole tensor in float64."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -55,101 +52,6 @@ def torch_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-# The formulas, each on whole tensors at once
-
-
-def linear(parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any) -> numpy.ndarray:
-    """sum_i w_i x_i / sum_i w_i (arXiv 2203.05482)."""
-    weights = values["weight"]
-    total = sum(weights.values()) if values.get("normalize", 1.0) else 1.0
-    return sum(weights[name] * x for name, x in parents.items()) / total
-
-
-def slerp(parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any) -> numpy.ndarray:
-    """sin((1-t)a)/sin(a) x + sin(ta)/sin(a) y, a line where the angle a is all but 0 or 180 degrees."""
-    x, y = parents.values()
-    t, norms = values["t"], numpy.linalg.norm(x) * numpy.linalg.norm(y)
-    cosine = (x @ y) / norms if norms else 1.0
-    if abs(cosine) > 0.9995:
-        return (1 - t) * x + t * y
-    angle = math.acos(cosine)
-    return (math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)
-
-
-def task_arithmetic(
-    parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any
-) -> numpy.ndarray:
-    """x_0 + lambda sum_i w_i (x_i - x_0) (arXiv 2212.04089)."""
-    changes = sum(values["weight"][name] * (x - base) for name, x in parents.items())
-    return base + values.get("lambda", 1.0) * changes
-
-
-def agreeing(
-    deltas: Vectors, base: numpy.ndarray, values: dict[str, Any], normalize: float
-) -> numpy.ndarray:
-    """Elect the sign of sum_i w_i d_i, + for 0, and add up (or average) what has it."""
-    weights = values["weight"]
-    sign = numpy.where(sum(weights[name] * d for name, d in deltas.items()) < 0, -1.0, 1.0)
-    total, divisor = numpy.zeros_like(base), numpy.zeros_like(base)
-    for name, delta in deltas.items():
-        agrees = delta * sign > 0
-        total += weights[name] * delta * agrees
-        divisor += weights[name] * agrees
-    if values.get("normalize", normalize):
-        total /= numpy.where(divisor == 0, 1.0, divisor)
-    return base + values.get("lambda", 1.0) * total
-
-
-def smallest_kept(delta: numpy.ndarray, density: float) -> float:
-    """The k-th largest magnitude, k = density x elements, rounded down to 8 bits of mantissa."""
-    k = math.ceil(density * delta.size)
-    if k == 0:
-        return math.inf
-    mantissa, exponent = math.frexp(numpy.sort(numpy.abs(delta))[-k])
-    return math.ldexp(math.floor(mantissa * 512), exponent - 9)
-
-
-def ties(parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any) -> numpy.ndarray:
-    """Trim, elect, disjoint mean (arXiv 2306.01708)."""
-    deltas = {}
-    for name, x in parents.items():
-        delta = x - base
-        deltas[name] = delta * (numpy.abs(delta) >= smallest_kept(delta, values["density"][name]))
-    return agreeing(deltas, base, values, normalize=1.0)
-
-
-def dare_ties(
-    parents: Vectors, base: numpy.ndarray, values: dict[str, Any], seeded: tuple[int, str]
-) -> numpy.ndarray:
-    """Drop at random, rescale by 1/density (arXiv 2311.03099), elect, sum."""
-    deltas = {}
-    for name, x in parents.items():
-        density = values["density"][name]
-        kept = philox_words(*seeded, name, x.size) < round(density * 2**32)
-        deltas[name] = (x - base) * kept / density if density else numpy.zeros_like(x)
-    return agreeing(deltas, base, values, normalize=0.0)
-
-
-def passthrough(
-    parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any
-) -> numpy.ndarray:
-    return parents[values["source"]]
-
-
-REFERENCES = {
-    function.__name__: function
-    for function in (linear, slerp, task_arithmetic, ties, dare_ties, passthrough)
-}
-
-
-def philox_words(seed: int, tensor: str, parent: str, count: int) -> numpy.ndarray:
-    digest = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
-    numbers = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8")).random_raw(
-        count // 2 + 1
-    )
-    return numpy.stack([numbers & 0xFFFFFFFF, numbers >> 32], axis=1).reshape(-1)[:count]
 
 
 MANTISSA_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
@@ -180,9 +82,9 @@ def logical_vectors(merger: Merger) -> dict[str, Vectors]:
     opened = merger.parents | ({"base": merger.base} if merger.base else {})
     vectors: dict[str, Vectors] = {}
     for name, checkpoint in opened.items():
-        reader = CheckpointReader(checkpoint)
+        source = Source(checkpoint)
         for tensor in ArchitectureMap(checkpoint).tensors:
-            found = read_elements(reader, tensor, 0, tensor.elements)
+            found = source.read(tensor, 0, tensor.elements)
             vectors.setdefault(tensor.name, {})[name] = to_float64(found)
     return vectors
 
@@ -191,12 +93,13 @@ def check_against_reference(merger: Merger, method: str, seed: int = 5, **given:
     """Every tensor of a whole model, merged by one rule."""
     child = run(merger, rule(method, **given), seed=seed)
     values = get_method(method).resolve(given, tuple(merger.parents), merger.base is not None)
+    shapes = {tensor.name: tensor.shape for tensor in merger.plan.father.tensors}
     scale = math.prod(max(1.0, *map(abs, spread(values, key))) for key in ("weight", "lambda"))
     scale *= max(1 / max(density, 0.01) for density in spread(values, "density"))
     for name, vectors in logical_vectors(merger).items():
         parents = {parent: vectors[parent] for parent in merger.parents}
         base = vectors.get("base", numpy.zeros_like(vectors["a"]))
-        expected = REFERENCES[method](parents, base, values, (seed, name))
+        expected = REFERENCES[method](parents, base, values | {"shape": shapes[name]}, (seed, name))
         terms = scale * sum(abs(x) for x in vectors.values())
         assert_close(child[name], expected, terms)
         assert method == "passthrough" or not numpy.array_equal(
@@ -207,28 +110,6 @@ def check_against_reference(merger: Merger, method: str, seed: int = 5, **given:
 def spread(values: dict[str, Any], key: str) -> list[float]:
     value = values.get(key, 1.0)
     return list(value.values()) if isinstance(value, dict) else [value]
-
-
-# Of few bits, so that a draw in the sign election is one in fp32 as in float64.
-WEIGHTS = {"a": 0.75, "b": 0.3125, "c": 0.5625}
-DENSITIES = {"a": 0.5, "b": 0.125, "c": 0.25}
-CASES: list[tuple[str, int, dict[str, Any]]] = [
-    ("linear", 3, {"weight": WEIGHTS}),
-    ("linear", 3, {"weight": WEIGHTS | {"b": -0.3}, "normalize": 0}),
-    ("linear", 2, {"weight": 0.5}),
-    ("slerp", 2, {"t": 0.3}),
-    ("slerp", 2, {"t": 0.999}),
-    ("task_arithmetic", 3, {"weight": WEIGHTS}),
-    ("task_arithmetic", 3, {"weight": WEIGHTS | {"b": -0.5}, "lambda": 1.7}),
-    ("ties", 3, {"weight": WEIGHTS, "density": DENSITIES}),
-    ("ties", 3, {"weight": 1.0, "density": 0.2, "lambda": 0.5, "normalize": 0}),
-    ("ties", 2, {"weight": {"a": 0.0, "b": 1.0}, "density": {"a": 1.0, "b": 0.5}}),
-    ("ties", 2, {"weight": 1.0, "density": {"a": 0.0, "b": 1.0}}),
-    ("dare_ties", 3, {"weight": WEIGHTS, "density": DENSITIES}),
-    ("dare_ties", 3, {"weight": WEIGHTS, "density": 0.5, "lambda": -0.5, "normalize": 1}),
-    ("dare_ties", 2, {"weight": 1.0, "density": {"a": 0.0, "b": 1.0}}),
-    ("passthrough", 3, {"source": "b"}),
-]
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +163,7 @@ def test_wide_values_in_every_dtype(
 ) -> None:
     """In fp32 nothing hides behind the rounding of the child."""
     merger = open_parents(wide[dtype], parents)
-    if method == "slerp" or 0.0 in DENSITIES.values():
+    if get_method(method).uses_base == "never":
         merger = open_merger({name: wide[dtype] / name for name in "abc"[:parents]})
     check_against_reference(merger, method, **given_values)
 
@@ -478,6 +359,12 @@ def test_slerp_of_an_obtuse_angle(tmp_path: Path) -> None:
     assert found == pytest.approx([math.cos(math.pi / 3), math.sin(math.pi / 3)], abs=1e-7)
 
 
+def piece(parents: dict[str, torch.Tensor]) -> Slice:
+    """What a statistic is given, of parents alone."""
+    nothing: Any = None
+    return Slice(parents, None, torch.empty(0), None, nothing, nothing, False)
+
+
 def test_slerp_finds_the_same_angle_with_any_threads(torch_threads: None) -> None:
     """To the last bit of float64: rounded sums in another order would reach a child now and then."""
     generator = torch.Generator().manual_seed(3)
@@ -489,9 +376,9 @@ def test_slerp_finds_the_same_angle_with_any_threads(torch_threads: None) -> Non
     found = set()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        moments = PairMoments()
-        moments.update({"a": one, "b": two}, None)
-        moments.update({"a": one[:0], "b": two[:0]}, None)
+        moments = PairMoments({})
+        moments.update(piece({"a": one, "b": two}))
+        moments.update(piece({"a": one[:0], "b": two[:0]}))
         found.add((moments.dot, moments.first, moments.second))
     (sums,) = found
     assert list(sums) == pytest.approx(exact, rel=1e-13)
@@ -619,8 +506,9 @@ class TestConformance:
     ) -> None:
         monkeypatch.setattr(plan_module, "UNIT_BYTES", 1 << 18)
         merger = example_merger(method, family)
-        sizes = [unit.count for unit in merger.plan.units if unit.tensor.stored == LARGE]
-        assert sizes == [2**17, 151_000 - 2**17]
+        tensor = merger.plan.father.by_name[LARGE.removeprefix("model.")]
+        units = merger.start(recipe_for(merger, example_rule(method, merger))).units(tensor)
+        assert (len(list(units)) > 1) == (method.grain != "matrix")
         child = run(merger, example_rule(method, merger), seed=3, threads=2)
         assert_same_values(child, expected[method.name])
 
@@ -646,7 +534,7 @@ class TestConformance:
         for father, others in ((family, unfused_family), (unfused_family, family)):
             merger = example_merger(method, others)
             folders = {name: others / name for name in merger.parents} | {"a": father / "a"}
-            merger = open_merger(folders, others / "base" if method.uses_base else None)
+            merger = open_merger(folders, others / "base" if method.uses_base != "never" else None)
             child = run(merger, example_rule(method, merger), seed=3)
             assert_same_values(child, expected[method.name])
 
@@ -656,7 +544,7 @@ class TestConformance:
         """In a model that computes in fp32 too: the weights are those that the child is stored with."""
         merger = example_merger(method, family)
         views = {t.name: torch.full((t.elements,), torch.nan) for t in merger.plan.father.tensors}
-        merger.run(recipe_for(merger, example_rule(method, merger), seed=3), LiveSink(views))
+        merger.realize(recipe_for(merger, example_rule(method, merger), seed=3), views)
         for name, values in expected[method.name].items():
             assert torch.equal(views[name], values.float()), name
 
@@ -694,7 +582,7 @@ class TestConformance:
         damaged = family_tensors(7)
         damaged["model.norm.weight"][5] = value
         folders[list(folders)[-1]] = write_checkpoint(tmp_path / "damaged", damaged, config=CONFIG)
-        merger = open_merger(folders, family / "base" if method.uses_base else None)
+        merger = open_merger(folders, family / "base" if method.uses_base != "never" else None)
         recipe = recipe_for(merger, example_rule(method, merger))
         with pytest.raises(BadInputError, match=r"'norm\.weight'.* has 1 elements"):
             write_weights(merger, recipe, FolderStore(tmp_path / "child"), 1)
@@ -705,7 +593,7 @@ class TestConformance:
         names = tuple(example_merger(method, family).parents)
         values = example_parameters(method, names)
         assert method.resolve(values, names, True).keys() == {p.name for p in method.parameters}
-        if method.uses_base:
+        if method.uses_base == "always":
             with pytest.raises(BadInputError, match=f"{method.name} .*base"):
                 method.resolve(values, names, False)
             merger = open_merger({name: family / name for name in names})
@@ -730,8 +618,12 @@ class TestConformance:
         names = tuple("abc"[: method.parents[1] or 3])
         values = example_parameters(method, names)
         for parameter in method.parameters:
-            wrong: list[Any] = ["nobody", ["a"], True, {"nobody": 0.5}]
-            if parameter.scope != "parent_name":
+            wrong: list[Any] = ["nobody", ["a"], {"nobody": 0.5}]
+            if parameter.scope != "flag":
+                wrong.append(True)
+            if parameter.scope in ("flag", "choice"):
+                wrong += [0.5, -1, math.nan]
+            elif parameter.scope != "parent_name":
                 wrong += [math.nan, math.inf, -math.inf, 10**400, "0.5"]
                 wrong += [parameter.low - 1e-9, parameter.high + 1e-9]
             if parameter.scope == "per_parent":
@@ -757,7 +649,7 @@ class TestConformance:
         values = example_parameters(method, names)
         for parameter in method.parameters:
             for bound in (parameter.low, parameter.high):
-                if math.isfinite(bound) and parameter.scope != "parent_name":
+                if math.isfinite(bound) and parameter.scope in ("shared", "per_parent"):
                     resolved = method.resolve(values | {parameter.name: bound}, names, True)
                     assert set(spread(resolved, parameter.name)) == {bound}
 

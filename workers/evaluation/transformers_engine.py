@@ -15,7 +15,6 @@ from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Generation
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger
-from workers.merging.sinks import LiveSink
 from workers.merging.sources import TORCH_DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -53,8 +52,10 @@ class TransformersEngine:
         self.threads = threads
         self.tokenizer = self._load_tokenizer(transformers)
         self.model = self._load_model(transformers, dtype)
-        self.merger = Merger(parents, localize(base) if base else None, device)
-        self.sink = LiveSink(self._live_views())
+        self.merger = Merger(
+            parents, localize(base) if base else None, device, keep_statistics=True
+        )
+        self.views = self._live_views()
         self._encode = lru_cache(maxsize=512)(self._encode_uncached)
 
     def _load_tokenizer(self, transformers: Any) -> Any:
@@ -148,7 +149,7 @@ class TransformersEngine:
 
     def realize(self, recipe: Recipe) -> None:
         """See `Engine.realize`."""
-        self.merger.run(recipe, self.sink)
+        self.merger.realize(recipe, self.views)
 
     @torch.inference_mode()
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:

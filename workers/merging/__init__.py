@@ -13,18 +13,19 @@ from workers.merging.methods import METHODS, MergeMethod, get_method
 from workers.merging.recipe import (
     CARRIED,
     ParentReference,
+    PostStep,
     Recipe,
     Rule,
-    Selector,
-    parse_selector,
     passthrough_recipe,
 )
+from workers.merging.selector import Selector, parse_selector
 
 __all__ = [
     "CARRIED",
     "METHODS",
     "MergeMethod",
     "ParentReference",
+    "PostStep",
     "Recipe",
     "Rule",
     "Selector",

@@ -1,49 +1,49 @@
-"""The executor: runs recipes over opened parents, unit by unit, in fp32, with bounded memory."""
+"""The executor: fills any stretch of any tensor of a recipe's child, in fp32, with bounded memory."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from workers.checkpoints import ArchitectureMap, Checkpoint, CheckpointReader, LogicalTensor
+from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.errors import BadInputError
 from workers.merging.masks import keep_mask
-from workers.merging.methods import Slice
+from workers.merging.methods import Grain, MergeMethod, Slice, Statistic
 from workers.merging.methods.method import Values
-from workers.merging.plan import CHUNK_ELEMENTS, Assignment, MergeUnit, Plan
+from workers.merging.plan import (
+    CHUNK_ELEMENTS,
+    Assignment,
+    MergeUnit,
+    Plan,
+    columns_of,
+    is_linear_map,
+)
 from workers.merging.recipe import ParentReference, Recipe
-from workers.merging.sinks import Sink
-from workers.merging.sources import TORCH_DTYPES, read_elements
+from workers.merging.sources import TORCH_DTYPES, Source
+from workers.merging.statistics import (
+    STATISTIC_CHUNK_ELEMENTS,
+    STRETCH_ELEMENTS,
+    SharedScan,
+    StatisticCache,
+)
 
+BASE = "base"
+"""What the base is called beside the parents; no parent may have this name."""
 
-@dataclass(slots=True)
-class TensorReport:
-    """What became of one logical tensor."""
-
-    name: str
-    component: str
-    layer: int | None
-    elements: int
-    method: str
-    parameters: Values
-    changed: dict[str, int]
-    """Per parent that has this tensor: how many elements of the child differ from it."""
-    not_finite: int
-    """Elements of the child that are NaN or infinite."""
+RECENT_STATISTICS = 64
 
 
 class Merger:
     """Parents opened once, ready to run any number of recipes.
 
-    `parents` by name, the father first. Not for use by several threads at once: a run brings its own
-    threads. Raises `BadInputError` if the parents do not fit together.
+    `parents` by name, the father first. `keep_statistics`: for searches, which need the same ones again
+    for each candidate; else only recent ones are kept. Not for use by several threads at once: a run
+    brings its own threads. Raises `BadInputError` if the parents do not fit together.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Merger:
         parents: dict[str, Checkpoint],
         base: Checkpoint | None = None,
         device: str = "cpu",
+        keep_statistics: bool = False,
     ) -> None:
         self.parents = parents
         self.base = base
@@ -59,10 +60,11 @@ class Merger:
             {name: ArchitectureMap(parent) for name, parent in parents.items()},
             ArchitectureMap(base) if base else None,
         )
-        self._readers = {name: CheckpointReader(parent) for name, parent in parents.items()}
-        self._base_reader = CheckpointReader(base) if base else None
-        self._statistics: dict[tuple[str, str], Any] = {}
-        self._buffers = threading.local()
+        self.sources = {name: Source(parent) for name, parent in parents.items()}
+        if base is not None:
+            self.sources[BASE] = Source(base)
+        self.statistics = StatisticCache(None if keep_statistics else RECENT_STATISTICS)
+        self.buffers = Buffers(self.device)
 
     @property
     def references(self) -> tuple[ParentReference, ...]:
@@ -71,173 +73,247 @@ class Merger:
 
     @property
     def base_reference(self) -> ParentReference | None:
-        return ParentReference("base", self.base.fingerprint) if self.base else None
+        return ParentReference(BASE, self.base.fingerprint) if self.base else None
 
-    def run(self, recipe: Recipe, sink: Sink, threads: int = 1) -> None:
-        """Merge every tensor that the sink wants and hand it over in the father's order.
-
-        Memory: about `threads + 2` units of each parent. The result does not depend on `threads`.
-        """
-        for _ in self._run(recipe, sink, threads):
-            pass
-
-    def run_with_report(self, recipe: Recipe, sink: Sink, threads: int = 1) -> list[TensorReport]:
-        """As `run`, and compare the child with every parent, element by element."""
-        reports: list[TensorReport] = []
-        assigned = self.plan.assign(recipe)
-        for unit, values in self._run(recipe, sink, threads):
-            tensor, way = unit.target, assigned[unit.tensor.name]
-            if unit.first == 0:
-                reports.append(
-                    TensorReport(
-                        tensor.name,
-                        tensor.component,
-                        tensor.layer,
-                        tensor.elements,
-                        way.method.name,
-                        way.values,
-                        dict.fromkeys(self._parents_with(tensor), 0),
-                        0,
-                    )
-                )
-            report = reports[-1]
-            for name in report.changed:
-                report.changed[name] += self._count_changes(name, unit, values)
-            if values.is_floating_point():
-                finite = _widened(values).isfinite()
-                report.not_finite += finite.numel() - int(finite.sum())
-        return reports
-
-    def _run(
-        self, recipe: Recipe, sink: Sink, threads: int
-    ) -> Iterator[tuple[MergeUnit, torch.Tensor]]:
-        self._check_parents(recipe)
-        assigned = self.plan.assign(recipe)
-        units = [unit for unit in self.plan.units if sink.wants(unit.target)]
-
-        def work(unit: MergeUnit) -> torch.Tensor:
-            values = sink.destination(unit, TORCH_DTYPES[unit.target.dtype])
-            with torch.no_grad():
-                self._merge_unit(unit, assigned[unit.tensor.name], recipe.seed, values)
-            return values
-
-        for unit, values in _in_order(work, units, threads):
-            sink.accept(unit, values)
-            yield unit, values
-
-    def _check_parents(self, recipe: Recipe) -> None:
+    def start(self, recipe: Recipe) -> Run:
+        """Check the recipe and assign it to the plan; nothing is read yet."""
         if recipe.parents != self.references or recipe.base not in (None, self.base_reference):
             raise BadInputError(
                 f"recipe {recipe.id[:12]} is for other parents than the opened ones: it names "
                 f"{[(p.name, p.fingerprint[:12]) for p in recipe.parents]}, opened are "
                 f"{[(p.name, p.fingerprint[:12]) for p in self.references]}"
             )
+        return Run(self, recipe)
 
-    def _merge_unit(
-        self, unit: MergeUnit, way: Assignment, seed: int, values: torch.Tensor
-    ) -> None:
-        """Fill `values` with the merged elements of one unit."""
-        names = [way.values["source"]] if way.method.copies else list(self.parents)
-        stored = {name: self._read(name, unit.tensor, unit.first, unit.count) for name in names}
-        father_dtype = TORCH_DTYPES[unit.tensor.dtype]
-        if way.method.copies and stored[names[0]].dtype == father_dtype:
-            values.copy_(stored[names[0]])
-            return
-        base = None
-        if way.method.uses_base:
-            base = self._read_base(unit.tensor, unit.first, unit.count)
-        statistic = self._statistic(unit.tensor, way)
-        for start in range(0, unit.count, CHUNK_ELEMENTS):
-            stop = min(start + CHUNK_ELEMENTS, unit.count)
-            parents32, base32, out = self._load(stored, base, start, stop)
-            draw = partial(
-                self._keep_mask, seed, unit.tensor.name, unit.first + start, stop - start
-            )
-            way.method.merge(Slice(parents32, base32, out, statistic, draw), way.values)
+    def realize(self, recipe: Recipe, views: dict[str, torch.Tensor], threads: int = 1) -> None:
+        """Write the child's values into flat `views`, by logical name; others are not merged.
+
+        A view of another dtype than the child's gets the child's values all the same: they are rounded
+        to the father's dtype first, as those of a written child are. The result does not depend on
+        `threads`.
+        """
+        run = self.start(recipe)
+        tensors = [tensor for tensor in self.plan.father.tensors if tensor.name in views]
+        units = (unit for tensor in tensors for unit in run.units(tensor))
+        in_threads(
+            lambda unit: run.fill(
+                unit, views[unit.target.name][unit.first : unit.first + unit.count]
+            ),
+            units,
+            threads,
+        )
+
+
+class Run:
+    """One recipe over a merger's parents. Its methods are safe to be called by many threads."""
+
+    def __init__(self, merger: Merger, recipe: Recipe) -> None:
+        self.merger = merger
+        self.recipe = recipe
+        self.plan = merger.plan
+        self.assigned = self.plan.assign(recipe)
+        self._own_statistics = StatisticCache(RECENT_STATISTICS)
+
+    def way(self, target: LogicalTensor) -> Assignment:
+        """How the values of `target` are made."""
+        return self.assigned[self.plan.merged_as(target).name]
+
+    def units(self, target: LogicalTensor) -> Iterable[MergeUnit]:
+        return self.plan.units(target, self.way(target).grain(target))
+
+    @torch.no_grad()
+    def fill(self, unit: MergeUnit, values: torch.Tensor) -> None:
+        """Fill the flat `values` `[unit.count]` with the merged elements of one unit."""
+        tensor, way = unit.tensor, self.assigned[unit.tensor.name]
+        father_dtype = TORCH_DTYPES[unit.target.dtype]
+        if way.method.copies and way.post is None:
+            stored = self._read(way.parents[0], tensor, unit.first, unit.count)
+            if stored.dtype == father_dtype:
+                values.copy_(stored)
+                return
+        for first, count, piece in self._slices(tensor, way, unit.first, unit.count):
+            way.method.merge(piece, way.values)
+            if way.post is not None:
+                assert way.post_values is not None
+                self._reload(piece, tensor, first, count)
+                way.post.merge(piece, way.post_values)
+            merged = piece.out.reshape(-1)
+            # Rows may reach beyond the unit.
+            begin, end = max(first, unit.first), min(first + count, unit.first + unit.count)
+            merged = merged[begin - first : end - first]
             # Through the father's dtype, also when a live model computes in another one: its
             # weights must be those that the written child would be loaded with.
-            if values.dtype == father_dtype:
-                values[start:stop].copy_(out)
-            else:
-                values[start:stop].copy_(out.to(father_dtype))
+            if values.dtype != father_dtype:
+                merged = merged.to(father_dtype)
+            values[begin - unit.first : end - unit.first].copy_(merged)
+
+    def _slices(
+        self, tensor: LogicalTensor, way: Assignment, first: int, count: int
+    ) -> Iterable[tuple[int, int, Slice]]:
+        """(first element, elements, slice) of what the method must see to merge a unit."""
+        statistic = self._statistic(tensor, way)
+        for start, size, shape in _cut(tensor, way.grain(tensor), first, count, CHUNK_ELEMENTS):
+            yield start, size, self._load(tensor, way, start, size, shape, statistic)
 
     def _load(
-        self, stored: dict[str, torch.Tensor], base: torch.Tensor | None, start: int, stop: int
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
-        """One chunk of parents, base and an output, as fp32 in this thread's reused buffers."""
-        wanted = len(stored) + 2
-        buffers = getattr(self._buffers, "tensors", [])
-        while len(buffers) < wanted:
-            buffers.append(torch.empty(CHUNK_ELEMENTS, dtype=torch.float32, device=self.device))
-        self._buffers.tensors = buffers
-        chunks = [buffer[: stop - start] for buffer in buffers[:wanted]]
-        parents = {
-            name: chunk.copy_(values[start:stop])
-            for (name, values), chunk in zip(stored.items(), chunks[2:], strict=True)
-        }
-        base_chunk = chunks[1].copy_(base[start:stop]) if base is not None else None
-        return parents, base_chunk, chunks[0]
+        self,
+        tensor: LogicalTensor,
+        way: Assignment,
+        first: int,
+        count: int,
+        shape: tuple[int, ...],
+        statistic: Any,
+    ) -> Slice:
+        """Parents, base and an output as fp32 in this thread's reused buffers."""
+        uses_base = way.uses_base(self.recipe.base is not None)
+        names = [*way.parents, *([BASE] if uses_base else [])]
+        buffers = self.merger.buffers.take(
+            len(names) + 1, count, keep=way.grain(tensor) != "matrix"
+        )
+        for name, buffer in zip(names, buffers[1:], strict=True):
+            buffer.copy_(self._read(name, tensor, first, count))
+        loaded = [buffer.view(shape) for buffer in buffers]
+        return Slice(
+            parents=dict(zip(way.parents, loaded[1:], strict=False)),
+            base=loaded[-1] if uses_base else None,
+            out=loaded[0],
+            statistic=statistic,
+            keep_mask=partial(self._keep_mask, tensor.name, first, shape),
+            scratch=partial(self.merger.buffers.scratch, shape),
+            is_matrix=is_linear_map(tensor),
+        )
+
+    def _reload(self, piece: Slice, tensor: LogicalTensor, first: int, count: int) -> None:
+        """Give the post-step the parents as they are: the method may have overwritten them."""
+        for name, values in piece.parents.items():
+            values.view(-1).copy_(self._read(name, tensor, first, count))
 
     def _statistic(self, tensor: LogicalTensor, way: Assignment) -> Any:
-        """What the method must know of the whole tensor, computed once for all recipes."""
-        if way.method.statistic is None:
+        """What the method must know of the whole tensor."""
+        method, values = way.method, way.values
+        if method.statistic is None:
             return None
-        key = (tensor.name, way.method.statistic.__name__)
-        if key not in self._statistics:
-            statistic = way.method.statistic()
-            for first in range(0, tensor.elements, CHUNK_ELEMENTS):
-                count = min(CHUNK_ELEMENTS, tensor.elements - first)
-                stored = {name: self._read(name, tensor, first, count) for name in self.parents}
-                base = self._read_base(tensor, first, count) if way.method.uses_base else None
-                parents32, base32, _ = self._load(stored, base, 0, count)
-                statistic.update(parents32, base32)
-            self._statistics[key] = statistic.finish()
-        return self._statistics[key]
+        uses_base = way.uses_base(self.recipe.base is not None)
+        key: tuple[Any, ...] = (tensor.name, method.statistic, way.parents, uses_base)
+        cache = self.merger.statistics
+        if method.statistic_parameters:
+            own = [repr(values[name]) for name in method.statistic_parameters]
+            key, cache = (*key, *own), self._own_statistics
+        scan = cache.get(key, lambda: self._new_scan(tensor, way, method, values))
+        try:
+            return scan.result()
+        except BaseException:
+            cache.forget(key)
+            raise
 
-    def _read(self, parent: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
-        own = self.plan.maps[parent].by_name[tensor.name]
-        return read_elements(self._readers[parent], own, first, count)
+    def _new_scan(
+        self, tensor: LogicalTensor, way: Assignment, method: MergeMethod, values: Values
+    ) -> SharedScan:
+        make: Any = method.statistic
+        grain = method.statistic_grain
+        step = STRETCH_ELEMENTS
+        if grain == "row":
+            columns = max(columns_of(tensor), 1)
+            step = max(step - step % columns, columns)
 
-    def _read_base(self, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
-        assert self._base_reader is not None and self.plan.base is not None
-        return read_elements(self._base_reader, self.plan.base.by_name[tensor.name], first, count)
+        def scan(stretch: int) -> Statistic:
+            statistic: Statistic = make(values)
+            first = stretch * step
+            count = min(step, tensor.elements - first)
+            for start, size, shape in _cut(tensor, grain, first, count, STATISTIC_CHUNK_ELEMENTS):
+                statistic.update(self._load(tensor, way, start, size, shape, None))
+            return statistic
+
+        return SharedScan(max(1, -(-tensor.elements // step)), scan)
+
+    def _read(self, name: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
+        return self.merger.sources[name].read(self.plan.source(name, tensor), first, count)
 
     def _keep_mask(
-        self, seed: int, tensor: str, start: int, count: int, parent: str, probability: float
+        self,
+        tensor: str,
+        start: int,
+        shape: tuple[int, ...],
+        parent: str,
+        probability: float | torch.Tensor,
     ) -> torch.Tensor:
-        mask = keep_mask(seed, parent, tensor, start, count, probability)
-        return torch.from_numpy(mask.view("u1")).to(self.device).float()
-
-    def _parents_with(self, tensor: LogicalTensor) -> list[str]:
-        return [name for name, parent in self.plan.maps.items() if tensor.name in parent.by_name]
-
-    def _count_changes(self, parent: str, unit: MergeUnit, values: torch.Tensor) -> int:
-        own = self._read(parent, unit.target, unit.first, unit.count).to(values.dtype)
-        return int((own != values).sum())
+        count = torch.Size(shape).numel()
+        wanted: Any = probability
+        if isinstance(probability, torch.Tensor):
+            wanted = probability.reshape(-1).cpu().numpy()
+        mask = keep_mask(self.recipe.seed, parent, tensor, start, count, wanted)
+        return torch.from_numpy(mask.view("u1")).to(self.merger.device).float().view(shape)
 
 
-def _widened(values: torch.Tensor) -> torch.Tensor:
-    """The same values in a dtype that torch can do everything with."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _in_order(work: Any, units: list[MergeUnit], threads: int) -> Iterator[tuple[MergeUnit, Any]]:
-    """(unit, work(unit)) in the order of `units`, with a few units under way at once."""
-    if threads == 1:
-        for unit in units:
-            yield unit, work(unit)
+def _cut(
+    tensor: LogicalTensor, grain: Grain, first: int, count: int, most: int
+) -> Iterable[tuple[int, int, tuple[int, ...]]]:
+    """(first element, elements, shape) of the slices that cover a stretch of a tensor."""
+    if grain == "element":
+        for start in range(first, first + count, most):
+            size = min(most, first + count - start)
+            yield start, size, (size,)
         return
-    waiting: deque[tuple[MergeUnit, Future[Any]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    columns = columns_of(tensor)
+    if not count or not columns:
+        return
+    step = columns * (tensor.elements // columns if grain == "matrix" else max(most // columns, 1))
+    last = -(-(first + count) // columns) * columns
+    for start in range(0 if grain == "matrix" else first - first % columns, last, step):
+        size = min(step, last - start)
+        yield start, size, (size // columns, columns)
+
+
+class Buffers:
+    """fp32 buffers of each thread, used again and again: fresh memory costs more than the arithmetic."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._own = threading.local()
+
+    def take(self, number: int, elements: int, keep: bool = True) -> list[torch.Tensor]:
+        """`number` flat buffers. Those of whole matrices are not kept."""
+        if not keep:
+            return [self._new(elements) for _ in range(number)]
+        return [self._get("loaded", index, elements) for index in range(number)]
+
+    def scratch(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
+        """The thread's spare buffer of that number."""
+        return self._get("scratch", index, torch.Size(shape).numel()).view(shape)
+
+    def _get(self, kind: str, index: int, elements: int) -> torch.Tensor:
+        kept: Any = self._own.__dict__
+        buffer = kept.get((kind, index))
+        if buffer is None or len(buffer) < elements:
+            buffer = kept[kind, index] = self._new(max(elements, CHUNK_ELEMENTS))
+        return cast(torch.Tensor, buffer[:elements])
+
+    def _new(self, elements: int) -> torch.Tensor:
+        return torch.empty(elements, dtype=torch.float32, device=self._device)
+
+
+def in_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> None:
+    """`work(item)` for every item, by so many threads; the first error ends it."""
+    if threads == 1:
+        for item in items:
+            work(item)
+        return
+    remaining = iter(items)
+    lock = threading.Lock()
+    stopped = threading.Event()
+
+    def loop() -> None:
         try:
-            for unit in units:
-                waiting.append((unit, pool.submit(work, unit)))
-                if len(waiting) > threads + 1:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+            while not stopped.is_set():
+                with lock:
+                    item = next(remaining, stopped)
+                if item is stopped:
+                    return
+                work(item)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(loop) for _ in range(threads)]:
+            future.result()

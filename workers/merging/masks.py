@@ -15,16 +15,25 @@ WORDS_PER_BLOCK = 8
 
 
 def keep_mask(
-    seed: int, parent: str, tensor: str, start: int, count: int, probability: float
+    seed: int,
+    parent: str,
+    tensor: str,
+    start: int,
+    count: int,
+    probability: float | numpy.ndarray,
 ) -> numpy.ndarray:
-    """Booleans `[count]` for the elements from `start` on, True with `probability`."""
+    """Booleans `[count]` for the elements from `start` on, True with `probability`, one or `[count]`."""
     name = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
     key = numpy.frombuffer(name[:16], dtype="<u8")
     first_block, skipped = divmod(start, WORDS_PER_BLOCK)
     generator = numpy.random.Philox(key=key, counter=first_block)
     blocks = -(-(skipped + count) // WORDS_PER_BLOCK)
     words = generator.random_raw(blocks * WORDS_PER_BLOCK // 2).astype("<u8", copy=False)
+    words = words.view("<u4")[skipped : skipped + count]
+    if isinstance(probability, numpy.ndarray):
+        kept: numpy.ndarray = words < numpy.rint(probability.astype("f8") * 2**32)
+        return kept
     limit = round(probability * 2**32)
     if limit == 2**32:
         return numpy.ones(count, dtype=bool)
-    return words.view("<u4")[skipped : skipped + count] < numpy.uint32(limit)
+    return words < numpy.uint32(limit)

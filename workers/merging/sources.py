@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from workers.checkpoints import CheckpointReader, LogicalTensor
+from workers.checkpoints import Checkpoint, CheckpointReader, LogicalTensor
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -27,14 +27,18 @@ TORCH_DTYPES = {
 }
 
 
-def read_elements(
-    reader: CheckpointReader, tensor: LogicalTensor, first: int, count: int
-) -> torch.Tensor:
-    """Elements `first` to `first + count` of a logical tensor, flat, in its stored dtype."""
-    dtype = TORCH_DTYPES[tensor.dtype]
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
-    start = (tensor.offset + first) * dtype.itemsize
-    return torch.frombuffer(
-        reader.read(tensor.stored, start, start + count * dtype.itemsize), dtype=dtype
-    )
+class Source:
+    """The values of one parent's logical tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._reader = CheckpointReader(checkpoint)
+
+    def read(self, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
+        """Elements `first` to `first + count` of a logical tensor, flat, in its stored dtype."""
+        dtype = TORCH_DTYPES[tensor.dtype]
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        start = (tensor.offset + first) * dtype.itemsize
+        return torch.frombuffer(
+            self._reader.read(tensor.stored, start, start + count * dtype.itemsize), dtype=dtype
+        )

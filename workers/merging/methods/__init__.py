@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 
 from workers.merging.methods.method import (
     METHODS,
+    Grain,
     MergeMethod,
     Parameter,
     Slice,
@@ -22,6 +23,7 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "METHODS",
+    "Grain",
     "MergeMethod",
     "Parameter",
     "Slice",

@@ -25,6 +25,6 @@ register(
         summary="drop at random and rescale (arXiv 2311.03099), then TIES sign election",
         parameters=consensus_parameters(normalize=0.0),
         merge=merge,
-        uses_base=True,
+        uses_base="always",
     )
 )

@@ -23,7 +23,7 @@ register(
         summary="weighted mean of the parents (arXiv 2203.05482)",
         parameters=(
             Parameter("weight", "per_parent"),
-            Parameter("normalize", "shared", low=0, high=1, default=1.0),
+            Parameter("normalize", "flag", default=1.0),
         ),
         merge=merge,
     )

@@ -16,7 +16,14 @@ LARGEST = sys.float_info.max
 """An unbounded parameter is finite all the same."""
 
 Values = dict[str, Any]
-"""A tensor's parameters, resolved: a float, a parent's name, or a float per parent."""
+"""A tensor's parameters, resolved: a float, a text, or a float per parent."""
+
+Scope = Literal["shared", "per_parent", "flag", "choice", "parent_name"]
+"""A number; a number for each parent; 1 or 0 (true or false); one of `choices`; a parent."""
+
+Grain = Literal["element", "row", "matrix"]
+"""What a method must see at once: any elements; whole rows; the whole tensor. It decides how a tensor
+can be cut into merge units and shared between workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,37 +31,50 @@ class Parameter:
     """One parameter of a method."""
 
     name: str
-    scope: Literal["shared", "per_parent", "parent_name"]
+    scope: Scope
     low: float = float("-inf")
     high: float = float("inf")
-    default: float | None = None
+    default: float | str | None = None
     """None: the recipe must give it."""
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class Slice:
-    """One slice of one tensor, as a method sees it. All tensors are flat, fp32, of one length."""
+    """A piece of one tensor, as a method sees it: fp32 tensors of one shape.
+
+    The shape is flat, `[n]`, for the grain "element"; `[rows, columns]` for the others, where a vector
+    is one row, and further dimensions (a convolution's) count as columns.
+    """
 
     parents: dict[str, Tensor]
     """Values of each parent, in the recipe's order. Buffers: a method may overwrite them."""
     base: Tensor | None
-    """Values of the base; not to be overwritten. Present if the method uses a base."""
+    """Values of the base; not to be overwritten. None if the method does not use it."""
     out: Tensor
     """Where the result goes; holds arbitrary values before."""
     statistic: Any
     """What the method's statistic found for the whole tensor; None if it declares none."""
-    keep_mask: Callable[[str, float], Tensor]
+    keep_mask: Callable[[str, float | Tensor], Tensor]
     """`keep_mask(parent, probability)`: 1.0 or 0.0, drawn for these very elements of that parent."""
+    scratch: Callable[[int], Tensor]
+    """`scratch(i)`: this thread's i-th spare buffer, of the slice's shape; holds arbitrary values."""
+    is_matrix: bool
+    """Whether the tensor is a linear map `[out, in]`: no vector, kernel, embedding, head or router."""
 
 
 class Statistic(Protocol):
-    """A fact about a whole tensor of all parents that a method needs before its elementwise pass.
+    """A fact about a whole tensor of all parents that a method needs before it can merge a slice.
 
-    It may not depend on parameters, so it is computed once per tensor and serves every candidate.
+    The tensor is cut into stretches on a fixed grid, each with an instance of its own, and these are
+    merged in order: sums depend neither on who computes them nor on how many do.
     """
 
-    def update(self, parents: dict[str, Tensor], base: Tensor | None) -> None:
-        """Take in the next fp32 slice; slices come in order, on a fixed grid. May overwrite `parents`."""
+    def update(self, piece: Slice) -> None:
+        """Take in the next slice of the stretch. May overwrite `parents` and `out`."""
+
+    def merge(self, other: Any) -> None:
+        """Add what another instance found on the next stretch."""
 
     def finish(self) -> Any:
         """The fact, small; handed to the method as `Slice.statistic`."""
@@ -71,12 +91,23 @@ class MergeMethod:
     merge: Callable[[Slice, Values], None]
     """Fills `Slice.out` from parents and base, by operations that round once each: torch fuses the
     multiplication of `add_(x, alpha=a)` into the addition on some processors and not on others."""
-    uses_base: bool = False
+    uses_base: Literal["never", "optional", "always"] = "never"
+    """Whether it merges differences to a base; "optional": if the recipe has one."""
     parents: tuple[int, int | None] = (1, None)
     """Least and greatest number of parents; None is any number."""
-    statistic: Callable[[], Statistic] | None = None
+    least_task_vectors: int = 0
+    """How many parents must differ from the base for the method to be what its name says."""
+    grain: Grain = "element"
+    statistic: Callable[[Values], Statistic] | None = None
+    statistic_grain: Literal["element", "row"] = "element"
+    statistic_parameters: tuple[str, ...] = ()
+    """Parameters that the statistic depends on. Without any it is computed once for all candidates."""
     copies: bool = False
     """Whether it hands over one parent's stored bits instead of computing."""
+    post: bool = False
+    """Whether it is a post-step: it refines in place what another method has put into `out`."""
+    exact: bool = True
+    """Whether its bits are the same on every processor; LAPACK's are not."""
 
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
@@ -104,7 +135,7 @@ class MergeMethod:
                 f"method {self.name} merges {wanted} parents, not {len(parents)}: choose another "
                 "method or other parents"
             )
-        if self.uses_base and not has_base:
+        if self.uses_base == "always" and not has_base:
             raise BadInputError(
                 f"method {self.name} merges differences to a base: name the parents' common "
                 "ancestor as `base`"
@@ -116,6 +147,18 @@ class MergeMethod:
             if given not in parents:
                 raise BadInputError(f"{where}: {given!r} is none of the parents {list(parents)}")
             return given
+        if parameter.scope == "choice":
+            chosen = parameter.default if given is None else given
+            if chosen not in parameter.choices:
+                raise BadInputError(
+                    f"{where}: {chosen!r} is none of {', '.join(parameter.choices)}"
+                )
+            return chosen
+        if parameter.scope == "flag":
+            flag = parameter.default if given is None else given
+            if type(flag) not in (bool, int, float) or flag not in (0, 1):
+                raise BadInputError(f"{where}: {flag!r} is neither 1 nor 0 (true nor false)")
+            return float(flag)
         if parameter.scope == "shared":
             return _check_number(parameter, given, where)
         table = given if isinstance(given, dict) else dict.fromkeys(parents, given)
@@ -149,7 +192,7 @@ def _check_number(parameter: Parameter, given: Any, where: str) -> float:
     if given is None:
         if parameter.default is None:
             raise BadInputError(f"{where} is missing")
-        return parameter.default
+        return float(parameter.default)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise BadInputError(f"{where}: {given!r} is not a number")
     low, high = max(parameter.low, -LARGEST), min(parameter.high, LARGEST)

@@ -18,14 +18,19 @@ NEARLY_PARALLEL = 0.9995
 class PairMoments:
     """Dot product and squared norms of the two parents over the whole tensor, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Values) -> None:
         self.dot = self.first = self.second = 0.0
 
-    def update(self, parents: dict[str, Tensor], base: Tensor | None) -> None:
-        one, two = (parent.double() for parent in parents.values())
+    def update(self, piece: Slice) -> None:
+        one, two = (parent.double() for parent in piece.parents.values())
         self.dot += sum_by_halves(one * two)
         self.first += sum_by_halves(one * one)
         self.second += sum_by_halves(two * two)
+
+    def merge(self, other: PairMoments) -> None:
+        self.dot += other.dot
+        self.first += other.first
+        self.second += other.second
 
     def finish(self) -> float:
         """The cosine between the parents; 1 if one of them is zero (interpolated as a line)."""

@@ -23,6 +23,6 @@ register(
             Parameter("lambda", "shared", default=1.0),
         ),
         merge=merge,
-        uses_base=True,
+        uses_base="always",
     )
 )

@@ -10,7 +10,6 @@ from workers.merging.methods.method import MergeMethod, Parameter, Slice, Values
 
 if TYPE_CHECKING:
     import numpy
-    from torch import Tensor
 
 BIN_SHIFT = 15
 """Magnitudes are tabulated by the upper 16 bits of their fp32 pattern: 8 of exponent, 8 of mantissa."""
@@ -24,17 +23,21 @@ class MagnitudeTable:
     bin more than asked for; elements of equal magnitude are kept or dropped together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: Values) -> None:
         self.counts: dict[str, numpy.ndarray] = {}
 
-    def update(self, parents: dict[str, Tensor], base: Tensor | None) -> None:
+    def update(self, piece: Slice) -> None:
         import numpy
         import torch
 
-        assert base is not None
-        for name, parent in parents.items():
-            bits = parent.sub_(base).abs_().view(torch.int32)
+        assert piece.base is not None
+        for name, parent in piece.parents.items():
+            bits = parent.sub_(piece.base).abs_().view(torch.int32)
             counts = numpy.bincount((bits >> BIN_SHIFT).cpu().numpy(), minlength=BINS)
+            self.counts[name] = self.counts.get(name, 0) + counts
+
+    def merge(self, other: MagnitudeTable) -> None:
+        for name, counts in other.counts.items():
             self.counts[name] = self.counts.get(name, 0) + counts
 
     def finish(self) -> dict[str, tuple[numpy.ndarray, numpy.ndarray]]:
@@ -108,7 +111,7 @@ def consensus_parameters(normalize: float) -> tuple[Parameter, ...]:
         Parameter("weight", "per_parent", low=0.0),
         Parameter("density", "per_parent", low=0.0, high=1.0),
         Parameter("lambda", "shared", default=1.0),
-        Parameter("normalize", "shared", low=0, high=1, default=normalize),
+        Parameter("normalize", "flag", default=normalize),
     )
 
 
@@ -118,7 +121,7 @@ register(
         summary="trim, elect sign, disjoint merge (arXiv 2306.01708)",
         parameters=consensus_parameters(normalize=1.0),
         merge=merge,
-        uses_base=True,
+        uses_base="always",
         statistic=MagnitudeTable,
     )
 )

@@ -1,0 +1,38 @@
+"""Plain float64 references of the merge methods' formulas, one module a family, found by themselves.
+
+Each module has `REFERENCES`, method -> function, and `CASES`, with which parents and parameters they are
+compared. A reference gets every parent's whole tensor and the base's as float64, flat, with the shape of
+the tensor under `values["shape"]`; the resolved parameters; and (seed, tensor name) of random masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import numpy
+
+Vectors = dict[str, numpy.ndarray]
+"""Parent -> the whole tensor in float64."""
+
+Case = tuple[str, int, dict[str, Any]]
+"""Method, number of parents, parameters."""
+
+
+def philox_words(seed: int, tensor: str, parent: str, count: int) -> numpy.ndarray:
+    digest = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
+    numbers = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8")).random_raw(
+        count // 2 + 1
+    )
+    return numpy.stack([numbers & 0xFFFFFFFF, numbers >> 32], axis=1).reshape(-1)[:count]
+
+
+REFERENCES: dict[str, Callable[..., numpy.ndarray]] = {}
+CASES: list[Case] = []
+for _module in iter_modules(__path__):
+    _family = import_module(f"{__name__}.{_module.name}")
+    REFERENCES |= _family.REFERENCES
+    CASES += _family.CASES

@@ -1,0 +1,96 @@
+"""Selectors: which tensors a rule, or a case of a parameter, is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from workers.checkpoints import COMPONENTS, LogicalTensor
+from workers.errors import BadInputError
+
+KEYS = ("components", "layers", "experts", "names")
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Which tensors a rule is for. What is left out does not restrict."""
+
+    components: tuple[str, ...] = ()
+    layers: tuple[int, int] | None = None
+    """First and last layer, both included. Tensors outside all layers never match a layer range."""
+    experts: tuple[int, int] | None = None
+    """First and last routed expert, both included; other tensors never match."""
+    names: tuple[str, ...] = ()
+    """Shell-style patterns (`*`, `?`, `[...]`); one must match the canonical or the stored name."""
+
+    def matches(self, tensor: LogicalTensor) -> bool:
+        if self.components and tensor.component not in self.components:
+            return False
+        if not _is_within(tensor.layer, self.layers) or not _is_within(tensor.expert, self.experts):
+            return False
+        names = (tensor.name, tensor.stored)
+        return not self.names or any(
+            fnmatchcase(name, pattern) for pattern in self.names for name in names
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the inverse of `parse_selector`."""
+        data: dict[str, Any] = {}
+        if self.components:
+            data["components"] = list(self.components)
+        if self.layers is not None:
+            data["layers"] = list(self.layers)
+        if self.experts is not None:
+            data["experts"] = list(self.experts)
+        if self.names:
+            data["names"] = list(self.names)
+        return data
+
+
+def parse_selector(data: Any) -> Selector:
+    """A selector from plain data: `{components: [...], layers: [first, last], experts: [first, last],
+    names: [...]}`, each of them optional."""
+    typed(data, dict, "where")
+    unknown = set(data) - set(KEYS)
+    if unknown:
+        raise BadInputError(
+            f"where: unknown key {sorted(unknown, key=str)[0]!r}; allowed are {', '.join(KEYS)}"
+        )
+    components = _list_or_none(data, "components")
+    for component in components:
+        if component not in COMPONENTS:
+            raise BadInputError(
+                f"where.components: {component!r} is none of {', '.join(COMPONENTS)}"
+            )
+    names = _list_or_none(data, "names")
+    for name in names:
+        typed(name, str, "where.names")
+    return Selector(tuple(components), _span(data, "layers"), _span(data, "experts"), tuple(names))
+
+
+def _list_or_none(data: dict[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    found: list[Any] = typed([] if value is None else value, list, f"where.{key}")
+    return found
+
+
+def _span(data: dict[str, Any], key: str) -> tuple[int, int] | None:
+    span = data.get(key)
+    if span is None:
+        return None
+    typed(span, list, f"where.{key}")
+    if len(span) != 2 or not all(type(end) is int for end in span):
+        raise BadInputError(f"where.{key}: {span!r} is not [first, last]")
+    return span[0], span[1]
+
+
+def _is_within(number: int | None, span: tuple[int, int] | None) -> bool:
+    return span is None or (number is not None and span[0] <= number <= span[1])
+
+
+def typed(value: Any, kind: type, where: str) -> Any:
+    """`value`, which must be of this very type: True is no number, a text no list."""
+    if type(value) is not kind:
+        raise BadInputError(f"{where}: {value!r} is not a {kind.__name__}")
+    return value
