@@ -51,14 +51,32 @@ class Rule:
     post: PostStep | None = None
 
 
+LayerSlice = dict[str, tuple[int, int]]
+"""Parent -> first and last of its layers that are merged with one another; all spans of one length."""
+
+OUTPUT_DTYPES = ("F32", "BF16", "F16")
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Parents (the father first), an optional base, rules, and the seed of random masks."""
+    """Parents (the father first), an optional base, rules, and the seed of random masks.
+
+    What follows changes the child's form; left out, that is the father's.
+    """
 
     parents: tuple[ParentReference, ...]
     rules: tuple[Rule, ...]
     base: ParentReference | None = None
     seed: int = 0
+    layers: tuple[LayerSlice, ...] = ()
+    """The child's layers as slices stacked on one another, the lowest first."""
+    dtype: str | None = None
+    """What the child's weights are stored in, but for those that the father keeps in another dtype than
+    most of its own."""
+    shard_bytes: int | None = None
+    """A new file begins where a file of the child would become larger."""
+    vocabulary: str | None = None
+    """Whose tokens the child knows: "union", "base" or a parent's name. Needed if they differ."""
 
     @property
     def father(self) -> ParentReference:
@@ -80,13 +98,20 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `from_dict`."""
-        return {
+        data = {
             "format": FORMAT,
             "parents": [_reference_to_dict(parent) for parent in self.parents],
             "base": _reference_to_dict(self.base) if self.base else None,
             "seed": self.seed,
             "rules": [_rule_to_dict(rule) for rule in self.rules],
         }
+        form = {
+            "layers": [{name: list(span) for name, span in part.items()} for part in self.layers],
+            "dtype": self.dtype,
+            "shard_bytes": self.shard_bytes,
+            "vocabulary": self.vocabulary,
+        }
+        return data | {key: value for key, value in form.items() if value}
 
     @staticmethod
     def from_dict(data: Any) -> Recipe:
@@ -95,7 +120,10 @@ class Recipe:
             raise BadInputError(
                 f"recipe: format {data.get('format')!r} is not {FORMAT}, the one this version reads"
             )
-        table = _table(data, "recipe", "format", "parents", "base", "seed", "rules")
+        form = {"layers": [], "dtype": None, "shard_bytes": None, "vocabulary": None}
+        if isinstance(data, dict):
+            data = form | data
+        table = _table(data, "recipe", "format", "parents", "base", "seed", "rules", *form)
         parents = tuple(map(_parse_reference, typed(table["parents"], list, "recipe: parents")))
         names = [parent.name for parent in parents]
         if not names or len(set(names)) < len(names):
@@ -105,7 +133,43 @@ class Recipe:
             rules=tuple(map(_parse_rule, typed(table["rules"], list, "recipe: rules"))),
             base=None if table["base"] is None else _parse_reference(table["base"]),
             seed=typed(table["seed"], int, "recipe: seed"),
+            layers=tuple(
+                parse_slice(part, names) for part in typed(table["layers"], list, "layers")
+            ),
+            **parse_form(table, names),
         )
+
+
+def parse_slice(data: Any, parents: list[str]) -> LayerSlice:
+    """A slice of layers from plain data, `{parent: [first, last], ...}`."""
+    lengths = set()
+    for name, span in typed(data, dict, "layers").items():
+        if name not in parents:
+            raise BadInputError(f"layers: {name!r} is none of the parents {parents}")
+        good = (
+            isinstance(span, list | tuple) and len(span) == 2 and all(type(n) is int for n in span)
+        )
+        if not good or not 0 <= span[0] <= span[1]:
+            raise BadInputError(f"layers: {name}: {span!r} is not [first, last]")
+        lengths.add(span[1] - span[0])
+    if len(lengths) != 1:
+        raise BadInputError(f"layers: {data!r}: the spans of a slice must be of one length")
+    return {name: (span[0], span[1]) for name, span in data.items()}
+
+
+def parse_form(data: dict[str, Any], parents: list[str]) -> dict[str, Any]:
+    """The keys dtype, shard_bytes and vocabulary, each checked and None if it is not given."""
+    dtype, shard_bytes = data.get("dtype"), data.get("shard_bytes")
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise BadInputError(f"dtype: {dtype!r} is none of {', '.join(OUTPUT_DTYPES)}")
+    if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes <= 0):
+        raise BadInputError(f"shard_bytes: {shard_bytes!r} is not a positive whole number")
+    vocabulary = data.get("vocabulary")
+    if vocabulary is not None and vocabulary not in ("union", "base", *parents):
+        raise BadInputError(
+            f"vocabulary: {vocabulary!r} is neither union nor base nor one of the parents {parents}"
+        )
+    return {"dtype": dtype, "shard_bytes": shard_bytes, "vocabulary": vocabulary}
 
 
 def passthrough_recipe(parents: tuple[ParentReference, ...], source: str) -> Recipe:
