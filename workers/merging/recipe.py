@@ -120,7 +120,12 @@ class Recipe:
             raise BadInputError(
                 f"recipe: format {data.get('format')!r} is not {FORMAT}, the one this version reads"
             )
-        form = {"layers": [], "dtype": None, "shard_bytes": None, "vocabulary": None}
+        form: dict[str, Any] = {
+            "layers": [],
+            "dtype": None,
+            "shard_bytes": None,
+            "vocabulary": None,
+        }
         if isinstance(data, dict):
             data = form | data
         table = _table(data, "recipe", "format", "parents", "base", "seed", "rules", *form)
