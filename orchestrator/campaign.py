@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from orchestrator.card import build_card
+from orchestrator.child_writer import ChildWriter
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
 from orchestrator.genome import GenomeSpace, build_space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
@@ -23,7 +24,7 @@ from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.state import CampaignState, Candidate, scored_record
-from workers.checkpoints import open_checkpoint, publish_companions
+from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import Recipe, passthrough_recipe
 from workers.merging.plan import Plan
@@ -177,6 +178,7 @@ class Campaign:
             fingerprints={
                 reference.name: reference.fingerprint for reference in self.inputs.references
             },
+            threads=max(1, int(self.config.workers.cpus)),
             tasks=self.inputs.tasks,
             batch_size=engine.batch_size,
             engine={"dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
@@ -363,12 +365,9 @@ class Campaign:
         recipe = self.recipes[candidate.recipe_id]
         folder = f"child-{recipe.id[:12]}"
         target = self.store.substore(folder)
-        weights = self.pool.call(
-            "write_child",
-            recipe.to_dict(),
-            target.uri,
-            before=lambda: self._begin_child(recipe, folder, target),
-        )
+        self._record("child", recipe=recipe.id, folder=folder)
+        writer = ChildWriter.create(recipe, self.inputs.parents, self.inputs.base, target)
+        weights = writer.write(self.pool)
         lineage = build_lineage(
             self.config,
             self.inputs,
@@ -377,7 +376,7 @@ class Campaign:
             self.parent_recipes,
             candidate.genome,
             judgement,
-            weights,
+            weights.to_dict(),
         )
         files = {
             "README.md": build_card(lineage).encode(),
@@ -385,7 +384,7 @@ class Campaign:
         }
         # A record before each step that others see: a driver that was replaced stops here.
         self._record("publishing", recipe=recipe.id)
-        publish_companions(self.inputs.father, target, files)
+        writer.publish(files)
         open_checkpoint(target.uri)  # as any user would; raises if it is not one
         self.watcher.stage("writing the report")
         self._record(
@@ -402,7 +401,3 @@ class Campaign:
         result = self._ledger.result()
         assert result is not None
         return {"status": "done", **result}
-
-    def _begin_child(self, recipe: Recipe, folder: str, target: Store) -> None:
-        self._record("child", recipe=recipe.id, folder=folder)
-        target.discard_unfinished("")

@@ -90,12 +90,21 @@ def report(place: CampaignPlace, as_json: JsonFlag = False) -> None:
 def merge(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or s3://bucket/prefix.")],
+    workers: Annotated[
+        int, typer.Option(help="Split the work over so many Ray workers; 0: this process alone.")
+    ] = 0,
+    cpus: Annotated[float, typer.Option(help="CPUs, hence threads, of each worker.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; else Ray starts on this machine.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write one child, without a search."""
+    """Write one child, without a search; or go on where writing it was interrupted."""
+    from orchestrator.config import WorkersConfig
     from orchestrator.single_merge import merge_recipe
 
-    result = merge_recipe(recipe, out)
+    pool = WorkersConfig(count=workers, cpus=cpus) if workers else None
+    result = merge_recipe(recipe, out, pool, address)
     if as_json:
         _print_json(result)
     else:

@@ -16,7 +16,7 @@ from workers.merging import Recipe
 from workers.storage import ObjectNotFoundError
 
 LINEAGE_FILE = "lineage.json"
-LINEAGE_FORMAT = 1
+LINEAGE_FORMAT = 2
 
 
 def build_lineage(
@@ -31,7 +31,7 @@ def build_lineage(
 ) -> dict[str, Any]:
     """Parents, recipe and evidence of a child: everything its card says, as data.
 
-    `weights` is `workers.merging.child.ChildReport.to_dict`. Nothing in it depends on when or where the
+    `weights` is `child_writer.ChildReport.to_dict`. Nothing in it depends on when or where the
     campaign ran.
     """
     parents = [
@@ -76,8 +76,7 @@ def build_lineage(
         },
         "children_judged": state.judged(parent.id for parent in parent_recipes.values()),
         **judgement.to_dict(),
-        "digests": weights["digests"],
-        "tensors": weights["tensors"],
+        **weights,
     }
 
 

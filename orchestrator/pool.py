@@ -21,7 +21,7 @@ from workers.errors import BadInputError
 from workers.storage import StorageError
 
 if TYPE_CHECKING:
-    from workers.actors import Scored, WorkerSpec
+    from workers.actors import MergeSpec, Scored
     from workers.merging import Recipe
 
 ATTEMPTS = 3
@@ -113,9 +113,12 @@ class Pool:
     `check_engine` sees what each new worker's scores depend on, and raises if it does not fit.
     """
 
+    group_bytes = 256 << 20
+    """What a worker merges in one call (see `child_writer.Calls`)."""
+
     def __init__(
         self,
-        spec: WorkerSpec,
+        spec: MergeSpec,
         config: WorkersConfig,
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
@@ -168,26 +171,57 @@ class Pool:
             self._dispatch(waiting)
             yield from progress
 
-    def call(self, method: str, *arguments: Any, before: Callable[[], None]) -> Any:
-        """Run one long call on some worker, again elsewhere if the worker fails.
+    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Call the workers' `method` with each of `arguments`; (number, result) as they come.
 
-        `before` runs ahead of each try. Raises the worker's `BadInputError` or `StorageError` as it is.
+        A call that fails is made again, on another worker where there is one. Raises a worker's
+        `BadInputError` as it is, and its `StorageError` or a `PoolError` after the last attempt.
         """
         import ray
 
-        failures: list[str] = []
-        while len(failures) < ATTEMPTS:
-            worker = self._ready_worker()
-            before()
-            try:
-                return ray.get(getattr(worker.actor, method).remote(*arguments))
-            except ray.exceptions.RayError as error:
-                cause = _cause(error)
-                if isinstance(cause, BadInputError | StorageError):
-                    raise cause from error
-                failures.append(f"{type(cause).__name__}: {cause}")
-                self._start(worker)
-        raise PoolError(f"{method} failed on {ATTEMPTS} workers; the last one: {failures[-1]}")
+        waiting = deque(range(len(arguments)))
+        failures: dict[int, list[str]] = {}
+        running: dict[Any, tuple[_Worker, int]] = {}
+        while waiting or running:
+            self._wake()
+            busy = {worker.number for worker, _ in running.values()}
+            for worker in self._workers:
+                if waiting and worker.in_service and worker.number not in busy:
+                    number = waiting.popleft()
+                    call = getattr(worker.actor, method).remote(*arguments[number])
+                    running[call] = worker, number
+            starting = {w.ready: w for w in self._workers if w.ready is not None}
+            if not running and not starting:
+                time.sleep(BACK_OFF_SECONDS / 10)  # every place rests
+                continue
+            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=BACK_OFF_SECONDS)
+            for reference in done:
+                if reference in starting:
+                    self._enter_service(starting[reference])
+                    continue
+                worker, number = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    cause = _cause(error)
+                    self._handle_failed_call(worker, method, cause, failures.setdefault(number, []))
+                    waiting.append(number)
+                else:
+                    yield number, result
+
+    def _handle_failed_call(
+        self, worker: _Worker, method: str, cause: Exception, failures: list[str]
+    ) -> None:
+        failures.append(f"{type(cause).__name__}: {cause}")
+        if isinstance(cause, BadInputError):
+            raise cause
+        if len(failures) >= ATTEMPTS:
+            if isinstance(cause, StorageError):
+                raise cause
+            raise PoolError(f"{method} failed {ATTEMPTS} times; the last time: {failures[-1]}")
+        if not isinstance(cause, StorageError):
+            # Dead, or out of memory: it would fail the next call too.
+            self._start(worker)
 
     # -- places and actors -------------------------------------------------------------------
 
@@ -195,14 +229,16 @@ class Pool:
         """Put a new actor into the place, instead of the one it may have."""
         import ray
 
-        from workers.actors import EvaluationWorker
+        from workers import actors
 
         if worker.actor is not None:
             ray.kill(worker.actor)
+        evaluates = isinstance(self.spec, actors.WorkerSpec)
+        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
         worker.actor = (
-            ray.remote(EvaluationWorker)
+            ray.remote(kind)
             .options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_restarts=0)
             .remote(self.spec)
         )
@@ -248,13 +284,6 @@ class Pool:
                 f"{self.config.gpus:g} GPUs?"
             )  # fmt: skip
             raise PoolError(f"no worker has been in service for {START_SECONDS:.0f} s: {reason}")
-
-    def _ready_worker(self) -> _Worker:
-        while True:
-            for worker in self._workers:
-                if worker.in_service and worker.job is None:
-                    return worker
-            self._collect(deque())
 
     # -- jobs --------------------------------------------------------------------------------
 

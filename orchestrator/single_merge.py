@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from orchestrator.child_writer import PROGRESS, Calls, ChildWriter, LocalCalls
+from orchestrator.config import WorkersConfig
 from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT, licence_of, package_version
+from orchestrator.pool import Pool
 from orchestrator.progress_bar import progress_bar
-from orchestrator.recipe_file import load_recipe_file
-from workers.checkpoints import open_checkpoint, publish_companions
+from orchestrator.recipe_file import RecipeFile, load_recipe_file
+from workers.actors import MergeSpec, MergeWorker
 from workers.errors import BadInputError
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 
-def merge_recipe(path: str, out: str) -> dict[str, Any]:
-    """Write the child of a recipe file into the empty place `out`; what was written.
+def merge_recipe(
+    path: str, out: str, workers: WorkersConfig | None = None, address: str | None = None
+) -> dict[str, Any]:
+    """Write the child of a recipe file into the place `out`; what was written.
 
-    Raises `BadInputError` for a recipe that cannot work and for a place that is not empty.
+    With `workers`, parts of it are merged by actors on the Ray cluster at `address`, or on this
+    machine; else by threads of this process. A merge that was interrupted goes on at the parts that are
+    missing. Raises `BadInputError` for a recipe that cannot work and for a place that holds anything
+    else.
     """
     loaded = load_recipe_file(path)
     target = open_store(out)
-    if next(target.list_objects(), None) is not None:
-        raise BadInputError(f"{target.uri}: is not empty; choose a new place for the child")
-    import torch
-
-    from workers.merging.child import write_weights
-    from workers.merging.executor import Merger
-
-    torch.set_num_threads(1)
-    merger = Merger(loaded.parents, loaded.base)
-    father = next(iter(loaded.parents.values()))
-    with progress_bar(f"merging {len(loaded.parents)} parents", father.total_bytes) as notify:
-        report = write_weights(merger, loaded.recipe, target, os.cpu_count() or 1, notify)
+    _check_place(target)
+    writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
+    with (
+        _calls(loaded, workers, address) as calls,
+        progress_bar(f"merging {len(loaded.parents)} parents", writer.total_bytes) as notify,
+    ):
+        report = writer.write(calls, notify)
     lineage = {
         "format": LINEAGE_FORMAT,
         "software": {"darwin": package_version()},
@@ -44,12 +48,41 @@ def merge_recipe(path: str, out: str) -> dict[str, Any]:
         "recipe": loaded.recipe.to_dict(),
         **report.to_dict(),
     }
-    publish_companions(father, target, {LINEAGE_FILE: json.dumps(lineage, indent=1).encode()})
-    child = open_checkpoint(target.uri)
+    writer.publish({LINEAGE_FILE: json.dumps(lineage, indent=1).encode()})
     return {
         "status": "done",
         "child": target.uri,
         "recipe_id": loaded.recipe.id,
-        "tensors": len(child.tensors),
-        "bytes": child.total_bytes,
+        "tensors": len(writer.plan.layout.tensors),
+        "bytes": writer.plan.layout.total_bytes,
     }
+
+
+def _check_place(target: Store) -> None:
+    """Refuse a place that holds anything but an unfinished merge."""
+    unfinished = next(target.list_objects(f"{PROGRESS}/"), None)
+    if unfinished is None and next(target.list_objects(), None) is not None:
+        raise BadInputError(f"{target.uri}: is not empty; choose a new place for the child")
+
+
+@contextmanager
+def _calls(
+    loaded: RecipeFile, workers: WorkersConfig | None, address: str | None
+) -> Iterator[Calls]:
+    spec = MergeSpec(
+        parents={name: parent.location for name, parent in loaded.parents.items()},
+        base=loaded.base.location if loaded.base else None,
+        fingerprints={
+            reference.name: reference.fingerprint
+            for reference in (*loaded.recipe.parents, loaded.recipe.base)
+            if reference is not None
+        },
+        threads=max(1, int(workers.cpus)) if workers else 1,
+    )
+    if workers is not None:
+        with Pool(spec, workers, address, lambda description: None) as pool:
+            yield pool
+        return
+    worker = MergeWorker(spec)
+    worker.parents, worker.base = loaded.parents, loaded.base
+    yield LocalCalls(worker)

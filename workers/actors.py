@@ -1,34 +1,50 @@
-"""The worker process: parents mapped once, one live engine, one candidate at a time.
+"""The worker process: parents opened once, one live engine, one candidate at a time.
 
-`orchestrator.pool` runs `EvaluationWorker` as a Ray actor. A worker decides nothing and keeps nothing
+`orchestrator.pool` runs the workers here as Ray actors. A worker decides nothing and keeps nothing
 that matters: it can die at any point, and another one continues from what was recorded. The driver
 imports this module too, so torch is imported where it is used.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from workers.checkpoints import Checkpoint, localize, open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
+from workers.merging.parts import Part, cut_parts
+from workers.merging.plan import BASE
 from workers.storage import open_store
+
+if TYPE_CHECKING:
+    from workers.merging.child import PartReport
+    from workers.merging.executor import Run
 
 
 @dataclass(frozen=True)
-class WorkerSpec:
-    """Everything a worker is built from. Locations are read by the worker, on its own machine."""
+class MergeSpec:
+    """What a merging worker is built from. Locations are read by the worker, on its own machine."""
 
     parents: dict[str, str]
     """Name -> location, the father first."""
     base: str | None
     fingerprints: dict[str, str]
-    """What the parents must be, wherever they are read."""
-    tasks: tuple[Task, ...]
-    batch_size: int
+    """What the parents, and `base`, must be, wherever they are read."""
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class WorkerSpec(MergeSpec):
+    """What an evaluating worker is built from."""
+
+    tasks: tuple[Task, ...] = ()
+    batch_size: int = 1
     engine: dict[str, Any] = field(default_factory=dict)
     """Arguments of the engine: dtype, device, threads."""
 
@@ -45,13 +61,73 @@ class Scored:
     score_seconds: float
 
 
-class EvaluationWorker:
-    """Realizes recipes and scores them. `describe` comes first: it loads everything."""
+class MergeWorker:
+    """Writes parts of children. `describe` comes first: it opens the parents."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: MergeSpec) -> None:
         self.spec = spec
         self.parents: dict[str, Checkpoint] = {}
         self.base: Checkpoint | None = None
+        self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
+        self._starting = threading.Lock()
+        self._store = lru_cache(maxsize=4)(open_store)
+
+    def describe(self) -> dict[str, Any]:
+        """Open the parents where they lie. Raises `BadInputError` if they cannot be merged."""
+        self.open(lambda checkpoint: checkpoint)
+        return {}
+
+    def open(self, place: Callable[[Checkpoint], Checkpoint]) -> None:
+        """Open parents and base, and check that they are what the driver has seen."""
+        opened = {n: place(open_checkpoint(p)) for n, p in self.spec.parents.items()}
+        self.base = place(open_checkpoint(self.spec.base)) if self.spec.base else None
+        found = opened | ({BASE: self.base} if self.base else {})
+        for name, fingerprint in self.spec.fingerprints.items():
+            if found[name].fingerprint != fingerprint:
+                raise BadInputError(
+                    f"{found[name].location}: is another checkpoint on this worker's machine than "
+                    "where the campaign was started"
+                )
+        self.parents = opened
+
+    def write_parts(
+        self,
+        recipe: dict[str, Any],
+        target: str,
+        uploads: dict[str, str],
+        keys: list[tuple[str, int]],
+    ) -> list[PartReport]:
+        """Merge these parts of the recipe's child and write them into the open uploads."""
+        from workers.merging.child import write_parts
+
+        run, parts = self._start(Recipe.from_dict(recipe))
+        wanted = [parts[key[0], key[1]] for key in keys]
+        return write_parts(run, wanted, self._store(target), uploads, self.spec.threads)
+
+    def publish_file(self, target: str, *arguments: Any) -> str:
+        """See `workers.merging.child.publish_file`."""
+        from workers.merging.child import publish_file
+
+        return publish_file(self._store(target), *arguments)
+
+    def _start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
+        from workers.merging.executor import Merger
+
+        with self._starting:
+            if self._run is None or self._run[0] != recipe.id:
+                run = Merger(self.parents, self.base).start(recipe)
+                parts = {part.key: part for part in cut_parts(run.plan, run.assigned)}
+                self._run = recipe.id, run, parts
+            return self._run[1:]
+
+
+class EvaluationWorker(MergeWorker):
+    """Realizes recipes and scores them, too. `describe` loads the engine."""
+
+    spec: WorkerSpec
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec)
         self.engine: Engine | None = None
         self.realized: str | None = None
 
@@ -62,14 +138,7 @@ class EvaluationWorker:
         """
         from workers.evaluation.transformers_engine import TransformersEngine
 
-        self.parents = {n: localize(open_checkpoint(p)) for n, p in self.spec.parents.items()}
-        self.base = localize(open_checkpoint(self.spec.base)) if self.spec.base else None
-        for name, fingerprint in self.spec.fingerprints.items():
-            if self.parents[name].fingerprint != fingerprint:
-                raise BadInputError(
-                    f"{self.spec.parents[name]}: is another checkpoint on this worker's machine than where "
-                    "the campaign was started"
-                )
+        self.open(localize)
         self.engine = TransformersEngine(self.parents, self.base, **self.spec.engine)
         probe = self.spec.tasks[0].items["search"][0].prompt
         return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
@@ -103,17 +172,3 @@ class EvaluationWorker:
                 results = score_batch(self.engine, task, batch)
                 scored.setdefault(task.name, []).extend(result.to_dict() for result in results)
         return Scored(scored, complete, realized - started, time.monotonic() - realized)
-
-    def write_child(self, recipe: dict[str, Any], target: str) -> dict[str, Any]:
-        """Merge the recipe into the store at `target` and verify it; the child's report."""
-        import torch
-
-        from workers.merging.child import write_weights
-        from workers.merging.executor import Merger
-
-        merger = Merger(self.parents, self.base)
-        threads = int(self.spec.engine.get("threads", 1))
-        torch.set_num_threads(1)  # the merge brings its own threads
-        return write_weights(
-            merger, Recipe.from_dict(recipe), open_store(target), threads
-        ).to_dict()

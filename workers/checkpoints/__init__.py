@@ -1,25 +1,29 @@
 """Checkpoints as they lie in a store: headers, layouts, ranged reads, streamed writes.
 
 `open_checkpoint` reads only headers and small files; tensor bytes are read through
-`CheckpointReader` and written through `CheckpointWriter`. `ArchitectureMap` names the component,
+`CheckpointReader`, `child_layout` says what a child will look like, and `publish_companions` makes its
+written files a checkpoint. `ArchitectureMap` names the component,
 layer and expert of every stored element. Nothing here imports torch.
 """
 
 from workers.checkpoints.architecture import COMPONENTS, ArchitectureMap, LogicalTensor
 from workers.checkpoints.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from workers.checkpoints.layout import Form, Layout, child_layout
+from workers.checkpoints.publishing import publish_companions
 from workers.checkpoints.reader import CheckpointReader, localize
 from workers.checkpoints.safetensors_format import TensorEntry
-from workers.checkpoints.writer import CheckpointWriter, publish_companions
 
 __all__ = [
     "COMPONENTS",
     "ArchitectureMap",
     "Checkpoint",
     "CheckpointReader",
-    "CheckpointWriter",
+    "Form",
+    "Layout",
     "LogicalTensor",
     "TensorEntry",
     "WeightFile",
+    "child_layout",
     "localize",
     "open_checkpoint",
     "publish_companions",

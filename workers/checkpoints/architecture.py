@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
-from workers.checkpoints.checkpoint import Checkpoint
+from workers.checkpoints.checkpoint import WeightFile
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
 
@@ -110,14 +110,28 @@ class LogicalTensor:
         return math.prod(self.shape)
 
 
+class Stored(Protocol):
+    """A checkpoint, or the layout of one that is yet to be written."""
+
+    @property
+    def location(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def tensors(self) -> dict[str, TensorEntry]: ...
+    @property
+    def weight_files(self) -> tuple[WeightFile, ...]: ...
+
+
 class ArchitectureMap:
     """The logical tensors of one checkpoint, in the order in which they are stored.
 
     Raises `BadInputError` if two stored tensors would have one name, or the config is malformed.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Stored) -> None:
         self.checkpoint = checkpoint
+        self.location = checkpoint.location
         self.model_type = str(checkpoint.config.get("model_type", "unknown"))
         self.tensors = tuple(name_tensors(checkpoint.tensors.values(), _text_config(checkpoint)))
         _check_unique(self.tensors, checkpoint.location)
@@ -228,7 +242,7 @@ def _split_experts(
             )
 
 
-def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _text_config(checkpoint: Stored) -> dict[str, Any]:
     """The language model's part of the configuration, what is read of it checked."""
     config = checkpoint.config
     text = config.get("text_config") or config

@@ -1,124 +1,186 @@
-"""Write a child's weights into a store and prove that they lie there."""
+"""Merge the parts of a child and write them: what a worker does of a merge."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
+from awscrt import checksums
 
-from workers.checkpoints import CheckpointWriter, LogicalTensor
-from workers.checkpoints.verify import verify_weights
-from workers.errors import BadInputError
-from workers.merging import Recipe
-from workers.merging.executor import Merger, Run
-from workers.merging.methods.method import Values
+from workers.merging.executor import Run, in_threads
+from workers.merging.parts import Part
+from workers.merging.plan import MergeUnit
 from workers.merging.sources import TORCH_DTYPES
-from workers.storage import Store
+from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
+
+READ_BYTES = 8 << 20
+COMPARE_ELEMENTS = 1 << 20
+
+NOT_FINITE = {
+    torch.float16: (numpy.uint16, 0x7C00),
+    torch.bfloat16: (numpy.uint16, 0x7F80),
+    torch.float32: (numpy.uint32, 0x7F800000),
+    torch.float64: (numpy.uint64, 0x7FF0000000000000),
+}
+"""How the exponent of a NaN or an infinity looks: all ones."""
 
 
-@dataclass(slots=True)
-class TensorReport:
-    """What became of one logical tensor."""
+@dataclass
+class PartReport:
+    """A part that was written: the store's receipt, and what its elements are like."""
 
-    name: str
-    component: str
-    layer: int | None
-    elements: int
-    method: str
-    parameters: Values
-    changed: dict[str, int]
-    """Per parent that has this tensor: how many elements of the child differ from it."""
-    not_finite: int
-    """Elements of the child that are NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class ChildReport:
-    """What a written child consists of."""
-
-    tensors: list[TensorReport]
-    digests: dict[str, str]
-    """SHA-256 of each stored tensor's bytes, read back from the store."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"tensors": [asdict(tensor) for tensor in self.tensors], "digests": self.digests}
+    file: str
+    number: int
+    receipt: str
+    checksum: int
+    """CRC-64/NVME of the bytes, taken before they were written."""
+    changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Logical tensor -> parent -> how many elements of the child differ from it."""
+    not_finite: dict[str, int] = field(default_factory=dict)
+    """Logical tensor -> elements that are NaN or infinite, where there are any."""
 
 
-def _is_copy_of(parent: str, report: TensorReport) -> bool:
-    return report.method == "passthrough" and bool(report.parameters["source"] == parent)
-
-
-def _new_report(merger: Merger, run: Run, tensor: LogicalTensor) -> TensorReport:
-    way = run.way(tensor)
-    with_it = [name for name, parent in merger.plan.maps.items() if tensor.name in parent.by_name]
-    return TensorReport(
-        tensor.name,
-        tensor.component,
-        tensor.layer,
-        tensor.elements,
-        way.method.name,
-        way.values,
-        dict.fromkeys(with_it, 0),
-        0,
-    )
-
-
-def write_weights(
-    merger: Merger,
-    recipe: Recipe,
+def write_parts(
+    run: Run,
+    parts: Iterable[Part],
     target: Store,
-    threads: int,
-    notify: Callable[[int], None] = lambda written: None,
-) -> ChildReport:
-    """Merge into `target` in the father's layout, then read everything back (the health check).
+    uploads: dict[str, str],
+    threads: int = 1,
+) -> list[PartReport]:
+    """Merge `parts` and write them into the open `uploads` (file -> id) of `target`.
 
-    The folder is not a checkpoint yet: `publish_companions` makes it one. `notify` is called with the
-    number of bytes each time that some were written. Raises `BadInputError` if a
-    tensor of the child holds a NaN or an infinity, and is not the father's own.
+    Memory: for each thread a part, and of each parent a unit if it is read from a remote store.
     """
-    father = next(iter(merger.parents.values()))
-    writer = CheckpointWriter(father, target)
-    run = merger.start(recipe)
-    digests: dict[str, str] = {}
-    running = hashlib.sha256()
-    reports = []
-    try:
-        for tensor in merger.plan.father.tensors:
-            report = _new_report(merger, run, tensor)
-            reports.append(report)
-            for unit in run.units(tensor):
-                values = torch.empty(unit.count, dtype=TORCH_DTYPES[tensor.dtype])
-                run.fill(unit, values)
-                for name in report.changed:
-                    own = merger.sources[name].read(
-                        merger.plan.maps[name].by_name[tensor.name], unit.first, unit.count
-                    )
-                    report.changed[name] += int((own.to(values.dtype) != values).sum())
-                if values.is_floating_point():
-                    finite = (
-                        values if values.dtype == torch.float64 else values.float()
-                    ).isfinite()
-                    report.not_finite += finite.numel() - int(finite.sum())
-                if tensor.offset == 0 and unit.first == 0:
-                    running = hashlib.sha256()
-                data = values.view(torch.uint8).numpy().data
-                running.update(data)
-                digests[tensor.stored] = running.hexdigest()
-                writer.write(tensor.stored, data)
-                notify(data.nbytes)
-        writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
-    name = next(iter(merger.parents))
-    broken = [r for r in reports if r.not_finite and not _is_copy_of(name, r)]
-    if broken:
-        raise BadInputError(
-            f"tensor {broken[0].name!r} of the child has {broken[0].not_finite} elements that are NaN "
-            f"or infinite ({len(broken)} such tensors): a parent is damaged, or a parameter too large"
+    reports: list[PartReport] = []
+    headers = {file.name: file.header.raw for file in run.plan.layout.weight_files}
+
+    def write(part: Part) -> None:
+        size = part.stop - part.start
+        buffer = run.merger.buffers.bytes(size)
+        written = PartReport(part.file, part.number, "", 0)
+        data = _fill_part(run, part, headers[part.file], buffer, written)
+        written.checksum = checksums.crc64nvme(data)
+        written.receipt = target.write_part(
+            part.file, uploads[part.file], part.number, part.start, data
         )
-    verify_weights(father, target, digests)
-    return ChildReport(reports, digests)
+        reports.append(written)
+
+    in_threads(write, parts, threads)
+    return reports
+
+
+def _fill_part(
+    run: Run, part: Part, header: bytes, buffer: torch.Tensor, report: PartReport
+) -> memoryview:
+    """The bytes of a part, in `buffer`; what its units are like goes into `report`."""
+    data: memoryview = buffer.numpy().data
+    position = 0
+    if part.start == 0:
+        data[: len(header)] = header
+        position = len(header)
+    for unit in part.units:
+        dtype = TORCH_DTYPES[unit.target.dtype]
+        size = unit.count * dtype.itemsize
+        place = buffer[position : position + size]
+        aligned = (buffer.data_ptr() + position) % dtype.itemsize == 0
+        values = place.view(dtype) if aligned and size else torch.empty(unit.count, dtype=dtype)
+        run.fill(unit, values)
+        if not aligned:
+            place.copy_(values.view(torch.uint8))
+        _describe(run, unit, values, report)
+        position += size
+    return data
+
+
+def _describe(run: Run, unit: MergeUnit, values: torch.Tensor, report: PartReport) -> None:
+    changed = report.changed.setdefault(unit.target.name, {})
+    for parent in run.merger.parents:
+        source = run.plan.source(parent, unit.target)
+        if source is not None and source.shape == unit.target.shape:
+            own = run.merger.sources[parent].read(source, unit.first, unit.count)
+            changed[parent] = changed.get(parent, 0) + count_changes(values, own)
+    broken = count_not_finite(values)
+    if broken:
+        report.not_finite[unit.target.name] = report.not_finite.get(unit.target.name, 0) + broken
+
+
+def count_changes(values: torch.Tensor, others: torch.Tensor) -> int:
+    """How many of `values` have other bits than `others`, rounded to their dtype."""
+    # numpy compares and counts ten times as fast as torch.
+    integer = f"u{values.element_size()}"
+    total = 0
+    for first in range(0, len(values), COMPARE_ELEMENTS):
+        one, other = (v[first : first + COMPARE_ELEMENTS] for v in (values, others))
+        bits = [_bytes(v).view(integer) for v in (one, other.to(values.dtype))]
+        total += int(numpy.count_nonzero(bits[0] != bits[1]))
+    return total
+
+
+def count_not_finite(values: torch.Tensor) -> int:
+    """How many of `values` are NaN or infinite."""
+    if values.dtype not in NOT_FINITE or not len(values):
+        return 0
+    integer, exponent = NOT_FINITE[values.dtype]
+    total = 0
+    for first in range(0, len(values), COMPARE_ELEMENTS):
+        bits = _bytes(values[first : first + COMPARE_ELEMENTS]).view(integer) & integer(exponent)
+        if bits.max() == exponent:
+            total += int(numpy.count_nonzero(bits == exponent))
+    return total
+
+
+def _bytes(values: torch.Tensor) -> Any:
+    return values.contiguous().view(torch.uint8).numpy()
+
+
+def publish_file(
+    target: Store,
+    file: str,
+    upload: str,
+    parts: list[tuple[int, int, int]],
+    receipts: dict[int, str],
+) -> str:
+    """Publish a file whose parts are all written, and read it back; its SHA-256.
+
+    `parts`: (start, stop, checksum) of each part in order. Raises `StorageError` if the store does not
+    hold what was written.
+    """
+    size = parts[-1][1]
+    # The target belongs to one recipe, whose bytes are always the same: a file that is there was
+    # published by an earlier try of this merge. Anything else of that name is not ours to replace.
+    if _size(target, file) is None:
+        with suppress(PreconditionFailedError):
+            target.finish_parts(file, upload, receipts)
+    found = _size(target, file)
+    if found != size:
+        raise StorageError(
+            f"{target.uri}/{file}: a file of {found} bytes is in the way of one of {size}; remove the "
+            "folder or choose another"
+        )
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(READ_BYTES))
+    for start, stop, expected in parts:
+        checksum = 0
+        for first in range(start, stop, READ_BYTES):
+            piece = buffer[: min(READ_BYTES, stop - first)]
+            target.read_into(file, first, piece)
+            digest.update(piece)
+            checksum = checksums.crc64nvme(piece, checksum)
+        if checksum != expected:
+            raise StorageError(
+                f"{target.uri}/{file}: bytes {start} to {stop} are not what was written: the store "
+                "damaged them, or somebody else writes there; remove the folder and merge again"
+            )
+    return digest.hexdigest()
+
+
+def _size(target: Store, file: str) -> int | None:
+    try:
+        return target.info(file).size
+    except ObjectNotFoundError:
+        return None

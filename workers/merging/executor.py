@@ -16,11 +16,13 @@ from workers.merging.masks import keep_mask
 from workers.merging.methods import Grain, MergeMethod, Slice, Statistic
 from workers.merging.methods.method import Values
 from workers.merging.plan import (
+    BASE,
     CHUNK_ELEMENTS,
     Assignment,
     MergeUnit,
     Plan,
     columns_of,
+    form_of,
     is_linear_map,
 )
 from workers.merging.recipe import ParentReference, Recipe
@@ -31,9 +33,6 @@ from workers.merging.statistics import (
     SharedScan,
     StatisticCache,
 )
-
-BASE = "base"
-"""What the base is called beside the parents; no parent may have this name."""
 
 RECENT_STATISTICS = 64
 
@@ -56,10 +55,9 @@ class Merger:
         self.parents = parents
         self.base = base
         self.device = torch.device(device)
-        self.plan = Plan(
-            {name: ArchitectureMap(parent) for name, parent in parents.items()},
-            ArchitectureMap(base) if base else None,
-        )
+        self._maps = {name: ArchitectureMap(parent) for name, parent in parents.items()}
+        self._base_map = ArchitectureMap(base) if base else None
+        self.plan = Plan(self._maps, self._base_map)
         self.sources = {name: Source(parent) for name, parent in parents.items()}
         if base is not None:
             self.sources[BASE] = Source(base)
@@ -83,7 +81,9 @@ class Merger:
                 f"{[(p.name, p.fingerprint[:12]) for p in recipe.parents]}, opened are "
                 f"{[(p.name, p.fingerprint[:12]) for p in self.references]}"
             )
-        return Run(self, recipe)
+        form = form_of(recipe)
+        plan = self.plan if form == self.plan.form else Plan(self._maps, self._base_map, form)
+        return Run(self, recipe, plan)
 
     def realize(self, recipe: Recipe, views: dict[str, torch.Tensor], threads: int = 1) -> None:
         """Write the child's values into flat `views`, by logical name; others are not merged.
@@ -93,7 +93,7 @@ class Merger:
         `threads`.
         """
         run = self.start(recipe)
-        tensors = [tensor for tensor in self.plan.father.tensors if tensor.name in views]
+        tensors = [tensor for tensor in run.plan.child.tensors if tensor.name in views]
         units = (unit for tensor in tensors for unit in run.units(tensor))
         in_threads(
             lambda unit: run.fill(
@@ -107,10 +107,10 @@ class Merger:
 class Run:
     """One recipe over a merger's parents. Its methods are safe to be called by many threads."""
 
-    def __init__(self, merger: Merger, recipe: Recipe) -> None:
+    def __init__(self, merger: Merger, recipe: Recipe, plan: Plan) -> None:
         self.merger = merger
         self.recipe = recipe
-        self.plan = merger.plan
+        self.plan = plan
         self.assigned = self.plan.assign(recipe)
         self._own_statistics = StatisticCache(RECENT_STATISTICS)
 
@@ -227,7 +227,9 @@ class Run:
         return SharedScan(max(1, -(-tensor.elements // step)), scan)
 
     def _read(self, name: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
-        return self.merger.sources[name].read(self.plan.source(name, tensor), first, count)
+        own = self.plan.source(name, tensor)
+        assert own is not None, tensor.name
+        return self.merger.sources[name].read(own, first, count)
 
     def _keep_mask(
         self,
@@ -276,6 +278,14 @@ class Buffers:
         if not keep:
             return [self._new(elements) for _ in range(number)]
         return [self._get("loaded", index, elements) for index in range(number)]
+
+    def bytes(self, size: int) -> torch.Tensor:
+        """The thread's buffer for what it writes: uint8, in memory of the CPU."""
+        kept: Any = self._own.__dict__
+        buffer = kept.get("bytes")
+        if buffer is None or len(buffer) < size:
+            buffer = kept["bytes"] = torch.empty(size, dtype=torch.uint8)
+        return cast(torch.Tensor, buffer[:size])
 
     def scratch(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
         """The thread's spare buffer of that number."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
+from workers.checkpoints.layout import Form, child_layout
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
 from workers.merging.methods import Grain, MergeMethod, get_method
@@ -20,6 +21,9 @@ UNIT_BYTES = 32 << 20
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements worked on at once: a few fp32 buffers of 1 MiB stay in a core's cache."""
+
+BASE = "base"
+"""What the base is called beside the parents; no parent may have this name."""
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -65,32 +69,64 @@ class Assignment:
 
 
 class Plan:
-    """Merge units for one set of layouts; recipes are assigned to it again and again.
+    """The tensors of children of one form, cut into merge units; recipes are assigned to it again and again.
 
     `maps` are the architecture maps of the parents by name, the father first, and `base` that of the
     base. Raises `BadInputError` if tensors of the same name differ in shape.
     """
 
-    def __init__(self, maps: dict[str, ArchitectureMap], base: ArchitectureMap | None) -> None:
+    def __init__(
+        self,
+        maps: dict[str, ArchitectureMap],
+        base: ArchitectureMap | None,
+        form: Form = Form(),  # noqa: B008 - immutable
+    ) -> None:
         self.maps = maps
         self.base = base
+        self.form = form
         self.father = next(iter(maps.values()))
-        self.tied = _tied_head(self.father)
+        self.layout = child_layout(maps, form)
+        self.child = self.father if self.layout.is_fathers else ArchitectureMap(self.layout)
+        self.tied = _tied_head(self.child)
+        self._slices = _slices_by_layer(form)
         self._selected: dict[Selector, frozenset[str]] = {}
         self._chosen: dict[tuple[Selector, ...], dict[str, int | None]] = {}
         self._checked: set[tuple[Any, ...]] = set()
-        for other in [*maps.values(), *([base] if base else [])]:
-            _check_shapes(self.father, other)
+        if not form.layers:
+            for name, other in [*maps.items(), *([(BASE, base)] if base else [])]:
+                for tensor in self.child.tensors:
+                    if tensor.name in other.by_name:
+                        self._check_shape(name, tensor)
 
     def merged_as(self, target: LogicalTensor) -> LogicalTensor:
         """The tensor whose values go into `target`: itself, or the embedding for a tied head."""
-        return self.father.by_name[EMBEDDING] if target.name == self.tied else target
+        return self.child.by_name[EMBEDDING] if target.name == self.tied else target
 
-    def source(self, name: str, tensor: LogicalTensor) -> LogicalTensor:
-        """Where the values of `tensor` lie in a parent, or in the base."""
-        parent = self.base if name == "base" else self.maps[name]
+    def source(self, name: str, tensor: LogicalTensor) -> LogicalTensor | None:
+        """Where the values of the child's `tensor` lie in a parent, or in the base; None if it has none."""
+        parent = self.base if name == BASE else self.maps[name]
         assert parent is not None
-        return parent.by_name[tensor.name]
+        if tensor.layer is None or not self._slices:
+            return parent.by_name.get(tensor.name)
+        part, offset = self._slices[tensor.layer]
+        first, _ = part.get(name, next(iter(part.values())) if name == BASE else (-1, -1))
+        if first < 0:
+            return None
+        rest = tensor.name.removeprefix(f"layers.{tensor.layer}.")
+        return parent.by_name.get(f"layers.{first + offset}.{rest}")
+
+    def parents_of(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `parents` that a tensor is merged of: with stacked layers, those of its slice.
+
+        Embeddings go with the first slice, what is behind the layers with the last.
+        """
+        if not self._slices:
+            return parents
+        layer = tensor.layer
+        if layer is None:
+            layer = 0 if tensor.component == "embedding" else len(self._slices) - 1
+        part, _ = self._slices[layer]
+        return tuple(name for name in parents if name in part)
 
     def units(self, target: LogicalTensor, grain: Grain) -> Iterator[MergeUnit]:
         """`target` cut into merge units, in order; one that is empty is one empty unit."""
@@ -109,15 +145,21 @@ class Plan:
         Raises `BadInputError` for a rule that cannot work, naming the tensor where it is about one.
         """
         parents = tuple(parent.name for parent in recipe.parents)
-        carry = Assignment(get_method("passthrough"), {"source": parents[0]}, parents[:1])
-        ways = [_RuleOnPlan(self, recipe, rule, parents) for rule in recipe.rules]
+        ways = [_RuleOnPlan(self, recipe, rule) for rule in recipe.rules]
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
         assigned = {}
-        for tensor in self.father.tensors:
+        for tensor in self.child.tensors:
             if tensor.name == self.tied:
                 continue  # merged as the embedding
+            present = self.parents_of(tensor, parents)
             number = chosen[tensor.name]
-            way = carry if number is None else ways[number].assignment(tensor)
+            if number is None:
+                carrier = (
+                    parents[0] if tensor.layer is None or parents[0] in present else present[0]
+                )
+                way = Assignment(get_method("passthrough"), {"source": carrier}, (carrier,))
+            else:
+                way = ways[number].assignment(tensor, present)
             self._check_inputs(tensor, way, recipe.base is not None)
             assigned[tensor.name] = way
         return assigned
@@ -130,17 +172,17 @@ class Plan:
                 tensor.name: next(
                     (n for n, names in enumerate(selected) if tensor.name in names), None
                 )
-                for tensor in self.father.tensors
+                for tensor in self.child.tensors
             }
         return self._chosen[selectors]
 
     def select(self, where: Selector) -> frozenset[str]:
         """The names of the tensors that `where` selects; none is a `BadInputError`."""
         if where not in self._selected:
-            names = frozenset(t.name for t in self.father.tensors if where.matches(t))
+            names = frozenset(t.name for t in self.child.tensors if where.matches(t))
             if not names:
                 raise BadInputError(
-                    f"recipe: the rule for {where} matches no tensor of {self.father.checkpoint.location}"
+                    f"recipe: the rule for {where} matches no tensor of {self.layout.location}"
                 )
             self._selected[where] = names
         return self._selected[where]
@@ -152,65 +194,119 @@ class Plan:
         """
         if tensor.layer is None:
             return 0.0 if tensor.component == "embedding" else 1.0
-        first, last = where.layers or (0, self.father.layers - 1)
+        first, last = where.layers or (0, self.child.layers - 1)
         return (tensor.layer - first) / (last - first) if last > first else 0.0
 
     def _check_inputs(self, tensor: LogicalTensor, way: Assignment, has_base: bool) -> None:
         key = (tensor.name, way.method.copies, way.parents, uses_base := way.uses_base(has_base))
         if key in self._checked:
             return
-        inputs = [(name, self.maps[name]) for name in way.parents]
-        if uses_base and self.base is not None:
-            inputs.append(("base", self.base))
-        for name, parent in inputs:
-            if tensor.name not in parent.by_name:
+        inputs = [*way.parents, *([BASE] if uses_base else [])]
+        for name in inputs:
+            if self.source(name, tensor) is None:
                 raise BadInputError(
-                    f"{name} ({parent.checkpoint.location}) has no tensor {tensor.name!r}, which "
-                    f"{way.method.name} needs; let a `passthrough` rule take it from the father"
+                    f"{self._where(name)} has no tensor {tensor.name!r}, which {way.method.name} needs; "
+                    "let a `passthrough` rule take it from the father"
                 )
-        if not (way.method.copies and inputs[0][1].by_name[tensor.name].dtype == tensor.dtype):
+            self._check_shape(name, tensor)
+        own = self.source(inputs[0], tensor)
+        if not (way.method.copies and own is not None and own.dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
-            for _, parent in [("father", self.father), *inputs]:
-                _require_mergeable(parent, tensor.name, way.method.name)
+            self._require_mergeable(tensor, "the child", tensor.name, way.method.name)
+            for name in inputs:
+                found = self.source(name, tensor)
+                assert found is not None
+                self._require_mergeable(found, self._where(name), found.stored, way.method.name)
         self._checked.add(key)
+
+    def _where(self, name: str) -> str:
+        parent = self.base if name == BASE else self.maps[name]
+        assert parent is not None
+        return f"{name} ({parent.location})"
+
+    def _check_shape(self, name: str, tensor: LogicalTensor) -> None:
+        own = self.source(name, tensor)
+        if own is not None and own.shape != tensor.shape:
+            raise BadInputError(
+                f"tensor {tensor.name!r} has shape {list(tensor.shape)} in {self.layout.location} but "
+                f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture and "
+                "vocabulary"
+            )
+
+    def _require_mergeable(self, tensor: LogicalTensor, where: str, name: str, method: str) -> None:
+        if tensor.dtype not in MERGEABLE_DTYPES:
+            raise BadInputError(
+                f"{where}: tensor {name!r} is {tensor.dtype}; {method} needs one of "
+                f"{', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` copy it "
+                "from a parent that stores it as the father does"
+            )
 
 
 class _RuleOnPlan:
     """One rule of a recipe, its parameters worked out for each tensor that it is for."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, rule: Rule, parents: tuple[str, ...]) -> None:
+    def __init__(self, plan: Plan, recipe: Recipe, rule: Rule) -> None:
         self._plan = plan
         self._where = rule.where
-        self._parents = parents
+        self._parents = tuple(parent.name for parent in recipe.parents)
         self._has_base = recipe.base is not None
         steps: list[Rule | PostStep] = [rule, *([rule.post] if rule.post else [])]
         self._steps = [
             (get_method(step.method), parse_parameters(step.parameters, f"method {step.method}"))
             for step in steps
         ]
-        self._same: Assignment | None = None
-        if not any(varies(parameters) for _, parameters in self._steps):
-            self._same = self._assign([parameters for _, parameters in self._steps])
+        self._varies = any(varies(parameters) for _, parameters in self._steps)
+        self._same: dict[tuple[str, ...], Assignment] = {}
+        if not self._varies and not plan.form.layers:
+            # Also where other rules hide this one: what cannot work is an error.
+            self.assignment(plan.child.tensors[0], self._parents)
 
-    def assignment(self, tensor: LogicalTensor) -> Assignment:
-        if self._same is not None:
-            return self._same
+    def assignment(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> Assignment:
+        if self._varies:
+            return self._assign(tensor, parents)
+        if parents not in self._same:
+            self._same[parents] = self._assign(tensor, parents)
+        return self._same[parents]
+
+    def _assign(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> Assignment:
         depth = self._plan.depth(tensor, self._where)
-        try:
-            return self._assign([value_at(given, tensor, depth) for _, given in self._steps])
-        except BadInputError as error:
-            raise BadInputError(f"tensor {tensor.name!r}: {error}") from error
-
-    def _assign(self, given: list[dict[str, Any]]) -> Assignment:
-        values = [
-            method.resolve(parameters, self._parents, self._has_base)
-            for (method, _), parameters in zip(self._steps, given, strict=True)
-        ]
-        parents = (values[0]["source"],) if "source" in values[0] else self._parents
-        way = Assignment(self._steps[0][0], values[0], parents)
+        values = []
+        for method, parameters in self._steps:
+            given = {
+                name: _of_parents(value_at(value, tensor, depth), self._parents, parents)
+                for name, value in parameters.items()
+            }
+            try:
+                values.append(method.resolve(given, parents, self._has_base))
+            except BadInputError as error:
+                place = f"tensor {tensor.name!r}: " if self._varies else ""
+                raise BadInputError(f"{place}{error}") from error
+        read = (values[0]["source"],) if "source" in values[0] else parents
+        way = Assignment(self._steps[0][0], values[0], read)
         return (
             way if len(values) == 1 else replace(way, post=self._steps[1][0], post_values=values[1])
         )
+
+
+def _of_parents(value: Any, all_parents: tuple[str, ...], parents: tuple[str, ...]) -> Any:
+    """A table's values for `parents`; names that are no parent at all stay, to be refused."""
+    if not isinstance(value, dict) or all_parents == parents:
+        return value
+    return {name: v for name, v in value.items() if name in parents or name not in all_parents}
+
+
+def form_of(recipe: Recipe) -> Form:
+    """What makes the child's layout differ from its father's."""
+    return Form(recipe.layers, recipe.dtype, recipe.shard_bytes)
+
+
+def _slices_by_layer(form: Form) -> list[tuple[dict[str, tuple[int, int]], int]]:
+    """For each of the child's stacked layers its slice, and the number of the layer in it."""
+    found = []
+    for part in form.layers:
+        first, last = next(iter(part.values()))
+        found += [(part, offset) for offset in range(last - first + 1)]
+    return found
 
 
 def columns_of(tensor: LogicalTensor) -> int:
@@ -228,29 +324,8 @@ def is_linear_map(tensor: LogicalTensor) -> bool:
 
 
 def _tied_head(father: ArchitectureMap) -> str | None:
-    """The head's name, if the father stores it although it is tied to the embedding."""
+    """The head's name, if the child stores it although it is tied to the embedding."""
     head, embedding = father.by_name.get(HEAD), father.by_name.get(EMBEDDING)
     if head is None or embedding is None or not father.ties_head:
         return None
     return HEAD if (head.shape, head.dtype) == (embedding.shape, embedding.dtype) else None
-
-
-def _require_mergeable(parent: ArchitectureMap, name: str, method: str) -> None:
-    tensor = parent.by_name[name]
-    if tensor.dtype not in MERGEABLE_DTYPES:
-        raise BadInputError(
-            f"{parent.checkpoint.location}: tensor {tensor.stored!r} is {tensor.dtype}; {method} needs "
-            f"one of {', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` "
-            "copy it from a parent that stores it as the father does"
-        )
-
-
-def _check_shapes(father: ArchitectureMap, other: ArchitectureMap) -> None:
-    for tensor in other.tensors:
-        own = father.by_name.get(tensor.name)
-        if own is not None and own.shape != tensor.shape:
-            raise BadInputError(
-                f"tensor {tensor.name!r} has shape {list(own.shape)} in {father.checkpoint.location} "
-                f"but {list(tensor.shape)} in {other.checkpoint.location}: the parents must be of one "
-                "architecture and vocabulary"
-            )

@@ -1,0 +1,266 @@
+"""Write a child: part by part, by any number of workers, going on at the missing parts after any crash.
+
+What is done is recorded beside the child, under `merge-in-progress/`: the manifest names the recipe and
+the open uploads, and each further record some parts that are written. The records go when the child is
+published. A part that was written but not recorded is written again, with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from workers.actors import MergeWorker
+from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
+from workers.errors import BadInputError
+from workers.merging import Recipe
+from workers.merging.parts import Part, cut_parts
+from workers.merging.plan import Plan, form_of
+from workers.storage import ObjectNotFoundError, Store
+
+PROGRESS = "merge-in-progress"
+MANIFEST = f"{PROGRESS}/manifest.json"
+FORMAT = 1
+
+RECORD_BYTES = 256 << 20
+"""So much is written between two records: what a crash may cost."""
+
+
+class Calls(Protocol):
+    """Workers that take calls: threads of this process, or actors of a pool."""
+
+    group_bytes: int
+    """About as much is given to a worker at once."""
+
+    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Call the workers' `method` with each of `arguments`; (number, result) as they come."""
+
+
+class LocalCalls:
+    """Calls to one worker object, by threads of this process."""
+
+    group_bytes = 1  # each part by itself
+
+    def __init__(self, worker: MergeWorker, threads: int | None = None) -> None:
+        self._worker = worker
+        self._threads = threads or os.cpu_count() or 1
+
+    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """See `Calls.each`."""
+        call = getattr(self._worker, method)
+        pool = ThreadPoolExecutor(self._threads)
+        try:
+            futures = {pool.submit(call, *given): n for n, given in enumerate(arguments)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class ChildReport:
+    """What a written child consists of."""
+
+    files: dict[str, str]
+    """File -> SHA-256, read back from the store."""
+    tensors: list[dict[str, Any]]
+    """Of each logical tensor: name, component, layer, elements, method, parameters; how many elements
+    differ from each parent that has it (`changed`); how many are `not_finite`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class ChildWriter:
+    """Writes the child of one recipe into `target`. Everything is decided from headers alone."""
+
+    recipe: Recipe
+    father: Checkpoint
+    plan: Plan
+    target: Store
+    parts: tuple[Part, ...]
+    assigned: dict[str, Any]
+    _written: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    _files: dict[str, str] = field(default_factory=dict)
+    _uploads: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def create(
+        recipe: Recipe,
+        parents: dict[str, Checkpoint],
+        base: Checkpoint | None,
+        target: Store,
+    ) -> ChildWriter:
+        """Plan the child. Raises `BadInputError` for a recipe that cannot work."""
+        plan = Plan(
+            {name: ArchitectureMap(parent) for name, parent in parents.items()},
+            ArchitectureMap(base) if base else None,
+            form_of(recipe),
+        )
+        assigned = plan.assign(recipe)
+        father = next(iter(parents.values()))
+        return ChildWriter(recipe, father, plan, target, cut_parts(plan, assigned), assigned)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(part.stop - part.start for part in self.parts)
+
+    def write(self, calls: Calls, notify: Callable[[int], None] = lambda done: None) -> ChildReport:
+        """Write what is missing, publish each file, read it back; `notify` is told of bytes written.
+
+        The folder is no checkpoint yet: `publish` makes it one. Raises `BadInputError` if a tensor of
+        the child holds a NaN or an infinity, and is not the father's own.
+        """
+        self._open()
+        sizes = {part.key: part.stop - part.start for part in self.parts}
+        notify(sum(sizes[key] for key in self._written))
+        pending: list[dict[str, Any]] = []
+        size = 0
+        groups = self._groups(calls.group_bytes)
+        recipe = self.recipe.to_dict()
+        given = [(recipe, self.target.uri, self._uploads, group) for group in groups]
+        for _, reports in calls.each("write_parts", given):
+            for written in map(asdict, reports):
+                key = written["file"], written["number"]
+                self._written[key] = written
+                pending.append(written)
+                size += sizes[key]
+                notify(sizes[key])
+            if size >= RECORD_BYTES:
+                self._record({"parts": pending})
+                pending, size = [], 0
+        if pending:
+            self._record({"parts": pending})
+        report = self._report()
+        self._publish_files(calls)
+        report.files = {file.name: self._files[file.name] for file in self.plan.layout.weight_files}
+        return report
+
+    def publish(self, files: dict[str, bytes]) -> None:
+        """Make the written files a checkpoint, with `files` (card, lineage) beside them."""
+        publish_companions(self.father, self.plan.layout, self.target, files)
+        records = [info.key for info in self.target.list_objects(f"{PROGRESS}/")]
+        for key in sorted(records, key=lambda key: key == MANIFEST):  # the manifest last
+            self.target.delete(key)
+
+    # -- progress ----------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Take up what an earlier try has recorded, or begin."""
+        try:
+            manifest = json.loads(self.target.read(MANIFEST))
+        except ObjectNotFoundError:
+            self.target.discard_unfinished("")
+            self._begin([file.name for file in self.plan.layout.weight_files])
+            return
+        if (manifest["format"], manifest["recipe"]) != (FORMAT, self.recipe.id):
+            raise BadInputError(
+                f"{self.target.uri}: holds the unfinished merge of another recipe "
+                f"({manifest['recipe'][:12]}); remove the folder or choose another"
+            )
+        self._uploads = manifest["uploads"]
+        for info in list(self.target.list_objects(f"{PROGRESS}/")):
+            if info.key != MANIFEST:
+                record = json.loads(self.target.read(info.key))
+                self._files |= record.get("files", {})
+                for report in record.get("parts", ()):
+                    self._written[report["file"], report["number"]] = report
+        lost = [name for name in self._uploads if not self._is_there(name)]
+        if lost:
+            self._written = {key: r for key, r in self._written.items() if key[0] not in lost}
+            self._begin(lost)
+
+    def _is_there(self, file: str) -> bool:
+        """Whether a file is published, or its upload can be gone on with."""
+        if file in self._files or self.target.parts_exist(file, self._uploads[file]):
+            return True
+        try:
+            self.target.info(file)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def _begin(self, files: list[str]) -> None:
+        sizes = {file.name: file.size for file in self.plan.layout.weight_files}
+        self._uploads |= {name: self.target.begin_parts(name, sizes[name]) for name in files}
+        manifest = {"format": FORMAT, "recipe": self.recipe.id, "uploads": self._uploads}
+        self.target.write(MANIFEST, json.dumps(manifest).encode())
+
+    def _record(self, content: dict[str, Any]) -> None:
+        self.target.create(f"{PROGRESS}/{secrets.token_hex(8)}.json", json.dumps(content).encode())
+
+    def _groups(self, group_bytes: int) -> list[list[tuple[str, int]]]:
+        """The parts that are missing, in groups of about so many bytes."""
+        groups: list[list[tuple[str, int]]] = []
+        size = group_bytes
+        for part in self.parts:
+            if part.key not in self._written and part.file not in self._files:
+                if size >= group_bytes:
+                    groups.append([])
+                    size = 0
+                groups[-1].append(part.key)
+                size += part.stop - part.start
+        return groups
+
+    def _publish_files(self, calls: Calls) -> None:
+        by_file: dict[str, list[Part]] = {}
+        for part in self.parts:
+            by_file.setdefault(part.file, []).append(part)
+        files = [name for name in by_file if name not in self._files]
+        given = []
+        for name in files:
+            reports = [self._written[part.key] for part in by_file[name]]
+            checked = [
+                (part.start, part.stop, report["checksum"])
+                for part, report in zip(by_file[name], reports, strict=True)
+            ]
+            receipts = {report["number"]: report["receipt"] for report in reports}
+            given.append((self.target.uri, name, self._uploads[name], checked, receipts))
+        for number, digest in calls.each("publish_file", given):
+            self._files[files[number]] = digest
+        if files:
+            self._record({"files": self._files})
+
+    def _report(self) -> ChildReport:
+        changed: dict[str, dict[str, int]] = {}
+        broken: dict[str, int] = {}
+        for report in self._written.values():
+            for name, counts in report["changed"].items():
+                total = changed.setdefault(name, {})
+                for parent, count in counts.items():
+                    total[parent] = total.get(parent, 0) + count
+            for name, count in report["not_finite"].items():
+                broken[name] = broken.get(name, 0) + count
+        tensors = []
+        father = self.recipe.father.name
+        bad = []
+        for tensor in self.plan.child.tensors:
+            way = self.assigned[self.plan.merged_as(tensor).name]
+            if tensor.name in broken and not (way.method.copies and way.parents == (father,)):
+                bad.append(tensor.name)
+            tensors.append(
+                {
+                    "name": tensor.name,
+                    "component": tensor.component,
+                    "layer": tensor.layer,
+                    "elements": tensor.elements,
+                    "method": way.method.name,
+                    "parameters": way.values,
+                    "changed": changed.get(tensor.name, {}),
+                    "not_finite": broken.get(tensor.name, 0),
+                }
+            )
+            if way.post is not None:
+                tensors[-1]["post"] = {"method": way.post.name, "parameters": way.post_values}
+        if bad:
+            raise BadInputError(
+                f"tensor {bad[0]!r} of the child has {broken[bad[0]]} elements that are NaN or infinite "
+                f"({len(bad)} such tensors): a parent is damaged, or a parameter too large"
+            )
+        return ChildReport({}, tensors)
