@@ -112,6 +112,33 @@ def merge(
 
 
 @app.command()
+def verify(
+    child: Annotated[str, typer.Argument(metavar="CHILD", help="Its folder or s3:// place.")],
+    parent: Annotated[
+        list[str] | None,
+        typer.Option(help="A parent, to compare with element by element; may be repeated."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Read a child again: shards, index, completeness, NaN, and that it is none of its parents."""
+    from orchestrator.verification import verify_child
+
+    result = verify_child(child, parent or [])
+    if as_json:
+        _print_json(result)
+    else:
+        for problem in result["problems"]:
+            _say(problem)
+        changed = ", ".join(f"{count:,} from {name}" for name, count in result["changed"].items())
+        _say(
+            f"{result['child']} is {result['status']}: {result['files']} files, {result['tensors']} "
+            f"tensors, {result['bytes']:,} bytes; elements that differ: {changed}"
+        )
+    if result["problems"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Its folder or s3:// place.")

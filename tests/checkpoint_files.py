@@ -16,15 +16,15 @@ import safetensors
 import safetensors.torch
 import torch
 
+from orchestrator.child_writer import ChildReport, ChildWriter, LocalCalls
+from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import (
     Checkpoint,
     WeightFile,
     open_checkpoint,
-    publish_companions,
 )
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT, Header, TensorEntry
 from workers.merging import METHODS, MergeMethod, Recipe, Rule, Selector
-from workers.merging.child import write_weights
 from workers.merging.executor import Merger
 from workers.merging.sources import TORCH_DTYPES
 from workers.storage.folder import FolderStore
@@ -135,22 +135,41 @@ def recipe_for(merger: Merger, *rules: Rule, seed: int = 0) -> Recipe:
     return Recipe(merger.references, rules, merger.base_reference, seed)
 
 
+def write_weights(
+    merger: Merger, recipe: Recipe, store: FolderStore, threads: int = 1
+) -> ChildReport:
+    """Write the weight files of a child, by threads of this process."""
+    writer = ChildWriter.create(recipe, merger.parents, merger.base, store)
+    return writer.write(local_calls(merger, threads))
+
+
+def local_calls(merger: Merger, threads: int = 1) -> LocalCalls:
+    worker = MergeWorker(MergeSpec({}, None, {}))
+    worker.parents, worker.base = merger.parents, merger.base
+    return LocalCalls(worker, threads)
+
+
 def write_child(merger: Merger, recipe: Recipe, target: Path, threads: int = 1) -> Path:
     """Merge and publish, as a campaign does."""
-    store = FolderStore(target)
-    write_weights(merger, recipe, store, threads)
-    publish_companions(next(iter(merger.parents.values())), store, {})
+    writer = ChildWriter.create(recipe, merger.parents, merger.base, FolderStore(target))
+    writer.write(local_calls(merger, threads))
+    writer.publish({})
     return target
 
 
-def run(merger: Merger, *rules: Rule, seed: int = 0, threads: int = 1) -> dict[str, torch.Tensor]:
+def realize(merger: Merger, recipe: Recipe, threads: int = 1) -> dict[str, torch.Tensor]:
     """The child's values, flat, by logical name, in the dtype that it is stored in."""
     views = {
-        tensor.name: torch.full((tensor.elements,), torch.nan).to(TORCH_DTYPES[tensor.dtype])
-        for tensor in merger.plan.father.tensors
+        tensor.name: torch.full((tensor.elements,), 0x55).to(TORCH_DTYPES[tensor.dtype])
+        for tensor in merger.start(recipe).plan.child.tensors
     }
-    merger.realize(recipe_for(merger, *rules, seed=seed), views, threads)
+    merger.realize(recipe, views, threads)
     return views
+
+
+def run(merger: Merger, *rules: Rule, seed: int = 0, threads: int = 1) -> dict[str, torch.Tensor]:
+    """`realize` a recipe of these rules."""
+    return realize(merger, recipe_for(merger, *rules, seed=seed), threads)
 
 
 def example_parameters(method: MergeMethod, parents: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -13,7 +15,6 @@ import pytest
 import torch
 
 from tests.checkpoint_files import (
-    CollectingSink,
     RemoteStore,
     assert_same_bits,
     merge,
@@ -25,16 +26,16 @@ from tests.checkpoint_files import (
     tensor_bytes,
     to_float64,
     write_checkpoint,
+    write_weights,
 )
 from workers.checkpoints import ArchitectureMap, LogicalTensor, open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import METHODS, MergeMethod, Rule, Selector
+from workers.merging import parts as parts_module
 from workers.merging import plan as plan_module
-from workers.merging.child import write_weights
-from workers.merging.executor import Merger, TensorReport
+from workers.merging.executor import Merger
 from workers.merging.methods import Slice
-from workers.merging.plan import CHUNK_ELEMENTS, UNIT_BYTES, MergeUnit, Plan
-from workers.merging.sinks import HashSink, LiveSink
+from workers.merging.plan import CHUNK_ELEMENTS, UNIT_BYTES, Plan
 from workers.storage.folder import FolderStore
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -74,11 +75,13 @@ def parents(tmp_path: Path) -> dict[str, Path]:
 TRUNK = Selector(components=("mlp", "norm"))
 
 
-def report_of(parents: dict[str, Path], *rules: Rule, **arguments: Any) -> dict[str, TensorReport]:
+def report_of(parents: dict[str, Path], *rules: Rule, **arguments: Any) -> dict[str, Any]:
     merger = open_merger(parents)
-    reports = merger.run_with_report(recipe_for(merger, *rules), HashSink(), **arguments)
-    assert [report.name for report in reports] == [t.name for t in merger.plan.father.tensors]
-    return {report.name: report for report in reports}
+    with TemporaryDirectory() as folder:
+        recipe = recipe_for(merger, *rules)
+        reports = write_weights(merger, recipe, FolderStore(folder), **arguments).tensors
+    assert [report["name"] for report in reports] == [t.name for t in merger.plan.father.tensors]
+    return {report["name"]: SimpleNamespace(**report) for report in reports}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -133,8 +136,10 @@ def test_counts_add_up_over_units(
     whole = report_of(parents, rule("linear", TRUNK, weight=0.5))
     monkeypatch.setattr(plan_module, "CHUNK_ELEMENTS", 64)
     monkeypatch.setattr(plan_module, "UNIT_BYTES", 128)
-    units = open_merger(parents).plan.units
+    plan = open_merger(parents).plan
+    units = [unit for tensor in plan.child.tensors for unit in plan.units(tensor, "element")]
     assert max(unit.count for unit in units) == 64
+    monkeypatch.setattr(parts_module, "PART_BYTES", 300)
     assert report_of(parents, rule("linear", TRUNK, weight=0.5), threads=2) == whole
 
 
@@ -226,10 +231,8 @@ def test_copies_keep_bits_that_fp32_has_not(tmp_path: Path) -> None:
     payloads = torch.tensor([0x7F81, 0xFFC3, 0x8000], dtype=torch.uint16).view(torch.bfloat16)
     for number, tensor in enumerate((exact, payloads)):
         folder = write_checkpoint(tmp_path / str(number), {NORM: tensor})
-        sink = CollectingSink()
-        merger = open_merger({"a": folder})
-        merger.run(recipe_for(merger), sink)
-        assert tensor_bytes(torch.cat(sink.units["norm.weight"])) == tensor_bytes(tensor)
+        child = run(open_merger({"a": folder}))
+        assert tensor_bytes(child["norm.weight"]) == tensor_bytes(tensor)
 
 
 def test_single_elements_and_none_at_all(tmp_path: Path) -> None:
@@ -258,30 +261,21 @@ def test_single_elements_and_none_at_all(tmp_path: Path) -> None:
         assert_same_bits(child, expected)
 
 
-def test_hashes_are_those_of_the_stored_bytes(parents: dict[str, Path], tmp_path: Path) -> None:
-    """What a dry run promises, what the child reports, and what lies in its files."""
+def test_hashes_are_those_of_the_files(parents: dict[str, Path], tmp_path: Path) -> None:
     merger = open_merger(parents)
     recipe = recipe_for(merger, rule("linear", TRUNK, weight=0.5))
-    sink = HashSink()
-    merger.run(recipe, sink)
     report = write_weights(merger, recipe, FolderStore(tmp_path / "child"), 2)
-    stored = read_tensors(tmp_path / "child")
-    hashes = {
-        name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in stored.items()
-    }
-    assert sink.digests == report.digests == hashes
-    assert json.loads(json.dumps(report.to_dict()))["digests"] == hashes
-    assert len(report.to_dict()["tensors"]) == len(ArchitectureMap(merger.parents["a"]).tensors)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "child").glob("*.safetensors")}
+    assert report.files == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
 def test_a_live_model_takes_what_it_has(parents: dict[str, Path]) -> None:
     """And nothing else is merged for it."""
     merger = open_merger(parents)
     view = torch.zeros(600)
-    merger.run(
-        recipe_for(merger, rule("linear", TRUNK, weight=1.0)),
-        LiveSink({"layers.0.mlp.up_proj.weight": view}),
-    )
+    recipe = recipe_for(merger, rule("linear", TRUNK, weight=1.0))
+    merger.realize(recipe, {"layers.0.mlp.up_proj.weight": view})
     whole = run(merger, rule("linear", TRUNK, weight=1.0))
     assert torch.equal(view, whole["layers.0.mlp.up_proj.weight"].float())
 
@@ -295,7 +289,8 @@ def test_units_cover_every_tensor_in_order(
     monkeypatch.setattr(plan_module, "CHUNK_ELEMENTS", 32)
     monkeypatch.setattr(plan_module, "UNIT_BYTES", 200)
     father = ArchitectureMap(open_checkpoint(str(parents["a"])))
-    units = list(Plan({"a": father}, None).units)
+    plan = Plan({"a": father}, None)
+    units = [unit for tensor in father.tensors for unit in plan.units(tensor, "element")]
     for tensor in father.tensors:
         position = 0
         while position < tensor.elements:
@@ -308,14 +303,19 @@ def test_units_cover_every_tensor_in_order(
     assert units == []
 
 
+@pytest.mark.parametrize("grain", ["element", "row"])
 @pytest.mark.parametrize(("dtype", "size"), [("BF16", 2), ("F32", 4), ("F64", 8), ("U8", 1)])
-def test_no_unit_is_larger_than_its_limit(dtype: str, size: int) -> None:
-    elements = 512 * 2048 * 4096 * 3 + 5
-    tensor = LogicalTensor("t", "mlp", 0, None, (elements,), dtype, "t", 0)
-    units = plan_module._cut(tensor, tensor)
-    assert sum(unit.count for unit in units) == elements
-    assert all(unit.count * size == UNIT_BYTES for unit in units[:-1])
-    assert all(unit.first % CHUNK_ELEMENTS == 0 for unit in units)
+def test_no_unit_is_larger_than_its_limit(
+    parents: dict[str, Path], dtype: str, size: int, grain: Any
+) -> None:
+    shape = (512 * 2048, 4095)
+    tensor = LogicalTensor("t", "mlp", 0, None, shape, dtype, "t", 0)
+    plan = Plan({"a": ArchitectureMap(open_checkpoint(str(parents["a"])))}, None)
+    units = list(plan.units(tensor, grain))
+    assert sum(unit.count for unit in units) == 512 * 2048 * 4095
+    assert all(UNIT_BYTES * 0.99 < unit.count * size <= UNIT_BYTES for unit in units[:-1])
+    step = CHUNK_ELEMENTS if grain == "element" else 4095
+    assert all(unit.first % step == 0 for unit in units)
 
 
 # Failures
@@ -349,8 +349,7 @@ def test_a_merge_that_fails_leaves_no_checkpoint(
     recipe = recipe_for(merger, rule(fragile.name))
     with pytest.raises(BreakError):
         write_weights(merger, recipe, FolderStore(tmp_path / "child"), threads)
-    assert list((tmp_path / "child").glob("*")) == []  # one file, so not even a shard
-    assert not list((tmp_path / "child").glob(".*unfinished"))
+    assert list((tmp_path / "child").glob("*.safetensors")) == []
     with pytest.raises(BadInputError):
         open_checkpoint(str(tmp_path / "child"))
 
@@ -361,28 +360,10 @@ def test_a_merger_works_on_after_a_failure(
 ) -> None:
     merger = open_merger({"a": parents["a"], "c": parents["c"]})
     with pytest.raises(BreakError):
-        merger.run(recipe_for(merger, rule(fragile.name)), HashSink(), threads)
-    before, after = HashSink(), HashSink()
-    merger.run(recipe_for(merger, rule("linear", weight=0.5)), after, threads)
+        run(merger, rule(fragile.name), threads=threads)
+    after = run(merger, rule("linear", weight=0.5), threads=threads)
     fresh = open_merger({"a": parents["a"], "c": parents["c"]})
-    fresh.run(recipe_for(fresh, rule("linear", weight=0.5)), before)
-    assert after.digests == before.digests
-
-
-class FailingSink(CollectingSink):
-    def accept(self, unit: MergeUnit, values: torch.Tensor) -> None:
-        super().accept(unit, values)
-        if len(self.units) == 3:
-            raise BreakError
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_sink_that_fails_stops_the_merge(parents: dict[str, Path], threads: int) -> None:
-    merger = open_merger(parents)
-    sink = FailingSink()
-    with pytest.raises(BreakError):
-        merger.run(recipe_for(merger, rule("linear", TRUNK, weight=0.5)), sink, threads)
-    assert len(sink.units) == 3
+    assert_same_bits(after, run(fresh, rule("linear", weight=0.5)))
 
 
 def test_a_rule_that_cannot_work_is_refused_before_anything_is_written(
@@ -419,7 +400,7 @@ def test_statistics_are_taken_once(parents: dict[str, Path]) -> None:
     opened = {
         name: replace(open_checkpoint(str(parents[name])), store=stores[name]) for name in "ac"
     }
-    merger = Merger(opened, open_checkpoint(str(parents["c"])))
+    merger = Merger(opened, open_checkpoint(str(parents["c"])), keep_statistics=True)
     assert merger.references  # fingerprints are read once, too
     size, counts = opened["a"].total_bytes, []
     for way in (

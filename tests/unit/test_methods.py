@@ -29,6 +29,7 @@ from tests.checkpoint_files import (
     run,
     to_float64,
     write_checkpoint,
+    write_weights,
 )
 from tests.families import write_family
 from tests.references import CASES, REFERENCES, Vectors
@@ -37,7 +38,6 @@ from workers.errors import BadInputError
 from workers.merging import METHODS, MergeMethod, get_method
 from workers.merging import executor as executor_module
 from workers.merging import plan as plan_module
-from workers.merging.child import write_weights
 from workers.merging.executor import Merger
 from workers.merging.methods import Slice
 from workers.merging.methods.slerp import PairMoments

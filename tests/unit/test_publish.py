@@ -318,7 +318,7 @@ def lineage_at(folder: Path, **changes: Any) -> dict[str, Any]:
     recipes = {name: passthrough_recipe(inputs.references, name) for name in inputs.parents}
     answers = {"t": {"1": {"id": "1", "score": 1.0, "unparsed": False, "truncated": False}}}
     judgement = judge(dict.fromkeys(("child", "a", "b"), answers), "mean")
-    weights = {"digests": {"x": "0" * 64}, "tensors": []}
+    weights = {"files": {"x": "0" * 64}, "tensors": []}
     state = CampaignState("mean")
     recipe = recipes["a"]
     return build_lineage(config, inputs, state, recipe, recipes, {"g": 0.5}, judgement, weights)
@@ -339,7 +339,7 @@ def test_the_lineage_is_plain_data_that_names_parents_recipe_and_evidence(
     assert Recipe.from_dict(data["recipe"]).id == data["recipe_id"]
     assert data["tasks"]["t"]["holdout_items"] == 1
     assert data["holdout"]["child"]["t"]["n"] == 1
-    assert data["digests"] == {"x": "0" * 64}
+    assert data["files"] == {"x": "0" * 64}
 
 
 def test_the_lineage_does_not_depend_on_where_the_campaign_ran(

@@ -15,6 +15,7 @@ from tests.checkpoint_files import (
     merge,
     open_merger,
     read_tensors,
+    realize,
     recipe_for,
     rule,
     write_checkpoint,
@@ -30,7 +31,6 @@ from workers.merging import (
     parse_selector,
     passthrough_recipe,
 )
-from workers.merging.sinks import HashSink
 
 RECIPE = Recipe(
     parents=(ParentReference("father", "f" * 64), ParentReference("mother", "e" * 64)),
@@ -329,7 +329,7 @@ def test_a_parent_in_the_layout_of_the_father(parents: dict[str, Path], tmp_path
 
 def run_once(parents: dict[str, Path], *rules: Rule) -> None:
     merger = open_merger(parents)
-    merger.run(recipe_for(merger, *rules), HashSink())
+    realize(merger, recipe_for(merger, *rules))
 
 
 def refuse(parents: dict[str, Path], *words: str, rules: tuple[Rule, ...]) -> None:
@@ -365,9 +365,9 @@ def test_a_recipe_for_other_parents_is_refused(parents: dict[str, Path], tmp_pat
     fewer = open_merger({"a": parents["a"], "b": parents["b"]})
     for wrong in (other, swapped, renamed, fewer):
         with pytest.raises(BadInputError, match=recipe.id[:12]):
-            wrong.run(recipe, HashSink())
+            realize(wrong, recipe)
     moved = open_merger(parents | {"b": parents["b"].rename(tmp_path / "moved")})
-    moved.run(recipe, HashSink())
+    realize(moved, recipe)
 
 
 def test_a_recipe_for_another_base_is_refused(parents: dict[str, Path]) -> None:
@@ -376,9 +376,9 @@ def test_a_recipe_for_another_base_is_refused(parents: dict[str, Path]) -> None:
     recipe = recipe_for(merger, rule("task_arithmetic", weight=1.0))
     for wrong in (open_merger(two), open_merger(two, base=parents["a"])):
         with pytest.raises(BadInputError, match=recipe.id[:12]):
-            wrong.run(recipe, HashSink())
+            realize(wrong, recipe)
     without = Recipe(merger.references, (rule("linear", weight=1.0),))
-    merger.run(without, HashSink())  # a base that a recipe does not use may be open
+    realize(merger, without)  # a base that a recipe does not use may be open
 
 
 def test_a_tensor_that_a_parent_lacks_is_named(parents: dict[str, Path], tmp_path: Path) -> None:
@@ -401,15 +401,15 @@ def test_a_tensor_that_the_base_lacks_is_named(parents: dict[str, Path], tmp_pat
     with pytest.raises(
         BadInputError, match=rf"base \({lacking}\).*'norm\.weight'.*task_arithmetic"
     ):
-        merger.run(recipe_for(merger, rule("task_arithmetic", weight=1.0)), HashSink())
-    merger.run(recipe_for(merger, rule("linear", weight=1.0)), HashSink())
+        realize(merger, recipe_for(merger, rule("task_arithmetic", weight=1.0)))
+    realize(merger, recipe_for(merger, rule("linear", weight=1.0)))
 
 
 def test_a_parent_may_be_called_base(parents: dict[str, Path], tmp_path: Path) -> None:
     lacking = write_parent(tmp_path / "lacking", 1, ("model.norm.weight", None))
     merger = open_merger({"a": parents["a"], "base": lacking}, parents["c"])
     with pytest.raises(BadInputError, match=rf"{lacking}.*'norm\.weight'"):
-        merger.run(recipe_for(merger, rule("task_arithmetic", weight=1.0)), HashSink())
+        realize(merger, recipe_for(merger, rule("task_arithmetic", weight=1.0)))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6, 1), (24,), (5, 6)])
@@ -445,7 +445,7 @@ def test_codes_of_the_base_are_never_subtracted(
     quantized = write_parent(tmp_path / "q", 1, ("model.norm.weight", torch.ones(4, 6).to(dtype)))
     merger = open_merger(parents, quantized)
     with pytest.raises(BadInputError, match=rf"{quantized}.*'model\.norm\.weight'"):
-        merger.run(recipe_for(merger, rule("task_arithmetic", weight=1.0)), HashSink())
+        realize(merger, recipe_for(merger, rule("task_arithmetic", weight=1.0)))
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)

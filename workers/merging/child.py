@@ -12,6 +12,7 @@ import numpy
 import torch
 from awscrt import checksums
 
+from workers.checkpoints.health import count_not_finite
 from workers.merging.executor import Run, in_threads
 from workers.merging.parts import Part
 from workers.merging.plan import MergeUnit
@@ -20,14 +21,6 @@ from workers.storage import ObjectNotFoundError, PreconditionFailedError, Storag
 
 READ_BYTES = 8 << 20
 COMPARE_ELEMENTS = 1 << 20
-
-NOT_FINITE = {
-    torch.float16: (numpy.uint16, 0x7C00),
-    torch.bfloat16: (numpy.uint16, 0x7F80),
-    torch.float32: (numpy.uint32, 0x7F800000),
-    torch.float64: (numpy.uint64, 0x7FF0000000000000),
-}
-"""How the exponent of a NaN or an infinity looks: all ones."""
 
 
 @dataclass
@@ -104,7 +97,7 @@ def _describe(run: Run, unit: MergeUnit, values: torch.Tensor, report: PartRepor
         if source is not None and source.shape == unit.target.shape:
             own = run.merger.sources[parent].read(source, unit.first, unit.count)
             changed[parent] = changed.get(parent, 0) + count_changes(values, own)
-    broken = count_not_finite(values)
+    broken = count_not_finite(_bytes(values).data, unit.target.dtype)
     if broken:
         report.not_finite[unit.target.name] = report.not_finite.get(unit.target.name, 0) + broken
 
@@ -118,19 +111,6 @@ def count_changes(values: torch.Tensor, others: torch.Tensor) -> int:
         one, other = (v[first : first + COMPARE_ELEMENTS] for v in (values, others))
         bits = [_bytes(v).view(integer) for v in (one, other.to(values.dtype))]
         total += int(numpy.count_nonzero(bits[0] != bits[1]))
-    return total
-
-
-def count_not_finite(values: torch.Tensor) -> int:
-    """How many of `values` are NaN or infinite."""
-    if values.dtype not in NOT_FINITE or not len(values):
-        return 0
-    integer, exponent = NOT_FINITE[values.dtype]
-    total = 0
-    for first in range(0, len(values), COMPARE_ELEMENTS):
-        bits = _bytes(values[first : first + COMPARE_ELEMENTS]).view(integer) & integer(exponent)
-        if bits.max() == exponent:
-            total += int(numpy.count_nonzero(bits == exponent))
     return total
 
 

@@ -1,0 +1,166 @@
+"""Verify a child as it lies in its store, against what its lineage says: `darwin verify`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT
+from workers.checkpoints import ArchitectureMap, Checkpoint, WeightFile, open_checkpoint
+from workers.checkpoints.health import count_not_finite
+from workers.errors import BadInputError
+from workers.storage import ObjectNotFoundError
+
+READ_BYTES = 16 << 20
+
+
+def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
+    """Read the whole child again; what was checked, and the `problems` that were found.
+
+    Shards against their SHA-256, index and headers against one another, tensors against those that were
+    merged, values for NaN and infinity, and that the child is none of its parents. With the locations of
+    `parents` (any of those in the lineage) also element by element against these. Raises
+    `BadInputError` for what is no child of Darwin, or no checkpoint at all.
+    """
+    child = open_checkpoint(location)
+    lineage = _read_lineage(child)
+    problems = [*_check_files(child, lineage), *_check_tensors(child, lineage)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        found = list(threads.map(lambda file: _read_file(child, file), child.weight_files))
+    not_finite: dict[str, int] = {}
+    for file, (digest, broken) in zip(child.weight_files, found, strict=True):
+        not_finite |= broken
+        if digest != lineage["files"].get(file.name):
+            problems.append(
+                f"{file.name}: has SHA-256 {digest}, but the lineage says {lineage['files'].get(file.name)}"
+            )
+    expected = {t["name"]: t["not_finite"] for t in lineage["tensors"] if t["not_finite"]}
+    for name, count in not_finite.items():
+        if count > expected.get(name, 0):
+            problems.append(f"tensor {name!r}: {count} elements are NaN or infinite")
+    changed = {
+        parent["name"]: _changed_by_lineage(lineage, parent["name"])
+        for parent in lineage["parents"]
+    }
+    changed |= _changed_by_reading(child, lineage, parents, problems)
+    for name, count in changed.items():
+        if count == 0:
+            problems.append(f"the child is {name}, bit for bit: nothing was merged into it")
+    return {
+        "status": "damaged" if problems else "sound",
+        "child": child.location,
+        "files": len(child.weight_files),
+        "tensors": len(child.tensors),
+        "bytes": child.total_bytes,
+        "changed": changed,
+        "problems": problems,
+    }
+
+
+def _read_lineage(child: Checkpoint) -> dict[str, Any]:
+    try:
+        lineage = json.loads(child.store.read(LINEAGE_FILE))
+    except ObjectNotFoundError:
+        raise BadInputError(
+            f"{child.location}: has no {LINEAGE_FILE}: it was not written by Darwin"
+        ) from None
+    except ValueError as error:
+        raise BadInputError(f"{child.location}/{LINEAGE_FILE}: not valid JSON ({error})") from error
+    if not isinstance(lineage, dict) or lineage.get("format") != LINEAGE_FORMAT:
+        raise BadInputError(
+            f"{child.location}/{LINEAGE_FILE}: not of format {LINEAGE_FORMAT}, the one this version reads"
+        )
+    if not {"files", "tensors", "parents"} <= lineage.keys():
+        raise BadInputError(f"{child.location}/{LINEAGE_FILE}: lacks files, tensors or parents")
+    return lineage
+
+
+def _check_files(child: Checkpoint, lineage: dict[str, Any]) -> Iterator[str]:
+    present = {file.name for file in child.weight_files}
+    for name in sorted(set(lineage["files"]) ^ present):
+        where = (
+            "the index does not name it" if name not in present else "the lineage does not name it"
+        )
+        yield f"{name}: {where}"
+
+
+def _check_tensors(child: Checkpoint, lineage: dict[str, Any]) -> Iterator[str]:
+    present = {tensor.name: tensor.elements for tensor in ArchitectureMap(child).tensors}
+    merged = {tensor["name"]: tensor["elements"] for tensor in lineage["tensors"]}
+    for name in sorted(merged.keys() - present.keys()):
+        yield f"tensor {name!r}: was merged, but is not there"
+    for name in sorted(present.keys() - merged.keys()):
+        yield f"tensor {name!r}: is there, but was not merged"
+    for name in sorted(present.keys() & merged.keys()):
+        if present[name] != merged[name]:
+            yield f"tensor {name!r}: has {present[name]} elements, {merged[name]} were merged"
+
+
+def _read_file(child: Checkpoint, file: WeightFile) -> tuple[str, dict[str, int]]:
+    """SHA-256 of a file, and the logical tensors in it with the number of values that are no numbers."""
+    logical: dict[str, list[Any]] = {}
+    for tensor in ArchitectureMap(child).tensors:
+        logical.setdefault(tensor.stored, []).append(tensor)
+    digest = hashlib.sha256(file.header.raw)
+    buffer = memoryview(bytearray(READ_BYTES))
+    broken: dict[str, int] = {}
+    for entry in file.header.entries:
+        size = (entry.stop - entry.start) // max(entry.elements, 1)
+        for tensor in sorted(logical[entry.name], key=lambda tensor: tensor.offset):
+            first = entry.start + tensor.offset * size
+            stop = first + tensor.elements * size
+            for start in range(first, stop, READ_BYTES):
+                piece = buffer[: min(READ_BYTES, stop - start)]
+                child.store.read_into(file.name, start, piece)
+                digest.update(piece)
+                count = count_not_finite(piece, entry.dtype)
+                if count:
+                    broken[tensor.name] = broken.get(tensor.name, 0) + count
+    return digest.hexdigest(), broken
+
+
+def _changed_by_lineage(lineage: dict[str, Any], parent: str) -> int:
+    """Elements that differ from the parent, or that it has not, as they were counted in the merge."""
+    return sum(tensor["changed"].get(parent, tensor["elements"]) for tensor in lineage["tensors"])
+
+
+def _changed_by_reading(
+    child: Checkpoint, lineage: dict[str, Any], locations: list[str], problems: list[str]
+) -> dict[str, int]:
+    if not locations:
+        return {}
+    from workers.merging.child import count_changes
+    from workers.merging.sources import Source
+
+    names = {parent["fingerprint"]: parent["name"] for parent in lineage["parents"]}
+    own, own_map = Source(child), ArchitectureMap(child)
+    changed = {}
+    for location in locations:
+        parent = open_checkpoint(location)
+        if parent.fingerprint not in names:
+            raise BadInputError(f"{parent.location}: is none of the parents that the lineage names")
+        name = names[parent.fingerprint]
+        other, other_map = Source(parent), ArchitectureMap(parent)
+        if name == lineage["parents"][0]["name"] and not lineage["recipe"].get("layers"):
+            problems += [
+                f"tensor {tensor.name!r} of the father {name} is not in the child"
+                for tensor in other_map.tensors
+                if tensor.name not in own_map.by_name
+            ]
+        total = 0
+        for tensor in own_map.tensors:
+            match = other_map.by_name.get(tensor.name)
+            if match is None or match.shape != tensor.shape:
+                total += tensor.elements
+                continue
+            for first in range(0, tensor.elements, READ_BYTES):
+                count = min(READ_BYTES, tensor.elements - first)
+                total += count_changes(
+                    own.read(tensor, first, count), other.read(match, first, count)
+                )
+        changed[name] = total
+    return changed
