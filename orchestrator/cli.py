@@ -179,7 +179,7 @@ def main() -> None:
             raise
         _fail("failed", str(error), as_json)
         sys.exit(FAILED)
-    sys.exit(DONE)
+    sys.exit(code or DONE)
 
 
 def _is_foreseen(error: Exception) -> bool:

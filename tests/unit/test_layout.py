@@ -1,0 +1,194 @@
+"""Children of another form than their father's: stacked layers, another dtype, other shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.checkpoint_files import (
+    open_merger,
+    read_tensors,
+    rule,
+    write_checkpoint,
+    write_child,
+)
+from tests.families import write_family
+from workers.checkpoints import open_checkpoint
+from workers.errors import BadInputError
+from workers.merging import Recipe, Rule, Selector
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Kind -> `base`, `a`, `b`."""
+    root = tmp_path_factory.mktemp("families")
+    return {
+        kind: dict(zip(("base", "a", "b"), write_family(root / kind, kind), strict=True))
+        for kind in ("qwen3", "qwen3_5", "qwen3_moe")
+    }
+
+
+def child_of(
+    parents: dict[str, Path], target: Path, *rules: Rule, base: Path | None = None, **form: Any
+) -> Path:
+    merger = open_merger(parents, base)
+    recipe = Recipe(merger.references, rules, merger.base_reference, **form)
+    assert Recipe.from_dict(json.loads(recipe.canonical_json)) == recipe
+    return write_child(merger, recipe, target)
+
+
+def load(folder: Path) -> Any:
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype="auto"
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model
+
+
+STACK = ({"a": (0, 2)}, {"b": (1, 3)}, {"a": (3, 3)})
+"""Of two models of four layers one of seven."""
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_5", "qwen3_moe"])
+def test_stacked_layers_are_those_of_the_parents(
+    kind: str, families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    """As transformers loads them, layer by layer."""
+    parents = {name: families[kind][name] for name in "ab"}
+    child = load(child_of(parents, tmp_path / "child", layers=STACK))
+    loaded = {name: load(folder) for name, folder in parents.items()}
+    sources = [("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3), ("a", 3)]
+    assert child.config.num_hidden_layers == len(child.model.layers) == 7
+    for layer, (name, number) in zip(child.model.layers, sources, strict=True):
+        expected = loaded[name].model.layers[number].state_dict()
+        found = layer.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert torch.equal(child.model.embed_tokens.weight, loaded["a"].model.embed_tokens.weight)
+    assert torch.equal(child.model.norm.weight, loaded["a"].model.norm.weight)
+    child(torch.tensor([[1, 5, 6]]))
+
+
+def test_slices_of_two_parents_are_merged(
+    families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Layer i of one with layer i + 1 of the other, and a method with a base whose layers are the first's."""
+    parents = {name: families["qwen3"][name] for name in "ab"}
+    layers = ({"a": (0, 1), "b": (1, 2)}, {"b": (3, 3)})
+    folder = child_of(
+        parents,
+        tmp_path / "child",
+        rule("task_arithmetic", Selector(layers=(0, 1)), weight={"a": 0.25, "b": 0.5}),
+        base=families["qwen3"]["base"],
+        layers=layers,
+    )
+    child = read_tensors(folder)
+    stored = {name: read_tensors(path) for name, path in families["qwen3"].items()}
+    for number in (0, 1):
+        key = "model.layers.{}.mlp.up_proj.weight"
+        base = stored["base"][key.format(number)].float()
+        a = stored["a"][key.format(number)].float() - base
+        b = stored["b"][key.format(number + 1)].float() - base
+        assert torch.equal(child[key.format(number)], (base + a * 0.25 + b * 0.5).bfloat16())
+    top = "model.layers.{}.self_attn.q_proj.weight"
+    assert torch.equal(child[top.format(2)], stored["b"][top.format(3)])
+
+
+def test_gradients_run_over_the_stacked_layers(
+    families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    parents = {name: families["qwen3"][name] for name in "ab"}
+    layers = ({"a": (0, 3), "b": (0, 3)}, {"a": (0, 0), "b": (0, 0)})
+    rules = [rule("linear", weight={"a": [1.0, 0.0], "b": [0.0, 1.0]})]
+    child = read_tensors(child_of(parents, tmp_path / "child", *rules, layers=layers))
+    stored = {name: read_tensors(path) for name, path in families["qwen3"].items()}
+    key = "model.layers.{}.mlp.up_proj.weight"
+    for number, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        one, two = (stored[name][key.format(number % 4)].float() for name in "ab")
+        expected = (one * (1 - share) + two * share).bfloat16()
+        assert torch.equal(child[key.format(number)], expected), number
+
+
+def test_layers_that_are_not_there_are_refused(families: dict[str, dict[str, Path]]) -> None:
+    merger = open_merger({name: families["qwen3"][name] for name in "ab"})
+    for layers, message in (
+        (({"a": (2, 4)},), r"a \(.*has no layer 4"),
+        (({"a": (0, 1)}, {"a": (1, 1), "b": (4, 4)}), "no tensor"),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            merger.start(Recipe(merger.references, (rule("linear", weight=0.5),), layers=layers))
+
+
+def test_layers_known_by_number_are_not_stacked(tmp_path: Path) -> None:
+    """`first_k_dense_replace: 1` would speak of another layer afterwards."""
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(2, 2) for n in range(2)}
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "first_k_dense_replace": 1}
+    merger = open_merger({"a": write_checkpoint(tmp_path / "a", tensors, config=config)})
+    with pytest.raises(BadInputError, match="first_k_dense_replace"):
+        merger.start(Recipe(merger.references, (), layers=({"a": (1, 1)},)))
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("F32", "float32"), ("F16", "float16")])
+def test_a_dtype_may_be_chosen(
+    dtype: str, torch_dtype: str, families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    parents = {name: families["qwen3"][name] for name in "ab"}
+    folder = child_of(
+        parents, tmp_path / "child", rule("linear", weight={"a": 0.25, "b": 0.75}), dtype=dtype
+    )
+    child, stored = read_tensors(folder), [read_tensors(path) for path in parents.values()]
+    wanted = getattr(torch, torch_dtype)
+    for name, tensor in child.items():
+        expected = stored[0][name].float() * 0.25 + stored[1][name].float() * 0.75
+        assert tensor.dtype == wanted
+        assert torch.equal(tensor, expected.to(wanted)), name
+    assert load(folder).dtype == wanted
+
+
+def test_what_the_father_keeps_in_more_digits_stays_so(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.linear_attn.A_log": torch.randn(7),
+        "model.layers.0.mlp.up_proj.weight": torch.randn(9, 5).bfloat16(),
+        "model.norm.weight": torch.randn(5).bfloat16(),
+    }
+    father = write_checkpoint(tmp_path / "a", tensors)
+    child = read_tensors(child_of({"a": father}, tmp_path / "child", dtype="F16"))
+    assert {name: tensor.dtype for name, tensor in child.items()} == {
+        "model.layers.0.linear_attn.A_log": torch.float32,
+        "model.layers.0.mlp.up_proj.weight": torch.float16,
+        "model.norm.weight": torch.float16,
+    }
+    log = "model.layers.0.linear_attn.A_log"
+    assert torch.equal(child[log], tensors[log])
+
+
+@pytest.mark.parametrize("limit", [20_000, 60_000, 10**9])
+def test_shards_are_no_larger_than_asked(
+    limit: int, families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    father = families["qwen3"]["a"]
+    folder = child_of({"a": father}, tmp_path / "child", shard_bytes=limit)
+    assert {k: v.tolist() for k, v in read_tensors(folder).items()} == {
+        k: v.tolist() for k, v in read_tensors(father).items()
+    }
+    child = open_checkpoint(str(folder))
+    largest = max(entry.stop - entry.start for entry in child.tensors.values())
+    for file in child.weight_files:
+        assert file.size - len(file.header.raw) <= max(limit, largest)
+        assert all(entry.start % 2 == 0 for entry in file.header.entries)
+    assert (len(child.weight_files) == 1) == (limit == 10**9)
+    load(folder)
+
+
+def test_a_fathers_form_is_his_bytes(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    father = families["qwen3"]["a"]
+    folder = child_of({"a": father}, tmp_path / "child")
+    for file in father.iterdir():
+        if file.name != "README.md":
+            assert (folder / file.name).read_bytes() == file.read_bytes()
