@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
-from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
+from workers.checkpoints import (
+    ArchitectureMap,
+    Checkpoint,
+    absolute_checkpoint_location,
+    open_checkpoint,
+)
 from workers.errors import BadInputError
 from workers.evaluation.task import Task, check_disjoint, load_task
 from workers.merging import ParentReference
-from workers.storage.locations import absolute_location
 
 MEANING_KEYS = (
     "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
@@ -103,8 +107,8 @@ def open_inputs(config: CampaignConfig) -> Inputs:
 
 def absolute_places(config: CampaignConfig) -> tuple[dict[str, str], str | None]:
     """Locations of parents and base as another process, started elsewhere, can open them."""
-    parents = {parent.name: absolute_location(parent.path) for parent in config.parents}
-    return parents, absolute_location(config.base) if config.base else None
+    parents = {parent.name: absolute_checkpoint_location(parent.path) for parent in config.parents}
+    return parents, absolute_checkpoint_location(config.base) if config.base else None
 
 
 def check_parents(parents: dict[str, Checkpoint]) -> None:

@@ -98,6 +98,15 @@ def checkpoint_overview(location: str) -> dict[str, Any]:
         "model_type": mapped.model_type,
         "layers": mapped.layers,
         "experts": mapped.experts,
+        "quantization": mapped.quantization,
+        "scale_tensors": len(mapped.scales),
+        "adapter": None
+        if checkpoint.adapter is None
+        else {
+            "location": checkpoint.adapter.location,
+            "ranks": sorted({update.rank for update in checkpoint.adapter.low_rank.values()}),
+            "adapted_tensors": sum(tensor.change is not None for tensor in mapped.tensors),
+        },
         "files": len(checkpoint.weight_files),
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.elements for tensor in mapped.tensors),
@@ -117,6 +126,13 @@ def render_checkpoint(overview: dict[str, Any]) -> RenderableType:
         f"{overview['tensors']} tensors in {overview['files']} files\n"
         f"fingerprint {overview['fingerprint'][:16]}\n"
     )
+    if overview["quantization"]:
+        heading += (
+            f"quantized: {overview['quantization']}, {overview['scale_tensors']} scale tensors\n"
+        )
+    if adapter := overview["adapter"]:
+        ranks = "".join(f", rank {rank}" for rank in adapter["ranks"])
+        heading += f"adapter: changes {adapter['adapted_tensors']} tensors{ranks}\n"
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("component")
     for name in ("tensors", "layers", "parameters", "bytes"):

@@ -99,13 +99,17 @@ def assert_same_bits(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor])
 
 
 def described(
-    shapes: dict[str, Sequence[int]], config: dict[str, Any], dtype: str = "BF16"
+    shapes: dict[str, Sequence[int]], config: dict[str, Any], dtype: str | dict[str, str] = "BF16"
 ) -> Checkpoint:
-    """A checkpoint of which only names and shapes are asked: there is no file behind it."""
+    """A checkpoint of which only names and shapes are asked: there is no file behind it.
+
+    `dtype` is that of all tensors, or of each by name.
+    """
     entries, position = [], 0
     for name, shape in shapes.items():
-        stop = position + int(numpy.prod(shape, dtype=object)) * BITS_PER_ELEMENT[dtype] // 8
-        entries.append(TensorEntry(name, dtype, tuple(shape), position, stop))
+        own = dtype if isinstance(dtype, str) else dtype[name]
+        stop = position + int(numpy.prod(shape, dtype=object)) * BITS_PER_ELEMENT[own] // 8
+        entries.append(TensorEntry(name, own, tuple(shape), position, stop))
         position = stop
     file = WeightFile("model.safetensors", position, Header(tuple(entries), b""))
     return Checkpoint(FolderStore("/nowhere"), config, (file,), ("config.json",))

@@ -16,12 +16,11 @@ from tests.families import build_model, write_model
 from workers.checkpoints import (
     COMPONENTS,
     ArchitectureMap,
-    CheckpointReader,
     LogicalTensor,
     open_checkpoint,
 )
 from workers.errors import BadInputError
-from workers.merging.sources import read_elements
+from workers.merging.sources import Source
 
 Role = tuple[str, str, int | None, int | None]
 """Canonical name, component, layer, expert."""
@@ -393,9 +392,9 @@ def test_every_stored_element_is_covered_exactly_once(
 def logical_values(folder: Path) -> dict[str, torch.Tensor]:
     """Every logical tensor of a checkpoint, read through the reader."""
     checkpoint = open_checkpoint(str(folder))
-    reader = CheckpointReader(checkpoint)
+    source = Source(checkpoint)
     return {
-        tensor.name: read_elements(reader, tensor, 0, tensor.elements).reshape(tensor.shape)
+        tensor.name: source.read(tensor, 0, tensor.elements).reshape(tensor.shape)
         for tensor in ArchitectureMap(checkpoint).tensors
     }
 

@@ -3,8 +3,8 @@
 Parents of one architecture may store the same weights under different names and layouts: with or
 without a `model.language_model.` prefix, one file per expert or all experts of a layer fused. The map
 cuts every stored tensor into *logical tensors* with canonical names, each a contiguous range of one
-stored tensor, so that parents pair by name whatever their layout. Together the logical tensors cover
-every stored element exactly once: nothing can be lost.
+stored tensor, so that parents pair by name whatever their layout. Together the logical tensors and the
+block scales of quantized ones cover every stored element exactly once: nothing can be lost.
 
 Recognition is by name patterns (the tables below) for Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next,
 Qwen3.5, Qwen3.5-MoE, Gemma 3 and 4, Mixtral and DeepSeek names; a tensor that fits none is `unknown`.
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
-from workers.checkpoints.checkpoint import WeightFile
+from workers.checkpoints.adapter import Adapter, AdapterChange, apply_adapter
+from workers.checkpoints.checkpoint import Stored
+from workers.checkpoints.quantization import BlockScales, ScaleTable, quantization_name
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
 
@@ -104,23 +106,28 @@ class LogicalTensor:
     """Name of the stored tensor that holds it."""
     offset: int
     """First element in the stored tensor."""
+    scales: BlockScales | None = None
+    """The scales of FP8 codes."""
+    change: AdapterChange | None = None
+    """What an adapter does to it."""
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether its values are not the stored bits, so that copying those would be wrong."""
+        return self.scales is not None or self.change is not None
 
-class Stored(Protocol):
-    """A checkpoint, or the layout of one that is yet to be written."""
-
     @property
-    def location(self) -> str: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def tensors(self) -> dict[str, TensorEntry]: ...
-    @property
-    def weight_files(self) -> tuple[WeightFile, ...]: ...
+    def values_dtype(self) -> str:
+        """What its values are read as: F32 where they are computed, else the dtype they have."""
+        if self.change is not None and self.change.low_rank is not None:
+            return "F32"
+        if self.change is not None and self.change.replacement is not None:
+            return self.change.replacement.dtype
+        return self.dtype if self.scales is None else "F32"
 
 
 class ArchitectureMap:
@@ -133,8 +140,38 @@ class ArchitectureMap:
         self.checkpoint = checkpoint
         self.location = checkpoint.location
         self.model_type = str(checkpoint.config.get("model_type", "unknown"))
-        self.tensors = tuple(name_tensors(checkpoint.tensors.values(), _text_config(checkpoint)))
+        text_config = _text_config(checkpoint)
+        scales = ScaleTable(checkpoint)
+        self.scales = scales.stored
+        """Stored tensors that hold the block scales of others: no weights of their own."""
+        self.quantization = quantization_name(checkpoint, scales)
+        """How the weights are quantized, for people; None if they are not."""
+        weights = (e for e in checkpoint.tensors.values() if e.name not in self.scales)
+        self.tensors = tuple(name_tensors(weights, text_config, scales))
         _check_unique(self.tensors, checkpoint.location)
+        if checkpoint.adapter is not None:
+            self.tensors = self._adapted(checkpoint.adapter, text_config)
+
+    def _adapted(self, adapter: Adapter, text_config: dict[str, Any]) -> tuple[LogicalTensor, ...]:
+        renamed = [replace(entry, name=name) for name, entry in adapter.replacements.items()]
+        replacements = [
+            replace(tensor, stored=adapter.replacements[tensor.stored].name)
+            for tensor in name_tensors(renamed, text_config)
+        ]
+        _check_unique(tuple(replacements), adapter.location)
+        low_rank = {canonical_name(f"{m}.weight"): update for m, update in adapter.low_rank.items()}
+        if len(low_rank) < len(adapter.low_rank):
+            raise BadInputError(f"{adapter.location}: has LoRA factors of one module twice")
+        return tuple(
+            apply_adapter(
+                self.tensors,
+                adapter,
+                low_rank,
+                {tensor.name: tensor for tensor in replacements},
+                self.model_type,
+                tied=self.ties_head or not any(t.component == "lm_head" for t in self.tensors),
+            )
+        )
 
     @cached_property
     def by_name(self) -> dict[str, LogicalTensor]:
@@ -164,7 +201,9 @@ class ArchitectureMap:
 
 
 def name_tensors(
-    entries: Iterator[TensorEntry] | Any, text_config: dict[str, Any]
+    entries: Iterable[TensorEntry],
+    text_config: dict[str, Any],
+    scales: ScaleTable | None = None,
 ) -> Iterator[LogicalTensor]:
     """Cut stored tensors into logical ones. `text_config` is the language model's configuration."""
     for entry in entries:
@@ -173,7 +212,7 @@ def name_tensors(
         fused = FUSED_EXPERTS.match(rest) if component == "expert" else None
         if fused and len(entry.shape) == 3 and entry.elements:
             stem = name[: name.index("experts.") + len("experts")]
-            yield from _split_experts(entry, stem, fused[1], layer, text_config)
+            yield from _split_experts(entry, stem, fused[1], layer, text_config, scales)
             continue
         expert = EXPERT.match(rest) if component == "expert" else None
         yield LogicalTensor(
@@ -185,6 +224,7 @@ def name_tensors(
             entry.dtype,
             entry.name,
             0,
+            scales.of_matrix(entry) if scales else None,
         )
 
 
@@ -219,7 +259,12 @@ def classify(name: str, text_config: dict[str, Any]) -> tuple[str, int | None, s
 
 
 def _split_experts(
-    entry: TensorEntry, stem: str, role: str, layer: int | None, text_config: dict[str, Any]
+    entry: TensorEntry,
+    stem: str,
+    role: str,
+    layer: int | None,
+    text_config: dict[str, Any],
+    scales: ScaleTable | None,
 ) -> Iterator[LogicalTensor]:
     """The experts of one fused tensor `[E, 2I, H]` or `[E, H, I]`, as per-expert matrices."""
     experts, rows, columns = entry.shape
@@ -227,6 +272,10 @@ def _split_experts(
     names = [f"{role}_transposed" if transposed else role]
     if role == "gate_up_proj" and not transposed and rows % 2 == 0:
         names = ["gate_proj", "up_proj"]  # gate rows come first, then up
+    if transposed and scales:
+        scales.refuse(
+            entry, "experts stored [in, out] are not read: dequantize the checkpoint first"
+        )
     shape = (rows // len(names), columns)
     for expert in range(experts):
         for part, name in enumerate(names):
@@ -239,6 +288,7 @@ def _split_experts(
                 entry.dtype,
                 entry.name,
                 (expert * len(names) + part) * math.prod(shape),
+                scales.of_expert(entry, expert, part, len(names)) if scales else None,
             )
 
 
@@ -249,7 +299,7 @@ def _text_config(checkpoint: Stored) -> dict[str, Any]:
     layers = text.get("num_hidden_layers") if isinstance(text, dict) else text
     if layers is not None and type(layers) is not int:
         raise BadInputError(
-            f"{checkpoint.location}/config.json: text_config must be an object, and num_hidden_layers "
+            f"{checkpoint.place}/config.json: text_config must be an object, and num_hidden_layers "
             "a whole number"
         )
     return {"model_type": config.get("model_type")} | text

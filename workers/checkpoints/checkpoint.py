@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from workers.checkpoints.safetensors_format import (
     LENGTH_BYTES,
@@ -20,6 +20,9 @@ from workers.checkpoints.safetensors_format import (
 )
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, Store, open_store
+
+if TYPE_CHECKING:
+    from workers.checkpoints.adapter import Adapter
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,6 +49,23 @@ class WeightFile:
     header: Header
 
 
+class Stored(Protocol):
+    """A checkpoint, or the layout of one that is yet to be written."""
+
+    @property
+    def location(self) -> str: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def tensors(self) -> dict[str, TensorEntry]: ...
+    @property
+    def weight_files(self) -> tuple[WeightFile, ...]: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model in a store, known by its headers and small files alone."""
@@ -55,9 +75,16 @@ class Checkpoint:
     weight_files: tuple[WeightFile, ...]
     companions: tuple[str, ...]
     """Names of the small files that travel with the weights, `config.json` among them."""
+    adapter: Adapter | None = None
+    """What is added to the stored weights when they are read; layout and files are the base's."""
 
     @property
     def location(self) -> str:
+        return f"{self.store.uri}+{self.adapter.location}" if self.adapter else self.store.uri
+
+    @property
+    def place(self) -> str:
+        """Where its own files lie."""
         return self.store.uri
 
     @property
@@ -90,6 +117,7 @@ class Checkpoint:
         SHA-256 over the companion files, and for each weight file over header, size, 16 evenly spaced
         blocks of 64 KiB, and the beginning of up to 256 of its tensors. No proof of equality (a change
         between the samples escapes it), but cheap at any size, and training changes every tensor.
+        An adapter's configuration and weights go in the same way.
         """
         digest = hashlib.sha256()
         for name in self.companions:
@@ -98,6 +126,8 @@ class Checkpoint:
             _digest_part(digest, file.name.encode(), file.header.raw, str(file.size).encode())
             for sample in self._read_samples(file):
                 _digest_part(digest, sample)
+        if self.adapter is not None:
+            _digest_part(digest, b"adapter", self.adapter.weights.fingerprint.encode())
         return digest.hexdigest()
 
     def _read_samples(self, file: WeightFile) -> Iterator[bytes]:
@@ -112,11 +142,11 @@ class Checkpoint:
 
     def read_json(self, name: str) -> Any:
         """A companion file parsed, or None if the checkpoint has no such file."""
-        return _read_json(self.store, name) if name in self.companions else None
+        return read_json(self.store, name) if name in self.companions else None
 
 
-def open_checkpoint(location: str) -> Checkpoint:
-    """Open the Hugging Face checkpoint at `location` (plain path, `file://`, `s3://`, `shipped:`).
+def open_folder(location: str) -> Checkpoint:
+    """Open the checkpoint whose files lie at `location`; see `open_checkpoint`.
 
     Reads headers, index and `config.json`, no tensor. Raises `BadInputError` naming the file, and the
     tensor where there is one, for anything that is missing, damaged or contradictory.
@@ -133,9 +163,9 @@ def open_checkpoint(location: str) -> Checkpoint:
         if name not in sizes:
             raise BadInputError(f"{store.uri}/{name}: missing, though {INDEX_FILE} names it")
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        files = tuple(threads.map(lambda name: _open_weight_file(store, name, sizes[name]), names))
+        files = tuple(threads.map(lambda name: open_weight_file(store, name, sizes[name]), names))
     _check_names(store, files, weight_map)
-    config = _read_json(store, "config.json")
+    config = read_json(store, "config.json")
     if not isinstance(config, dict):
         raise BadInputError(f"{store.uri}/config.json: not a JSON object")
     companions = tuple(
@@ -157,7 +187,7 @@ def _weight_map(store: Store, sizes: dict[str, int]) -> dict[str, str] | None:
         raise BadInputError(
             f"{store.uri}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one"
         )
-    index = _read_json(store, INDEX_FILE)
+    index = read_json(store, INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInputError(f"{store.uri}/{INDEX_FILE}: no weight_map in it")
@@ -170,7 +200,8 @@ def _weight_map(store: Store, sizes: dict[str, int]) -> dict[str, str] | None:
     return weight_map
 
 
-def _open_weight_file(store: Store, name: str, size: int) -> WeightFile:
+def open_weight_file(store: Store, name: str, size: int) -> WeightFile:
+    """Read and check the header of a safetensors file."""
     file = f"{store.uri}/{name}"
     raw = bytearray(min(size, FIRST_READ))
     store.read_into(name, 0, memoryview(raw))
@@ -210,7 +241,8 @@ def _check_names(
             )
 
 
-def _read_json(store: Store, name: str) -> Any:
+def read_json(store: Store, name: str) -> Any:
+    """A file parsed as JSON. Raises `BadInputError` if it is missing or malformed."""
     try:
         return json.loads(store.read(name))
     except ObjectNotFoundError as error:

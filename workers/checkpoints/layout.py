@@ -50,6 +50,11 @@ class Layout:
     """What messages call it."""
     is_fathers: bool
     """Whether files and configuration are the father's own, byte by byte."""
+    adapter: None = None
+
+    @property
+    def place(self) -> str:
+        return self.location
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -97,7 +102,7 @@ def child_layout(maps: dict[str, ArchitectureMap], form: Form) -> Layout:
     father = next(iter(maps.values()))
     checkpoint = father.checkpoint
     location = f"the child of {checkpoint.location}"
-    if form == Form() and not _scales(father):
+    if form == Form() and not father.scales:
         return Layout(checkpoint.weight_files, checkpoint.config, location, True)
     config = copy.deepcopy(form.config or checkpoint.config)
     entries = list(_entries(father))
@@ -148,11 +153,6 @@ def _entries(parent: ArchitectureMap) -> Iterator[_Entry]:
     for stored, tensor in firsts.items():
         entry = parent.checkpoint.tensors[stored]
         yield _Entry(entry, tensor.layer, tensor.component, tensor.name)
-
-
-def _scales(parent: ArchitectureMap) -> bool:
-    """Whether weights are stored as codes that need scales."""
-    return bool(getattr(parent, "scales", None))
 
 
 def _stack(

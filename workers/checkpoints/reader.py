@@ -6,9 +6,11 @@ import mmap
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from workers.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from workers.checkpoints.adapter import WEIGHTS_FILE, open_adapter
+from workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_folder
 from workers.errors import BadInputError
 from workers.storage import StorageError
 
@@ -57,10 +59,19 @@ def localize(checkpoint: Checkpoint, cache: Path | None = None) -> Checkpoint:
     Copies are kept under `DARWIN_CACHE` (default `~/.cache/darwin`) by fingerprint, so that all workers
     of a node share one and it outlives them. A copy appears whole, by a rename.
     """
-    if checkpoint.folder is not None:
-        return checkpoint
     if cache is None:
         cache = Path(os.environ.get("DARWIN_CACHE") or Path.home() / ".cache" / "darwin")
+    if checkpoint.adapter is not None:
+        base = localize(replace(checkpoint, adapter=None), cache)
+        if checkpoint.adapter.weights.folder is not None:
+            return replace(base, adapter=checkpoint.adapter)
+        return replace(base, adapter=open_adapter(_local_copy(checkpoint.adapter.weights, cache)))
+    return (
+        checkpoint if checkpoint.folder is not None else open_folder(_local_copy(checkpoint, cache))
+    )
+
+
+def _local_copy(checkpoint: Checkpoint, cache: Path) -> str:
     target = cache / checkpoint.fingerprint
     try:
         if not target.exists():
@@ -73,7 +84,7 @@ def localize(checkpoint: Checkpoint, cache: Path | None = None) -> Checkpoint:
             f"{checkpoint.location}: cannot keep a local copy in {cache} ({error}); make room "
             "there, or point DARWIN_CACHE to a larger disk"
         ) from error
-    return open_checkpoint(str(target))
+    return str(target)
 
 
 def _put_copy(checkpoint: Checkpoint, target: Path) -> None:
@@ -98,7 +109,8 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
                 checkpoint.store.read_into(file.name, start, part)
                 opened.write(part)
     names = list(checkpoint.companions)
-    if len(checkpoint.weight_files) > 1 or checkpoint.weight_files[0].name != "model.safetensors":
+    single = checkpoint.weight_files[0].name in (SINGLE_FILE, WEIGHTS_FILE)
+    if len(checkpoint.weight_files) > 1 or not single:
         names.append(INDEX_FILE)
     for name in names:
         (folder / name).write_bytes(checkpoint.store.read(name))

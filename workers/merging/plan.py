@@ -8,6 +8,7 @@ from typing import Any
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.checkpoints.layout import Form, child_layout
+from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
 from workers.merging.methods import Grain, MergeMethod, get_method
@@ -92,6 +93,8 @@ class Plan:
         self._selected: dict[Selector, frozenset[str]] = {}
         self._chosen: dict[tuple[Selector, ...], dict[str, int | None]] = {}
         self._checked: set[tuple[Any, ...]] = set()
+        for other in [*maps.values(), *([base] if base else [])]:
+            check_values_readable(other.checkpoint)
         if not form.layers:
             for name, other in [*maps.items(), *([(BASE, base)] if base else [])]:
                 for tensor in self.child.tensors:
@@ -210,7 +213,7 @@ class Plan:
                 )
             self._check_shape(name, tensor)
         own = self.source(inputs[0], tensor)
-        if not (way.method.copies and own is not None and own.dtype == tensor.dtype):
+        if not (way.method.copies and own is not None and own.values_dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
             self._require_mergeable(tensor, "the child", tensor.name, way.method.name)
             for name in inputs:
