@@ -103,7 +103,7 @@ def child_layout(maps: dict[str, ArchitectureMap], form: Form) -> Layout:
     checkpoint = father.checkpoint
     location = f"the child of {checkpoint.location}"
     if form == Form() and not father.scales:
-        return Layout(checkpoint.weight_files, checkpoint.config, location, True)
+        return Layout(checkpoint.weight_files, checkpoint.config, checkpoint.location, True)
     config = copy.deepcopy(form.config or checkpoint.config)
     entries = list(_entries(father))
     if form.layers:

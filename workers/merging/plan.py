@@ -215,11 +215,11 @@ class Plan:
         own = self.source(inputs[0], tensor)
         if not (way.method.copies and own is not None and own.values_dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
-            self._require_mergeable(tensor, "the child", tensor.name, way.method.name)
+            _require_mergeable(tensor, self.layout.location, way.method.name)
             for name in inputs:
                 found = self.source(name, tensor)
                 assert found is not None
-                self._require_mergeable(found, self._where(name), found.stored, way.method.name)
+                _require_mergeable(found, self._where(name), way.method.name)
         self._checked.add(key)
 
     def _where(self, name: str) -> str:
@@ -234,14 +234,6 @@ class Plan:
                 f"tensor {tensor.name!r} has shape {list(tensor.shape)} in {self.layout.location} but "
                 f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture and "
                 "vocabulary"
-            )
-
-    def _require_mergeable(self, tensor: LogicalTensor, where: str, name: str, method: str) -> None:
-        if tensor.dtype not in MERGEABLE_DTYPES:
-            raise BadInputError(
-                f"{where}: tensor {name!r} is {tensor.dtype}; {method} needs one of "
-                f"{', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` copy it "
-                "from a parent that stores it as the father does"
             )
 
 
@@ -332,3 +324,12 @@ def _tied_head(father: ArchitectureMap) -> str | None:
     if head is None or embedding is None or not father.ties_head:
         return None
     return HEAD if (head.shape, head.dtype) == (embedding.shape, embedding.dtype) else None
+
+
+def _require_mergeable(tensor: LogicalTensor, where: str, method: str) -> None:
+    if tensor.values_dtype not in MERGEABLE_DTYPES:
+        raise BadInputError(
+            f"{where}: tensor {tensor.stored!r} is {tensor.dtype}; {method} needs one of "
+            f"{', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` copy it "
+            "from a parent that stores it as the father does"
+        )

@@ -133,6 +133,8 @@ class Recipe:
         names = [parent.name for parent in parents]
         if not names or len(set(names)) < len(names):
             raise BadInputError(f"recipe: parents: {names} must be one or more different names")
+        if "base" in names or "union" in names:
+            raise BadInputError("recipe: parents: no parent may be called base or union")
         return Recipe(
             parents,
             rules=tuple(map(_parse_rule, typed(table["rules"], list, "recipe: rules"))),
