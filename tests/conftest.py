@@ -10,7 +10,11 @@ import pytest
 from tests.servers import S3Server, seaweedfs_server
 
 # The conformance suites ship with the package; their asserts should explain themselves too.
-pytest.register_assert_rewrite("workers.storage.conformance")
+pytest.register_assert_rewrite(
+    "workers.storage.conformance",
+    "workers.storage.conformance_parts",
+    "workers.storage.conformance_tools",
+)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -24,9 +25,11 @@ from workers.storage import (
     check_store,
     open_store,
 )
-from workers.storage.conformance import THREADS, StoreConformance, add_one, in_threads, succeeds
+from workers.storage.conformance import StoreConformance
+from workers.storage.conformance_parts import PART, content_of, put_in_parts, write_all
+from workers.storage.conformance_tools import THREADS, add_one, in_threads, succeeds
 from workers.storage.retry import RetryPolicy
-from workers.storage.s3 import PART_BYTES, S3Store
+from workers.storage.s3 import S3Store
 
 HASTY = RetryPolicy(tries=4, first_wait=0.01, longest_wait=0.05, total_seconds=20)
 
@@ -80,10 +83,16 @@ class TestS3Store(StoreConformance):
 
         It refuses later ones, as the other tests show; for `create` and `replace` it has a lock.
         """
-        uploads = [store.open_upload("object") for _ in range(THREADS)]
-        for number, upload in enumerate(uploads):
-            upload.write(b"%d" % number)
-        wins = in_threads(lambda number: succeeds(uploads[number].commit))
+        uploads = [store.begin_parts("object", 1) for _ in range(THREADS)]
+        receipts = [
+            write_all(store, "object", upload_id, b"%d" % number)
+            for number, upload_id in enumerate(uploads)
+        ]
+        wins = in_threads(
+            lambda number: succeeds(
+                lambda: store.finish_parts("object", uploads[number], receipts[number])
+            )
+        )
         assert any(wins)
         assert wins[int(store.read("object"))]
         assert store.discard_unfinished("") == 0
@@ -128,15 +137,16 @@ def test_many_unfinished_uploads_are_discarded_page_by_page(store: S3Store) -> N
             pages.append(arguments)
             return client.list_multipart_uploads(MaxUploads=2, **arguments)
 
-    uploads = [store.open_upload(f"folder/{number % 3}") for number in range(7)]
-    other = store.open_upload("other")
+    keys = [f"folder/{number % 3}" for number in range(7)]
+    uploads = [store.begin_parts(key, 0) for key in keys]
+    other = store.begin_parts("other", 0)
     paged = S3Store(*bucket_and_prefix(store.uri), client=SmallPages())
     assert paged.discard_unfinished("folder/") == 7
     assert len(pages) == 4
-    for upload in uploads:
+    for key, upload_id in zip(keys, uploads, strict=True):
         with pytest.raises(StorageError, match="discarded"):
-            upload.commit()
-    other.commit()
+            store.finish_parts(key, upload_id, {})
+    store.finish_parts("other", other, {})
 
 
 def test_empty_objects_in_the_place_of_folders_are_not_listed(store: S3Store) -> None:
@@ -250,9 +260,15 @@ def remove(store: Store) -> object:
 
 
 def upload_another(store: Store) -> object:
-    with store.open_upload("another") as upload:
-        upload.write(CONTENT)
+    put_in_parts(store, "another", CONTENT)
     return store.read("another") == CONTENT
+
+
+def look_up_an_upload(store: Store) -> object:
+    upload_id = store.begin_parts("another", 5)
+    was_there = store.parts_exist("another", upload_id)
+    store.abandon_parts("another", upload_id)
+    return was_there and not store.parts_exist("another", upload_id)
 
 
 OPERATIONS = [
@@ -265,6 +281,7 @@ OPERATIONS = [
     swap,
     remove,
     upload_another,
+    look_up_an_upload,
 ]
 FAULTS = {
     "503": answer(503, "SlowDown"),
@@ -317,18 +334,19 @@ def test_a_cut_document_is_asked_for_again(
 def test_an_upload_survives_a_lost_answer_to_each_of_its_requests(
     store: Store, faulty: S3Store, proxy: FaultProxy, position: int
 ) -> None:
-    upload = None
-    steps: list[Callable[[], None]] = []
-    verbs = ["POST", "PUT", "POST"]  # Start, part, complete.
-    verb, fault = verbs[position % 3], [reset, lose_answer][position // 3]
-    if position % 3 == 0:
-        proxy.inject(fault, only=verb)
-    upload = faulty.open_upload("object")
-    steps = [lambda: upload.write(CONTENT), upload.commit]
-    if position % 3:
-        proxy.inject(fault, only=verb)
-    for step in steps:
-        step()
+    verbs = ["POST", "PUT", "POST"]  # Begin, write, finish.
+    fault = [reset, lose_answer][position // 3]
+
+    def meet(step: int) -> None:
+        if position % 3 == step:
+            proxy.inject(fault, only=verbs[step])
+
+    meet(0)
+    upload_id = faulty.begin_parts("object", len(CONTENT))
+    meet(1)
+    receipts = write_all(faulty, "object", upload_id, CONTENT)
+    meet(2)
+    faulty.finish_parts("object", upload_id, receipts)
     assert proxy.faults_left == 0
     assert store.read("object") == CONTENT
 
@@ -451,29 +469,108 @@ def test_a_cas_counter_under_faults_counts_its_wins(
     assert all("failed 4 times" in str(error) for error in given_up)
 
 
-def test_an_upload_that_fails_for_good_is_aborted(
+def test_a_part_that_fails_for_good_can_be_written_later(
     store: Store, faulty: S3Store, proxy: FaultProxy
 ) -> None:
-    def upload_to_a_store_that_goes_down() -> None:
-        with faulty.open_upload("object") as upload:
-            proxy.inject(answer(503), times=HASTY.tries, only="PUT")
-            upload.write(bytes(PART_BYTES))
-
+    content = content_of(PART + 1)
+    upload_id = faulty.begin_parts("object", len(content))
+    proxy.inject(answer(503), times=HASTY.tries, only="PUT")
     message = f"uploading part 1 of {store.uri}/object failed 4 times"
     with pytest.raises(StorageError, match=message):
-        upload_to_a_store_that_goes_down()
+        write_all(faulty, "object", upload_id, content)
+    receipts = write_all(faulty, "object", upload_id, content)
+    proxy.inject(answer(503), times=HASTY.tries, only="POST")
+    with pytest.raises(StorageError, match=r"completing an upload of .* failed 4 times"):
+        faulty.finish_parts("object", upload_id, receipts)
     assert list(store.list_objects()) == []
-    assert store.discard_unfinished("") == 0
+    faulty.finish_parts("object", upload_id, receipts)
+    assert store.read("object") == content
 
 
-def test_aborting_at_a_store_that_is_down_raises_nothing(
+def test_a_finish_whose_answer_was_lost_is_known_by_another_process(
     store: Store, faulty: S3Store, proxy: FaultProxy
 ) -> None:
-    upload = faulty.open_upload("object")
+    upload_id = faulty.begin_parts("object", len(CONTENT))
+    receipts = write_all(faulty, "object", upload_id, CONTENT)
+    proxy.inject(lose_answer, only="POST")
+    proxy.inject(reset, times=HASTY.tries - 1, only="POST")
+    with pytest.raises(StorageError, match="failed 4 times"):
+        faulty.finish_parts("object", upload_id, receipts)
+    assert store.read("object") == CONTENT
+    version = store.info("object").version
+    store.finish_parts("object", upload_id, receipts)
+    assert store.info("object").version == version
+
+
+def test_the_object_is_what_the_receipts_say(store: Store) -> None:
+    """A writer that was thought dead may overwrite a part whose receipt another one has."""
+    content = content_of(PART + 100)
+    upload_id = store.begin_parts("object", len(content))
+    receipts = write_all(store, "object", upload_id, content)
+    store.write_part("object", upload_id, 2, PART, bytes(100))
+    try:
+        store.finish_parts("object", upload_id, receipts)  # SeaweedFS keeps what it once had.
+    except StorageError:
+        receipts = write_all(store, "object", upload_id, content)
+        store.finish_parts("object", upload_id, receipts)
+    assert store.read("object") == content
+
+
+def test_a_receipt_of_a_part_that_the_store_does_not_have_is_refused(store: Store) -> None:
+    content = content_of(PART + 100)
+    begun = [store.begin_parts("object", len(content)) for _ in range(2)]
+    receipts = write_all(store, "object", begun[0], content)
+    store.write_part("object", begun[1], 1, 0, content[:PART])
+    with pytest.raises(StorageError, match=f"completing an upload of {store.uri}/object"):
+        store.finish_parts("object", begun[1], receipts)
+    assert list(store.list_objects()) == []
+    assert store.parts_exist("object", begun[1])
+
+
+def test_small_parts_are_refused_before_they_are_sent(faulty: S3Store, proxy: FaultProxy) -> None:
+    upload_id = faulty.begin_parts("object", PART + 10)
+    with pytest.raises(StorageError, match=rf"object: part 1 of {PART - 1} bytes is not the last"):
+        faulty.write_part("object", upload_id, 1, 0, bytes(PART - 1))
+    assert not any(request.startswith("PUT") for request in proxy.requests)
+
+
+def test_a_part_is_sent_without_a_copy_of_it(store: Store) -> None:
+    content = bytearray(content_of(32 * 2**20))
+    upload_id = store.begin_parts("object", len(content))
+    tracemalloc.start()
+    try:
+        receipt = store.write_part("object", upload_id, 1, 0, memoryview(content))
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    store.abandon_parts("object", upload_id)
+    assert str(len(content)) in receipt
+    assert most_bytes < 4 * 2**20
+
+
+def test_abandoning_at_a_store_that_is_down_raises_nothing(
+    store: Store, faulty: S3Store, proxy: FaultProxy
+) -> None:
+    upload_id = faulty.begin_parts("object", 5)
     proxy.inject(reset, times=100)
-    upload.abort()
+    faulty.abandon_parts("object", upload_id)
     proxy.heal()
     assert store.discard_unfinished("") == 1
+
+
+def test_a_changed_object_is_noticed_on_a_server_that_ignores_the_condition(
+    store: S3Store,
+) -> None:
+    class Careless:
+        def get_object(self, **arguments: Any) -> Any:
+            del arguments["IfMatch"]
+            return store._client.get_object(**arguments)
+
+    version = store.create("object", b"first")
+    store.write("object", b"again")
+    careless = S3Store(*bucket_and_prefix(store.uri), client=Careless())
+    with pytest.raises(StorageError, match=f"{store.uri}/object was changed since"):
+        careless.read_into("object", 0, memoryview(bytearray(5)), version)
 
 
 class CarelessStore(S3Store):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,7 @@ from workers.storage import (
 )
 from workers.storage import files as files_module
 from workers.storage.conformance import StoreConformance
+from workers.storage.conformance_parts import put_in_parts
 from workers.storage.files import LOCK_NAME, STALE_PUT_SECONDS
 from workers.storage.folder import FolderStore
 
@@ -86,7 +92,7 @@ print(wins)
 def test_a_counter_between_processes_loses_nothing(store: FolderStore) -> None:
     program = """
 import sys
-from workers.storage.conformance import add_one
+from workers.storage.conformance_tools import add_one
 from workers.storage.folder import FolderStore
 store = FolderStore(sys.argv[1])
 print("ready", flush=True)
@@ -104,7 +110,7 @@ def test_a_killed_writer_leaves_an_upload_that_is_discarded(store: FolderStore) 
 import os, signal, sys
 from workers.storage.folder import FolderStore
 store = FolderStore(sys.argv[1])
-store.open_upload("run/shard").write(b"x" * 100_000)
+store.write_part("run/shard", store.begin_parts("run/shard", 100_000), 1, 0, b"x" * 100_000)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", program, store.uri], check=False)
@@ -122,8 +128,7 @@ def test_writes_leave_no_temporary_files(store: FolderStore) -> None:
         store.create("object", b"fourth")
     with pytest.raises(PreconditionFailedError):
         store.replace("object", b"fourth", version)
-    with store.open_upload("other") as upload:
-        upload.write(b"bytes")
+    put_in_parts(store, "other", b"bytes")
     assert sorted(os.listdir(store.uri)) == [LOCK_NAME, "object", "other"]
 
 
@@ -298,14 +303,146 @@ def test_a_full_disk_is_a_storage_error(
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    upload = store.open_upload("upload")
-    upload.write(b"bytes")
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError, match=rf"{store.uri}/upload: No space left"):
-        upload.commit()
-    with pytest.raises(StorageError, match=rf"{store.uri}/object: No space left"):
-        store.create("object", b"bytes")
-    assert os.listdir(store.uri) == []
+    upload_id = store.begin_parts("upload", 5)
+    receipt = store.write_part("upload", upload_id, 1, 0, b"bytes")
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fail)
+        with pytest.raises(StorageError, match=rf"{store.uri}/upload: No space left"):
+            store.finish_parts("upload", upload_id, {1: receipt})
+        with pytest.raises(StorageError, match=rf"{store.uri}/object: No space left"):
+            store.create("object", b"bytes")
+    assert os.listdir(store.uri) == [upload_id]
+    store.finish_parts("upload", upload_id, {1: receipt})
+    assert store.read("upload") == b"bytes"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 1 MiB: a file system of its own, or files limited to that size."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if (
+        os.geteuid() == 0
+        and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    ):
+        yield folder
+        subprocess.run(["umount", str(folder)], check=True)
+        return
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    yield folder
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_without_room_is_noticed_at_the_beginning(small_disk: Path) -> None:
+    store = FolderStore(small_disk)
+    with pytest.raises(StorageError, match=rf"{store.uri}/object: .* room for its {2**21} bytes"):
+        store.begin_parts("object", 2**21)
+    assert os.listdir(small_disk) == []
+    put_in_parts(store, "object", bytes(2**19))
+
+
+def test_the_room_of_an_upload_is_taken_when_it_begins(store: FolderStore) -> None:
+    upload_id = store.begin_parts("object", 10 * 2**20)
+    assert os.stat(f"{store.uri}/{upload_id}").st_blocks * 512 >= 10 * 2**20
+
+
+def test_a_publisher_killed_at_the_last_step_has_published(store: FolderStore) -> None:
+    program = """
+import os, signal, sys
+from workers.storage.folder import FolderStore
+store = FolderStore(sys.argv[1])
+upload_id = store.begin_parts("object", 5)
+receipt = store.write_part("object", upload_id, 1, 0, b"bytes")
+print(upload_id, receipt, sep="\\n", flush=True)
+os.unlink = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+store.finish_parts("object", upload_id, {1: receipt})
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", program, store.uri], check=False, capture_output=True, text=True
+    )
+    assert killed.returncode == -9
+    upload_id, receipt = killed.stdout.splitlines()
+    published = store.read_with_version("object")
+    assert published[0] == b"bytes"
+    assert sorted(os.listdir(store.uri)) == sorted([upload_id, "object"])
+    with pytest.raises(PreconditionFailedError):
+        store.write_part("object", upload_id, 1, 0, b"BYTES")
+    assert store.read_with_version("object") == published
+    store.finish_parts("object", upload_id, {1: receipt})
+    assert store.read("object") == b"bytes"
+    assert os.listdir(store.uri) == ["object"]
+
+
+def test_nothing_is_published_while_a_part_is_being_written(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_id = store.begin_parts("object", 5)
+    receipt = store.write_part("object", upload_id, 1, 0, b"bytes")
+    monkeypatch.setattr(files_module, "LOCK_WAIT_SECONDS", 0.05)
+    with open(f"{store.uri}/{upload_id}", "rb+") as another:
+        fcntl.flock(another, fcntl.LOCK_SH)
+        store.write_part("object", upload_id, 1, 0, b"bytes")
+        with pytest.raises(StorageError, match="was held by another process"):
+            store.finish_parts("object", upload_id, {1: receipt})
+    assert list(store.list_objects()) == []
+    store.finish_parts("object", upload_id, {1: receipt})
+
+
+def test_a_writer_that_was_thought_dead_does_not_change_what_was_published(
+    store: FolderStore,
+) -> None:
+    upload_id = store.begin_parts("object", 5)
+    temporary = Path(store.uri) / upload_id
+    with ThreadPoolExecutor(1) as threads, temporary.open("rb+") as publisher:
+        fcntl.flock(publisher, fcntl.LOCK_EX)
+        writing = threads.submit(store.write_part, "object", upload_id, 1, 0, b"ghost")
+        while times_open(temporary) < 2:
+            assert not writing.done()
+            time.sleep(0.001)
+        publisher.write(b"bytes")
+        publisher.flush()
+        temporary.rename(f"{store.uri}/object")
+        published = store.read_with_version("object")
+        fcntl.flock(publisher, fcntl.LOCK_UN)
+        with pytest.raises(PreconditionFailedError, match=f"{store.uri}/object exists already"):
+            writing.result(10)
+    assert store.read_with_version("object") == published
+
+
+def times_open(path: Path) -> int:
+    """How often this process has the file open."""
+    opened = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            opened.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return opened.count(str(path.resolve()))
+
+
+def test_an_upload_of_another_key_is_refused(store: FolderStore) -> None:
+    upload_id = store.begin_parts("object", 5)
+    store.write("put", b"bytes")
+    put = upload_id.replace(".upload-", ".put-")
+    for key, refused in (("other", upload_id), ("object", put), ("object", f"a/{upload_id}")):
+        with pytest.raises(BadInputError, match="is no upload of it"):
+            store.write_part(key, refused, 1, 0, b"bytes")
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_noticed(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = store.write("object", b"first")
+    read = os.preadv
+
+    def read_and_be_overtaken(file: int, buffers: list[memoryview], start: int) -> int:
+        count = read(file, buffers, start)
+        Path(store.uri, "object").write_bytes(b"again")
+        return count
+
+    monkeypatch.setattr(os, "preadv", read_and_be_overtaken)
+    with pytest.raises(StorageError, match=f"{store.uri}/object was changed since it was opened"):
+        store.read_into("object", 0, memoryview(bytearray(5)), version)
 
 
 def test_a_file_system_without_hard_links_is_named_as_the_cause(

@@ -9,23 +9,25 @@ inherits `workers.storage.conformance.StoreConformance`.
 from workers.storage.locations import open_store
 from workers.storage.self_check import check_store
 from workers.storage.store import (
+    LEAST_PART_BYTES,
+    MOST_PARTS,
     Bytes,
     ObjectInfo,
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageError,
     Store,
-    Upload,
 )
 
 __all__ = [
+    "LEAST_PART_BYTES",
+    "MOST_PARTS",
     "Bytes",
     "ObjectInfo",
     "ObjectNotFoundError",
     "PreconditionFailedError",
     "StorageError",
     "Store",
-    "Upload",
     "check_store",
     "open_store",
 ]

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
 
 from workers.errors import BadInputError
+from workers.storage.conformance_parts import PartsConformance
+from workers.storage.conformance_tools import add_one, in_threads, keys_of, raises, succeeds
 from workers.storage.self_check import check_store
 from workers.storage.store import (
     ObjectNotFoundError,
@@ -24,17 +24,11 @@ from workers.storage.store import (
     Store,
 )
 
-Result = TypeVar("Result")
-
-THREADS = 8
 REFUSED_KEYS = ("", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a\\b", "a\0b")
 
 
-class StoreConformance:
+class StoreConformance(PartsConformance):
     """Inherit it in a test module, and give a `store` fixture."""
-
-    large_bytes = 70 * 2**20
-    """The size of the large object: several parts, where a store writes in parts."""
 
     def test_a_written_object_is_read_back(self, store: Store) -> None:
         store.write("folder/object", b"some bytes")
@@ -47,16 +41,14 @@ class StoreConformance:
 
     def test_wide_memory_is_written_byte_by_byte(self, store: Store) -> None:
         wide = memoryview(bytes(range(16))).cast("I")
-        store.write("written", wide)
-        with store.open_upload("uploaded") as upload:
-            upload.write(wide)
-        assert store.read("written") == store.read("uploaded") == bytes(range(16))
+        store.write("object", wide)
+        assert store.read("object") == bytes(range(16))
 
     def test_an_empty_object_is_an_object(self, store: Store) -> None:
         store.create("empty", b"")
         assert store.read("empty") == b""
         assert store.info("empty").size == 0
-        assert _keys(store) == ["empty"]
+        assert keys_of(store) == ["empty"]
         store.read_into("empty", 0, memoryview(bytearray()))
 
     def test_write_replaces_whatever_is_there(self, store: Store) -> None:
@@ -73,16 +65,16 @@ class StoreConformance:
             lambda: store.info("no/such"),
         ]
         for read in reads:
-            with _raises(ObjectNotFoundError, naming=f"{store.uri}/no/such"):
+            with raises(ObjectNotFoundError, naming=f"{store.uri}/no/such"):
                 read()
 
     def test_a_folder_is_not_an_object(self, store: Store) -> None:
         store.write("folder/object", b"bytes")
-        with _raises(ObjectNotFoundError):
+        with raises(ObjectNotFoundError):
             store.read("folder")
-        with _raises(ObjectNotFoundError):
+        with raises(ObjectNotFoundError):
             store.info("folder")
-        with _raises(ObjectNotFoundError):
+        with raises(ObjectNotFoundError):
             store.read("folder/object/below")
 
     def test_all_ways_to_learn_a_version_agree(self, store: Store) -> None:
@@ -122,10 +114,25 @@ class StoreConformance:
     def test_a_range_past_the_end_is_an_error(self, store: Store) -> None:
         store.write("object", b"0123456789")
         for start, size in ((0, 11), (9, 2), (10, 1), (100, 5)):
-            with _raises(StorageError, naming=f"{store.uri}/object"):
+            with raises(StorageError, naming=f"{store.uri}/object"):
                 store.read_into("object", start, memoryview(bytearray(size)))
 
-    def test_objects_are_listed_in_the_order_of_their_keys(self, store: Store) -> None:
+    def test_a_range_is_of_the_version_asked_for(self, store: Store) -> None:
+        first = store.create("object", b"first")
+        buffer = bytearray(5)
+        for start, size in ((0, 5), (2, 3), (0, 0)):
+            store.read_into("object", start, memoryview(buffer)[:size], first)
+        second = store.replace("object", b"again", first)
+        for start, size in ((0, 5), (2, 3), (3, 5), (0, 0)):
+            with raises(StorageError, naming=f"{store.uri}/object was changed"):
+                store.read_into("object", start, memoryview(buffer)[:size], first)
+        store.read_into("object", 0, memoryview(buffer), second)
+        assert buffer == b"again"
+        store.delete("object")
+        with raises(ObjectNotFoundError):
+            store.read_into("object", 0, memoryview(buffer), second)
+
+    def test_objects_are_listed_in_the_order_of_theirkeys_of(self, store: Store) -> None:
         keys = ["b", "a/b/c", "a-b", "a.b", "ab", "a/b-c", "a/b.c", ".hidden", "Z", "é", "a b"]
         for key in keys:
             store.write(key, key.encode())
@@ -136,41 +143,41 @@ class StoreConformance:
     def test_a_prefix_selects_by_the_first_letters_of_the_key(self, store: Store) -> None:
         for key in ("run/1/a", "run/1/b", "run/10", "run/2", "running", "other"):
             store.write(key, b"x")
-        assert _keys(store, "run/") == ["run/1/a", "run/1/b", "run/10", "run/2"]
-        assert _keys(store, "run/1") == ["run/1/a", "run/1/b", "run/10"]
-        assert _keys(store, "run/1/") == ["run/1/a", "run/1/b"]
-        assert _keys(store, "run/1/a") == ["run/1/a"]
-        assert _keys(store, "no/such/") == []
+        assert keys_of(store, "run/") == ["run/1/a", "run/1/b", "run/10", "run/2"]
+        assert keys_of(store, "run/1") == ["run/1/a", "run/1/b", "run/10"]
+        assert keys_of(store, "run/1/") == ["run/1/a", "run/1/b"]
+        assert keys_of(store, "run/1/a") == ["run/1/a"]
+        assert keys_of(store, "no/such/") == []
 
     def test_an_empty_store_lists_nothing(self, store: Store) -> None:
-        assert _keys(store) == []
+        assert keys_of(store) == []
 
     def test_create_refuses_what_exists(self, store: Store) -> None:
         store.create("object", b"first")
-        with _raises(PreconditionFailedError, naming=f"{store.uri}/object"):
+        with raises(PreconditionFailedError, naming=f"{store.uri}/object"):
             store.create("object", b"second")
         assert store.read("object") == b"first"
 
     def test_replace_refuses_a_stale_version(self, store: Store) -> None:
         first = store.create("object", b"first")
         store.replace("object", b"second", first)
-        with _raises(PreconditionFailedError, naming=f"{store.uri}/object"):
+        with raises(PreconditionFailedError, naming=f"{store.uri}/object"):
             store.replace("object", b"third", first)
         assert store.read("object") == b"second"
 
     def test_replace_refuses_what_is_gone(self, store: Store) -> None:
         version = store.create("object", b"first")
         store.delete("object")
-        with _raises(PreconditionFailedError):
+        with raises(PreconditionFailedError):
             store.replace("object", b"second", version)
-        assert _keys(store) == []
+        assert keys_of(store) == []
 
     def test_delete_is_for_all_and_twice_is_no_error(self, store: Store) -> None:
         store.write("folder/object", b"bytes")
         store.delete("folder/object")
         store.delete("folder/object")
         store.delete("never/was")
-        assert _keys(store) == []
+        assert keys_of(store) == []
         store.create("folder/object", b"again")
 
     def test_of_many_that_create_one_wins(self, store: Store) -> None:
@@ -220,130 +227,6 @@ class StoreConformance:
             done.set()
             assert all(reads.result() > 0 for reads in reading)
 
-    def test_an_upload_is_invisible_until_its_commit(self, store: Store) -> None:
-        upload = store.open_upload("folder/object")
-        upload.write(b"some ")
-        upload.write(memoryview(b"bytes"))
-        assert _keys(store) == []
-        with _raises(ObjectNotFoundError):
-            store.read("folder/object")
-        upload.commit()
-        assert store.read("folder/object") == b"some bytes"
-        assert _keys(store) == ["folder/object"]
-        assert store.discard_unfinished("") == 0
-
-    def test_an_upload_keeps_no_hold_of_the_buffer(self, store: Store) -> None:
-        buffer = bytearray(b"first")
-        with store.open_upload("object") as upload:
-            upload.write(buffer)
-            buffer[:] = b"SECOND"
-            upload.write(buffer)
-        assert store.read("object") == b"firstSECOND"
-
-    def test_an_upload_of_nothing_is_an_empty_object(self, store: Store) -> None:
-        with store.open_upload("object"):
-            pass
-        assert store.info("object").size == 0
-
-    def test_a_large_object_is_uploaded_and_read_in_pieces(self, store: Store) -> None:
-        source = random.Random(2)
-        block = source.randbytes(2**20)
-        with store.open_upload("large") as upload:
-            written = 0
-            while written < self.large_bytes:
-                size = min(source.randrange(1, 40 * 2**20), self.large_bytes - written)
-                shift = written % len(block)
-                repeats = (shift + size) // len(block) + 1
-                upload.write(memoryview(block * repeats)[shift : shift + size])
-                written += size
-        assert store.info("large").size == self.large_bytes
-        buffer = bytearray(len(block))
-        for start in range(0, self.large_bytes - len(block), len(block)):
-            store.read_into("large", start, memoryview(buffer))
-            assert buffer == block
-
-    def test_an_aborted_upload_leaves_nothing(self, store: Store) -> None:
-        upload = store.open_upload("object")
-        upload.write(b"bytes")
-        upload.abort()
-        upload.abort()
-        assert _keys(store) == []
-        assert store.discard_unfinished("") == 0
-
-    def test_an_error_in_the_block_aborts_the_upload(self, store: Store) -> None:
-        def fail_in_the_middle() -> None:
-            with store.open_upload("object") as upload:
-                upload.write(b"bytes")
-                raise ZeroDivisionError
-
-        with _raises(ZeroDivisionError):
-            fail_in_the_middle()
-        assert _keys(store) == []
-        assert store.discard_unfinished("") == 0
-
-    def test_an_upload_that_is_over_stays_over(self, store: Store) -> None:
-        upload = store.open_upload("object")
-        upload.commit()
-        upload.abort()
-        with _raises(StorageError):
-            upload.write(b"more")
-        with _raises(StorageError):
-            upload.commit()
-        assert store.read("object") == b""
-
-    def test_commit_refuses_what_exists_by_then(self, store: Store) -> None:
-        upload = store.open_upload("object")
-        upload.write(b"upload")
-        store.create("object", b"first")
-        with _raises(PreconditionFailedError, naming=f"{store.uri}/object"):
-            upload.commit()
-        assert store.read("object") == b"first"
-        assert store.discard_unfinished("") == 0
-
-    def test_of_many_uploads_one_is_published(self, store: Store) -> None:
-        def race(racer: int) -> bool:
-            upload = store.open_upload("object")
-            upload.write(b"%d" % racer)
-            return succeeds(upload.commit)
-
-        wins = in_threads(race)
-        assert wins.count(True) == 1
-        assert store.read("object") == b"%d" % wins.index(True)
-
-    def test_a_discarded_upload_cannot_be_published(self, store: Store) -> None:
-        small, large = store.open_upload("run/small"), store.open_upload("run/large")
-        store.write("run/finished", b"stays")
-        small.write(b"bytes")
-        large.write(bytes(self.large_bytes // 2))
-        assert store.discard_unfinished("run/") == 2
-        for upload in (small, large):
-            with _raises(StorageError, naming="discarded") as caught:
-                upload.commit()
-            assert not isinstance(caught[0], PreconditionFailedError)
-        assert _keys(store) == ["run/finished"]
-        assert store.discard_unfinished("run/") == 0
-
-    def test_discarding_is_for_the_prefix_only(self, store: Store) -> None:
-        uploads = {key: store.open_upload(key) for key in ("run/1/a", "run/10", "run/2", "other")}
-        for upload in uploads.values():
-            upload.write(b"bytes")
-        assert store.discard_unfinished("run/1/") == 1
-        assert store.discard_unfinished("no/such/") == 0
-        assert store.discard_unfinished("run/1") == 1
-        uploads["run/2"].commit()
-        assert store.discard_unfinished("") == 1
-        assert _keys(store) == ["run/2"]
-
-    def test_a_key_can_be_uploaded_again_after_a_discard(self, store: Store) -> None:
-        zombie = store.open_upload("object")
-        zombie.write(b"zombie")
-        store.discard_unfinished("object")
-        with store.open_upload("object") as upload:
-            upload.write(b"owner")
-        with _raises(StorageError):
-            zombie.commit()
-        assert store.read("object") == b"owner"
-
     def test_keys_that_could_leave_the_store_are_refused(self, store: Store) -> None:
         operations: list[Callable[[str], object]] = [
             store.read,
@@ -355,20 +238,20 @@ class StoreConformance:
             lambda key: store.create(key, b""),
             lambda key: store.replace(key, b"", "version"),
             store.delete,
-            store.open_upload,
+            lambda key: store.begin_parts(key, 1),
             store.local_path,
         ]
         for key in REFUSED_KEYS:
             for operation in operations:
-                with _raises(BadInputError):
+                with raises(BadInputError):
                     operation(key)
         for prefix in ("/", "../", "../a", "a/../", "a//b", "a\\"):
-            with _raises(BadInputError):
-                _keys(store, prefix)
-            with _raises(BadInputError):
+            with raises(BadInputError):
+                keys_of(store, prefix)
+            with raises(BadInputError):
                 store.discard_unfinished(prefix)
         for prefix in ("..", "a/../b", "/a"):
-            with _raises(BadInputError):
+            with raises(BadInputError):
                 store.substore(prefix)
 
     def test_a_substore_is_the_folder_seen_from_within(self, store: Store) -> None:
@@ -376,15 +259,15 @@ class StoreConformance:
         store.write("a/other", b"bytes")
         for substore in (store.substore("a").substore("b"), store.substore("a/b/")):
             assert substore.uri == f"{store.uri}/a/b"
-            assert _keys(substore) == ["object"]
+            assert keys_of(substore) == ["object"]
             assert substore.read("object") == b"bytes"
         substore = store.substore("a/b")
         version = substore.create("new", b"from within")
         assert store.info("a/b/new").version == version
-        upload = substore.open_upload("uploaded")
+        upload_id = substore.begin_parts("uploaded", 1)
+        assert store.parts_exist("a/b/uploaded", upload_id)
         assert store.discard_unfinished("a/") == 1
-        with _raises(StorageError):
-            upload.commit()
+        assert not substore.parts_exist("uploaded", upload_id)
 
     def test_a_local_path_holds_the_object(self, store: Store) -> None:
         store.write("folder/object", b"bytes")
@@ -393,46 +276,4 @@ class StoreConformance:
 
     def test_the_store_passes_the_check_before_a_campaign(self, store: Store) -> None:
         check_store(store)
-        assert _keys(store) == []
-
-
-def add_one(store: Store, key: str) -> bool:
-    """Add one to the number in the object by compare and swap; whether it was not in vain."""
-    data, version = store.read_with_version(key)
-    return succeeds(lambda: store.replace(key, b"%d" % (int(data) + 1), version))
-
-
-def succeeds(conditional_write: Callable[[], object]) -> bool:
-    try:
-        conditional_write()
-    except PreconditionFailedError:
-        return False
-    return True
-
-
-def in_threads(task: Callable[[int], Result]) -> list[Result]:
-    """`task` of 0, 1, ... at once, each in a thread of its own."""
-    barrier = threading.Barrier(THREADS)
-
-    def run(number: int) -> Result:
-        barrier.wait()
-        return task(number)
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(run, range(THREADS)))
-
-
-def _keys(store: Store, prefix: str = "") -> list[str]:
-    return [info.key for info in store.list_objects(prefix)]
-
-
-@contextmanager
-def _raises(error: type[Exception], naming: str = "") -> Iterator[list[Exception]]:
-    """Like `pytest.raises`, which would make this package depend on pytest."""
-    caught: list[Exception] = []
-    try:
-        yield caught
-    except error as raised:
-        caught.append(raised)
-    assert caught, f"no {error.__name__} was raised"
-    assert naming in str(caught[0]), f"{caught[0]!r} does not name {naming!r}"
+        assert keys_of(store) == []

@@ -31,7 +31,7 @@ STALE_PUT_SECONDS = 600.0
 """A `put` takes milliseconds: the temporary file of an older one was left by a killed writer."""
 
 UNFINISHED_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>upload|put)-unfinished")
-"""Two kinds: an open upload of NAME, and the `put` of a small object in one call."""
+"""Two kinds: an upload of NAME in parts, and the `put` of a small object in one call."""
 
 
 def is_own_name(name: str) -> bool:
@@ -63,6 +63,14 @@ def check_version(path: str, expected: str) -> None:
         raise PreconditionFailedError(f"{path} is gone: cannot replace {expected}") from error
     if version != expected:
         raise PreconditionFailedError(f"{path} was changed: is at {version}, not at {expected}")
+
+
+def check_unchanged(file: int, path: str, version: str | None) -> None:
+    """Raises `StorageError` unless the open file is at `version`, if one is given."""
+    if version is not None and version_of(os.fstat(file)) != version:
+        raise StorageError(
+            f"{path} was changed since it was opened: begin again, and leave it alone meanwhile"
+        )
 
 
 def read_exactly(file: int, path: str, start: int, buffer: memoryview) -> None:
@@ -107,17 +115,69 @@ def stamp_and_sync(file: int) -> None:
     os.fsync(file)
 
 
+def allocate(path: str, temporary: str, size: int) -> None:
+    """Make the temporary file of `path`, with room on the disk for all of its `size` bytes."""
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        if size:
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        remove_file(temporary)
+        raise StorageError(
+            f"{path}: cannot make room for its {size} bytes: {error.strerror}"
+        ) from error
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def open_unfinished(temporary: str, path: str, lock: int) -> Iterator[int]:
+    """The allocated file of `path`, under a lock: `LOCK_SH` to write parts, `LOCK_EX` to publish.
+
+    The lock keeps a writer that was thought dead from changing the file after it was published.
+    """
+    try:
+        file = os.open(temporary, os.O_RDWR)
+    except FileNotFoundError as error:
+        raise _gone(path) from error
+    try:
+        _wait_for_lock(file, lock, temporary)
+        if not os.path.exists(temporary):
+            raise _gone(path)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _gone(path: str) -> StorageError:
+    if os.path.exists(path):
+        return PreconditionFailedError(f"{path} exists already")
+    return StorageError(
+        f"{path}: the unfinished file was discarded before it was published: "
+        "another owner has taken over, or its folder was deleted"
+    )
+
+
+def write_durably(file: int, start: int, data: memoryview) -> None:
+    """Write at `start` of the open file, so that the bytes survive a power loss."""
+    view, position = data, start
+    while view:
+        count = os.pwrite(file, view, position)
+        view, position = view[count:], position + count
+    os.fdatasync(file)
+
+
 def publish_new(temporary: str, path: str) -> None:
     """Give the complete temporary file its name, which must be new."""
     try:
         os.link(temporary, path)
     except FileExistsError as error:
-        raise PreconditionFailedError(f"{path} exists already") from error
+        # It is this very file if whoever published it was killed before removing the old name, or
+        # if a network file system lost its answer.
+        if not os.path.samefile(temporary, path):
+            raise PreconditionFailedError(f"{path} exists already") from error
     except FileNotFoundError as error:
-        raise StorageError(
-            f"{path}: the unfinished file was discarded before it was published: "
-            "another owner has taken over, or its folder was deleted"
-        ) from error
+        raise _gone(path) from error
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP):
             raise
@@ -147,22 +207,26 @@ def locked_folder(folder: str) -> Iterator[None]:
     """Hold the lock of `folder` against all threads and processes that change objects in it."""
     lock = os.open(os.path.join(folder, LOCK_NAME), os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                # Not waiting in the kernel: a holder that was stopped must not stop us for ever.
-                if time.monotonic() > deadline:
-                    raise StorageError(
-                        f"{folder}/{LOCK_NAME} was held by another process for "
-                        f"{LOCK_WAIT_SECONDS:.0f} s: find the one that hangs (fuser names it)"
-                    ) from None
-                time.sleep(0.0005)
+        _wait_for_lock(lock, fcntl.LOCK_EX, f"{folder}/{LOCK_NAME}")
         yield
     finally:
         os.close(lock)
+
+
+def _wait_for_lock(file: int, lock: int, path: str) -> None:
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, lock | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            # Not waiting in the kernel: a holder that was stopped must not stop us for ever.
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{path} was held by another process for {LOCK_WAIT_SECONDS:.0f} s: "
+                    "find the one that hangs (fuser names it)"
+                ) from None
+            time.sleep(0.0005)
 
 
 def make_folder(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,11 +11,14 @@ from pathlib import Path
 from workers.errors import BadInputError
 from workers.storage.files import (
     UNFINISHED_NAME,
+    allocate,
+    check_unchanged,
     check_version,
     is_own_name,
     is_stale,
     locked_folder,
     make_folder,
+    open_unfinished,
     publish_new,
     read_errors,
     read_exactly,
@@ -26,15 +30,16 @@ from workers.storage.files import (
     temporary_file,
     temporary_name,
     version_of,
+    write_durably,
     write_errors,
 )
+from workers.storage.parts import check_part, check_whole, receipt_of
 from workers.storage.store import (
     Bytes,
     ObjectInfo,
     ObjectNotFoundError,
-    StorageError,
+    PreconditionFailedError,
     Store,
-    Upload,
     check_key,
     check_prefix,
 )
@@ -66,10 +71,14 @@ class FolderStore(Store):
             # A published file is never written to again: these bytes are of this version.
             return file.read(), version_of(os.fstat(file.fileno()))
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, version: str | None = None
+    ) -> None:
         path = self._path(key)
         with read_errors(path), open(path, "rb", buffering=0) as file:
+            check_unchanged(file.fileno(), path, version)
             read_exactly(file.fileno(), path, start, buffer.cast("B"))
+            check_unchanged(file.fileno(), path, version)  # Files of others may be written to.
 
     def info(self, key: str) -> ObjectInfo:
         status = status_of(self._path(key))
@@ -104,8 +113,42 @@ class FolderStore(Store):
                 os.unlink(path)
                 sync_folder(os.path.dirname(path))
 
-    def open_upload(self, key: str) -> Upload:
-        return _FolderUpload(self._path(key))
+    def begin_parts(self, key: str, size: int) -> str:
+        path = self._path(key)
+        temporary = temporary_name(path, "upload")
+        with write_errors(path):
+            make_folder(os.path.dirname(path))
+            allocate(path, temporary, size)
+        return os.path.basename(temporary)
+
+    def write_part(self, key: str, upload_id: str, number: int, start: int, data: Bytes) -> str:
+        path, temporary = self._path(key), self._unfinished(key, upload_id)
+        view = memoryview(data).cast("B")
+        with write_errors(path), open_unfinished(temporary, path, fcntl.LOCK_SH) as file:
+            check_part(path, number, start, len(view), os.fstat(file).st_size)
+            if os.path.exists(path):  # Perhaps this very file, its publisher killed at the end.
+                raise PreconditionFailedError(f"{path} exists already")
+            write_durably(file, start, view)
+        return receipt_of(start, len(view))
+
+    def finish_parts(self, key: str, upload_id: str, receipts: dict[int, str]) -> None:
+        path, temporary = self._path(key), self._unfinished(key, upload_id)
+        with write_errors(path), open_unfinished(temporary, path, fcntl.LOCK_EX) as file:
+            check_whole(path, receipts, os.fstat(file).st_size)
+            stamp_and_sync(file)
+            try:
+                publish_new(temporary, path)
+            except PreconditionFailedError:
+                remove_file(temporary)
+                raise
+            remove_file(temporary)
+
+    def abandon_parts(self, key: str, upload_id: str) -> None:
+        with suppress(OSError, BadInputError):
+            remove_file(self._unfinished(key, upload_id))
+
+    def parts_exist(self, key: str, upload_id: str) -> bool:
+        return os.path.exists(self._unfinished(key, upload_id))
 
     def discard_unfinished(self, prefix: str) -> int:
         uploads = 0
@@ -144,6 +187,14 @@ class FolderStore(Store):
             )
         return path
 
+    def _unfinished(self, key: str, upload_id: str) -> str:
+        """The file of an upload. Raises `BadInputError` if the id is of no upload of this key."""
+        folder, name = os.path.split(self._path(key))
+        unfinished = UNFINISHED_NAME.fullmatch(upload_id)
+        if not unfinished or (unfinished["name"], unfinished["kind"]) != (name, "upload"):
+            raise BadInputError(f"{self.uri}/{key}: {upload_id!r} is no upload of it")
+        return os.path.join(folder, upload_id)
+
     def _put(self, key: str, data: Bytes, expected_version: str | None = None) -> str:
         """Write or, with an expected version, compare and swap."""
         path = self._path(key)
@@ -160,42 +211,6 @@ class FolderStore(Store):
         """The files whose key starts with `prefix`, ordered; and all of ours in their folders."""
         folder, slash, start = check_prefix(prefix).rpartition("/")
         yield from _walk_folder(self._root, folder + slash, start)
-
-
-class _FolderUpload(Upload):
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._temporary = temporary_name(path, "upload")
-        with write_errors(path):
-            make_folder(os.path.dirname(path))
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "wb")
-
-    def write(self, data: Bytes) -> None:
-        self._check_open()
-        with write_errors(self._path):
-            self._file.write(data)
-
-    def commit(self) -> None:
-        self._check_open()
-        try:
-            with write_errors(self._path):
-                self._file.flush()
-                stamp_and_sync(self._file.fileno())
-                self._file.close()
-                publish_new(self._temporary, self._path)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        with suppress(OSError):  # Closing flushes, and the disk may be full.
-            self._file.close()
-        with suppress(OSError):
-            remove_file(self._temporary)
-
-    def _check_open(self) -> None:
-        if self._file.closed:
-            raise StorageError(f"{self._path}: this upload was committed or aborted before")
 
 
 def _hugging_face_blobs(real_root: str) -> list[str]:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 
 from workers.errors import BadInputError
+from workers.storage.parts import check_part, check_whole, receipt_of
 from workers.storage.retry import RetryPolicy, call_with_retries
 from workers.storage.s3_requests import (
     NOTHING,
@@ -34,6 +35,13 @@ from workers.storage.s3_requests import (
     client_of_environment,
     passing_trouble,
 )
+from workers.storage.s3_uploads import (
+    MemoryFile,
+    S3Upload,
+    check_least_size,
+    new_token,
+    proof_of,
+)
 from workers.storage.store import (
     Bytes,
     ObjectInfo,
@@ -41,13 +49,10 @@ from workers.storage.store import (
     PreconditionFailedError,
     StorageError,
     Store,
-    Upload,
     check_key,
     check_prefix,
 )
 
-PART_BYTES = 32 * 2**20
-MOST_PARTS = 10_000  # S3's limit
 READ_CHUNK_BYTES = 2**20
 
 _WRITTEN_BY = "darwin-written-by"
@@ -87,17 +92,25 @@ class S3Store(Store):
 
         return self._attempt("reading", key, read)
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, version: str | None = None
+    ) -> None:
         if not buffer.nbytes:
-            self.info(key)  # S3 knows no empty ranges; the object must exist all the same.
+            # S3 knows no empty ranges; the object must exist all the same.
+            self._check_unchanged(key, self.info(key).version, version)
             return
         wanted = f"bytes {start}-{start + buffer.nbytes - 1}"
+        condition = {} if version is None else {"IfMatch": version}
 
         def fill(view: memoryview) -> None:
             answer = self._client.get_object(
-                Bucket=self._bucket, Key=self._full(key), Range=wanted.replace(" ", "=")
+                Bucket=self._bucket,
+                Key=self._full(key),
+                Range=wanted.replace(" ", "="),
+                **condition,
             )
             with closing(answer["Body"]) as body:
+                self._check_unchanged(key, answer.get("ETag", ""), version)
                 given = answer.get("ContentRange", "the whole object")
                 if not given.startswith(f"{wanted}/"):
                     raise StorageError(
@@ -112,7 +125,18 @@ class S3Store(Store):
                         raise CutAnswerError(f"a body that is {len(view)} bytes short")
                     view = view[count:]
 
-        self._attempt(f"reading {wanted} of", key, partial(fill, buffer.cast("B")))
+        try:
+            self._attempt(f"reading {wanted} of", key, partial(fill, buffer.cast("B")))
+        except PreconditionFailedError:
+            self._check_unchanged(key, "another", version)
+            raise
+
+    def _check_unchanged(self, key: str, found: str, version: str | None) -> None:
+        if version is not None and version != found:
+            raise StorageError(
+                f"{self._uri_of(key)} was changed since it was opened: "
+                "begin again, and leave it alone meanwhile"
+            )
 
     def info(self, key: str) -> ObjectInfo:
         answer = self._head(key)
@@ -135,8 +159,78 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         self._call("deleting", key, self._client.delete_object, NOTHING)
 
-    def open_upload(self, key: str) -> Upload:
-        return _S3Upload(self, key)
+    def begin_parts(self, key: str, size: int) -> str:
+        token = new_token()
+        answer = self._call(
+            "starting an upload of",
+            key,
+            self._client.create_multipart_upload,
+            "UploadId",
+            Metadata={_WRITTEN_BY: token},
+        )
+        return str(S3Upload(size, token, answer["UploadId"]))
+
+    def write_part(self, key: str, upload_id: str, number: int, start: int, data: Bytes) -> str:
+        what = self._uri_of(key)
+        upload = S3Upload.parse(what, upload_id)
+        view = memoryview(data).cast("B")
+        check_part(what, number, start, len(view), upload.size)
+        check_least_size(what, number, start, len(view), upload.size)
+        answer = self._call(
+            f"uploading part {number} of",
+            key,
+            # A body of its own for each try.
+            lambda **arguments: self._client.upload_part(Body=MemoryFile(view), **arguments),
+            "ETag",
+            UploadId=upload.s3_id,
+            PartNumber=number,
+        )
+        return receipt_of(start, len(view), **proof_of(answer))
+
+    def finish_parts(self, key: str, upload_id: str, receipts: dict[int, str]) -> None:
+        what = self._uri_of(key)
+        upload = S3Upload.parse(what, upload_id)
+        if not upload.size and not receipts:  # S3 knows no object of no parts.
+            receipts = {1: self.write_part(key, upload_id, 1, 0, b"")}
+        parts = [
+            {"PartNumber": number, **proof_of(receipt)}
+            for number, receipt in check_whole(what, receipts, upload.size).items()
+        ]
+        try:
+            self._call(
+                "completing an upload of",
+                key,
+                self._client.complete_multipart_upload,
+                "ETag",
+                UploadId=upload.s3_id,
+                MultipartUpload={"Parts": parts},
+                IfNoneMatch="*",
+            )
+        except (PreconditionFailedError, UploadGoneError) as error:
+            if self._version_written_by(upload.token, key) is not None:
+                return
+            if isinstance(error, UploadGoneError):
+                raise
+            self.abandon_parts(key, upload_id)
+            raise PreconditionFailedError(f"{what} exists already") from error
+
+    def abandon_parts(self, key: str, upload_id: str) -> None:
+        with suppress(Exception):
+            self._discard(self._full(key), S3Upload.parse(self._uri_of(key), upload_id).s3_id)
+
+    def parts_exist(self, key: str, upload_id: str) -> bool:
+        try:
+            self._call(
+                "looking up an upload of",
+                key,
+                self._client.list_parts,
+                "UploadId",
+                UploadId=S3Upload.parse(self._uri_of(key), upload_id).s3_id,
+                MaxParts=1,
+            )
+        except UploadGoneError:
+            return False
+        return True
 
     def discard_unfinished(self, prefix: str) -> int:
         list_page = partial(
@@ -264,100 +358,3 @@ class S3Store(Store):
         except ObjectNotFoundError:
             return None
         return str(answer["ETag"]) if answer["Metadata"].get(_WRITTEN_BY) == token else None
-
-
-class _S3Upload(Upload):
-    """A multipart upload, also of small objects: only an upload that the server knows of can be
-    discarded by another owner."""
-
-    def __init__(self, store: S3Store, key: str) -> None:
-        self._store = store
-        self._key = key
-        self._token = secrets.token_hex(16)
-        self._part = bytearray()
-        self._sent: list[dict[str, Any]] = []
-        answer = store._call(
-            "starting an upload of",
-            key,
-            store._client.create_multipart_upload,
-            "UploadId",
-            Metadata={_WRITTEN_BY: self._token},
-        )
-        self._id: str | None = answer["UploadId"]
-
-    def write(self, data: Bytes) -> None:
-        self._check_open()
-        view = memoryview(data).cast("B")
-        while view:
-            room = PART_BYTES - len(self._part)
-            self._part += view[:room]
-            view = view[room:]
-            if len(self._part) == PART_BYTES:
-                self._send_part()
-
-    def commit(self) -> None:
-        self._check_open()
-        try:
-            if self._part or not self._sent:  # An empty object is one empty part.
-                self._send_part()
-            self._complete()
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        if self._id is None:
-            return
-        with suppress(Exception):
-            self._request(
-                "aborting an upload of", self._store._client.abort_multipart_upload, NOTHING
-            )
-        self._id = None
-
-    def _complete(self) -> None:
-        try:
-            self._request(
-                "completing an upload of",
-                self._store._client.complete_multipart_upload,
-                "ETag",
-                MultipartUpload={"Parts": self._sent},
-                IfNoneMatch="*",
-            )
-        except (PreconditionFailedError, UploadGoneError) as error:
-            if self._store._version_written_by(self._token, self._key) is None:
-                if isinstance(error, UploadGoneError):
-                    raise
-                raise PreconditionFailedError(
-                    f"{self._store._uri_of(self._key)} exists already"
-                ) from error
-        self._id = None
-
-    def _send_part(self) -> None:
-        number = len(self._sent) + 1
-        if number > MOST_PARTS:
-            raise StorageError(
-                f"{self._store._uri_of(self._key)}: an object of more than {MOST_PARTS} parts of "
-                f"{PART_BYTES} bytes cannot be uploaded: write smaller shards"
-            )
-        answer = self._request(
-            f"uploading part {number} of",
-            self._store._client.upload_part,
-            "ETag",
-            PartNumber=number,
-            Body=self._part,
-        )
-        checksums = {name: value for name, value in answer.items() if name.startswith("Checksum")}
-        self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **checksums})
-        self._part.clear()
-
-    def _request(
-        self, what: str, operation: Callable[..., Any], promised: str, **arguments: Any
-    ) -> Any:
-        return self._store._call(
-            what, self._key, operation, promised, UploadId=self._id, **arguments
-        )
-
-    def _check_open(self) -> None:
-        if self._id is None:
-            raise StorageError(
-                f"{self._store._uri_of(self._key)}: this upload was committed or aborted before"
-            )

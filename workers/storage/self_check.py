@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable
 
 from workers.errors import BadInputError
-from workers.storage.store import PreconditionFailedError, Store
+from workers.storage.store import PreconditionFailedError, StorageError, Store
 
 
 def check_store(store: Store) -> None:
@@ -34,8 +34,12 @@ def check_store(store: Store) -> None:
 
 
 def _upload(store: Store, key: str, data: bytes) -> None:
-    with store.open_upload(key) as upload:
-        upload.write(data)
+    upload_id = store.begin_parts(key, len(data))
+    try:
+        store.finish_parts(key, upload_id, {1: store.write_part(key, upload_id, 1, 0, data)})
+    except StorageError:
+        store.abandon_parts(key, upload_id)
+        raise
 
 
 def _replace(store: Store, key: str, data: bytes, version: str) -> None:

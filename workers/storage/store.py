@@ -5,7 +5,7 @@ between their parts; a key that could leave the location is refused (`check_key`
 
 Three promises make the rest of Darwin safe, and `workers.storage.conformance` tests them:
 
-* an object appears whole or not at all: a reader never sees half a write;
+* an object appears whole or not at all: a reader never sees half a write, nor parts of an object;
 * `create` and `replace` are atomic between any number of writers on any number of machines;
 * a read returns exactly the bytes asked for, or raises.
 """
@@ -16,12 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from workers.errors import BadInputError
 
 Bytes = bytes | bytearray | memoryview
+
+LEAST_PART_BYTES = 5 * 2**20
+"""Each part of an object but its last has at least so many bytes: S3's limit."""
+MOST_PARTS = 10_000
+"""An object has at most so many parts: S3's limit."""
 
 
 class StorageError(OSError):
@@ -49,43 +52,6 @@ class ObjectInfo:
     version: str
 
 
-class Upload(ABC):
-    """One object being written in order; it becomes visible, whole, at `commit`.
-
-    As a context manager it commits when the block ends well and aborts when it raises.
-    """
-
-    @abstractmethod
-    def write(self, data: Bytes) -> None:
-        """Append `data`; the buffer may be reused as soon as this returns."""
-
-    @abstractmethod
-    def commit(self) -> None:
-        """Publish the object. Whatever it raises, the upload is over and nothing of it remains.
-
-        Raises `PreconditionFailedError` if the key exists already, and `StorageError` if the upload
-        was discarded by another owner (`Store.discard_unfinished`).
-        """
-
-    @abstractmethod
-    def abort(self) -> None:
-        """Drop what was written. Never raises."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.commit()
-        else:
-            self.abort()
-
-
 class Store(ABC):
     """Objects under one location. Instances are safe to share between threads."""
 
@@ -102,8 +68,13 @@ class Store(ABC):
         """The whole object and the version that these very bytes have."""
 
     @abstractmethod
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start` on; fewer bytes than that is an error."""
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, version: str | None = None
+    ) -> None:
+        """Fill `buffer` with the bytes from `start` on; fewer bytes than that is an error.
+
+        With a `version`, bytes of any other version are an error (`StorageError`) too.
+        """
 
     @abstractmethod
     def info(self, key: str) -> ObjectInfo:
@@ -138,8 +109,41 @@ class Store(ABC):
         """Remove the object; one that is not there is no error."""
 
     @abstractmethod
-    def open_upload(self, key: str) -> Upload:
-        """Start writing one object in order; `commit` fails if the key exists by then."""
+    def begin_parts(self, key: str, size: int) -> str:
+        """Start an object of exactly `size` bytes that is written in parts; the upload's id.
+
+        Any process on any machine that opens this store can go on with the id. Nothing is visible
+        under the key before `finish_parts`. Raises `StorageError` if there is no room.
+        """
+
+    @abstractmethod
+    def write_part(self, key: str, upload_id: str, number: int, start: int, data: Bytes) -> str:
+        """Write part `number`, whose first byte is the object's byte `start`; its receipt.
+
+        Parts are numbered from 1 to `MOST_PARTS` in the order of their bytes, without overlap; each
+        but the last has at least `LEAST_PART_BYTES` (the folder takes smaller ones). They may be
+        written in any order, at once and by any number of writers, and again, which makes earlier
+        receipts of the part void. What has a receipt survives the loss of the writer's machine.
+        Raises `StorageError`, also if the upload was finished or discarded by another owner.
+        """
+
+    @abstractmethod
+    def finish_parts(self, key: str, upload_id: str, receipts: dict[int, str]) -> None:
+        """Publish the object, given the receipt of each part by its number.
+
+        Raises `PreconditionFailedError` if the key exists already: nothing of the upload remains
+        then. Raises `StorageError` if parts are missing, and the upload goes on; or if the upload
+        was discarded by another owner. Finishing once more what is finished is no error where the
+        store can tell that the object is this upload's (S3), else `PreconditionFailedError`.
+        """
+
+    @abstractmethod
+    def abandon_parts(self, key: str, upload_id: str) -> None:
+        """Drop the upload and its parts. Never raises."""
+
+    @abstractmethod
+    def parts_exist(self, key: str, upload_id: str) -> bool:
+        """Whether the upload was neither finished nor dropped: its parts can be gone on with."""
 
     @abstractmethod
     def discard_unfinished(self, prefix: str) -> int:
