@@ -400,6 +400,12 @@ def test_tensors_that_are_refused(
     refuse(base, factors(Q, (24, 20)) | tensors, tmp_path / "lora", message)
 
 
+def test_codes_without_scales_are_no_weight(tmp_path: Path) -> None:
+    weight = {f"{Q}.weight": random((24, 20), 0).to(torch.float8_e4m3fn)}
+    base = write_checkpoint(tmp_path / "base", weight)
+    refuse(base, factors(Q, (24, 20)), tmp_path / "lora", "q_proj.weight.*F8_E4M3.*dequantize")
+
+
 def test_a_trained_bias_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", **{f"{Q}.weight": (24, 20), f"{Q}.bias": (24,)})
     tensors = factors(Q, (24, 20)) | {f"{PREFIX}{Q}.base_layer.bias": torch.ones(24)}

@@ -298,6 +298,23 @@ def test_a_copy_of_an_fp8_mother_is_her_values_rounded(family: dict[str, Path]) 
         assert torch.equal(child[name], value.to(torch.bfloat16).view(-1))
 
 
+def test_the_child_of_an_fp8_father_is_stored_in_bf16(family: dict[str, Path]) -> None:
+    """It has the father's weights but not his scales; what is carried over is rounded."""
+    merger = open_merger({"b": family["fp8"] / "b", "a": family["fp8"] / "a"})
+    child = run(merger, rule("passthrough", source="b"))
+    values = read_all(family["plain"] / "b")
+    assert child.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(child[name], value.to(torch.bfloat16).view(-1))
+    layout = merger.plan.layout
+    assert set(layout.tensors) == {UP, Q, NORM}
+    assert "quantization_config" not in layout.config
+    ways = [rule("linear", weight={"b": 0.3, "a": 0.7})]
+    plain = open_merger({"b": family["plain"] / "b", "a": family["plain"] / "a"})
+    one, two = run(merger, *ways), run(plain, *ways)
+    assert all(torch.equal(one[name], two[name].to(torch.bfloat16)) for name in one)
+
+
 # What is refused
 
 
@@ -388,11 +405,6 @@ def test_the_block_size_may_stand_in_the_text_configuration(tmp_path: Path) -> N
     folder = write_checkpoint(tmp_path / "m", tensors, config=config)
     assert json.loads((folder / "config.json").read_text()) == config
     assert ArchitectureMap(open_checkpoint(str(folder))).quantization == "fp8, blocks of 2 x 2"
-
-
-def test_an_fp8_father_is_refused_for_now(family: dict[str, Path]) -> None:
-    with pytest.raises(BadInputError, match="stores FP8"):
-        open_merger({"b": family["fp8"] / "b", "a": family["fp8"] / "a"})
 
 
 def test_inspect_shows_the_quantization(family: dict[str, Path]) -> None:

@@ -163,6 +163,11 @@ def apply_adapter(
         if update is not None:
             outer = (update.b.shape[0], update.a.shape[1])
             _check_shape(file, update.a, outer[::-1] if transposed else outer, tensor)
+            if replacement is None and tensor.scales is None and tensor.dtype not in FLOAT_DTYPES:
+                raise BadInputError(
+                    f"{file}: tensor {update.a.name!r} is for {tensor.stored!r} of the base, which is "
+                    f"{tensor.dtype} without block scales: dequantize the base first"
+                )
         if replacement is not None:
             key_entry = adapter.weights.tensors[replacement.stored]
             _check_shape(file, key_entry, replacement.shape, tensor)

@@ -215,11 +215,11 @@ class Plan:
         own = self.source(inputs[0], tensor)
         if not (way.method.copies and own is not None and own.values_dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
-            _require_mergeable(tensor, self.layout.location, way.method.name)
             for name in inputs:
                 found = self.source(name, tensor)
                 assert found is not None
-                _require_mergeable(found, self._where(name), way.method.name)
+                _require_mergeable(found.values_dtype, found, self._where(name), way.method.name)
+            _require_mergeable(tensor.dtype, tensor, self.layout.location, way.method.name)
         self._checked.add(key)
 
     def _where(self, name: str) -> str:
@@ -326,8 +326,8 @@ def _tied_head(father: ArchitectureMap) -> str | None:
     return HEAD if (head.shape, head.dtype) == (embedding.shape, embedding.dtype) else None
 
 
-def _require_mergeable(tensor: LogicalTensor, where: str, method: str) -> None:
-    if tensor.values_dtype not in MERGEABLE_DTYPES:
+def _require_mergeable(dtype: str, tensor: LogicalTensor, where: str, method: str) -> None:
+    if dtype not in MERGEABLE_DTYPES:
         raise BadInputError(
             f"{where}: tensor {tensor.stored!r} is {tensor.dtype}; {method} needs one of "
             f"{', '.join(MERGEABLE_DTYPES)}: dequantize the checkpoint, or let `passthrough` copy it "
