@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from orchestrator.lineage import LINEAGE_FILE
 from workers.actors import MergeWorker
 from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
 from workers.merging.plan import Plan, form_of
-from workers.storage import ObjectNotFoundError, Store
+from workers.storage import ObjectNotFoundError, StorageError, Store
 
 PROGRESS = "merge-in-progress"
 MANIFEST = f"{PROGRESS}/manifest.json"
@@ -117,6 +118,9 @@ class ChildWriter:
         The folder is no checkpoint yet: `publish` makes it one. Raises `BadInputError` if a tensor of
         the child holds a NaN or an infinity, and is not the father's own.
         """
+        earlier = self._written_before(calls)
+        if earlier is not None:
+            return earlier
         self._open()
         sizes = {part.key: part.stop - part.start for part in self.parts}
         notify(sum(sizes[key] for key in self._written))
@@ -145,9 +149,28 @@ class ChildWriter:
     def publish(self, files: dict[str, bytes]) -> None:
         """Make the written files a checkpoint, with `files` (card, lineage) beside them."""
         publish_companions(self.father, self.plan.layout, self.target, files)
-        records = [info.key for info in self.target.list_objects(f"{PROGRESS}/")]
-        for key in sorted(records, key=lambda key: key == MANIFEST):  # the manifest last
-            self.target.delete(key)
+        self.target.delete_folder(PROGRESS)
+
+    def _written_before(self, calls: Calls) -> ChildReport | None:
+        """The report of this very child if it is there already, whole: a campaign may choose it twice."""
+        try:
+            lineage = json.loads(self.target.read(LINEAGE_FILE))
+            self.target.info("config.json")
+        except ObjectNotFoundError:
+            return None
+        if lineage["recipe_id"] != self.recipe.id:
+            raise BadInputError(
+                f"{self.target.uri}: holds the child of another recipe; choose another place"
+            )
+        files = lineage["files"]
+        given = [(self.target.uri, name) for name in files]
+        for number, digest in calls.each("hash_file", given):
+            name = given[number][1]
+            if digest != files[name]:
+                raise StorageError(
+                    f"{self.target.uri}/{name}: is not what was written; remove the folder"
+                )
+        return ChildReport(files, lineage["tensors"])
 
     # -- progress ----------------------------------------------------------------------------
 
@@ -180,14 +203,22 @@ class ChildWriter:
         """Whether a file is published, or its upload can be gone on with."""
         if file in self._files or self.target.parts_exist(file, self._uploads[file]):
             return True
+        return self._size(file) is not None
+
+    def _size(self, file: str) -> int | None:
         try:
-            self.target.info(file)
+            return self.target.info(file).size
         except ObjectNotFoundError:
-            return False
-        return True
+            return None
 
     def _begin(self, files: list[str]) -> None:
         sizes = {file.name: file.size for file in self.plan.layout.weight_files}
+        for name in files:
+            if self._size(name) is not None:
+                raise StorageError(
+                    f"{self.target.uri}/{name}: a file that this merge has not written is in the way; "
+                    "remove the folder or choose another"
+                )
         self._uploads |= {name: self.target.begin_parts(name, sizes[name]) for name in files}
         manifest = {"format": FORMAT, "recipe": self.recipe.id, "uploads": self._uploads}
         self.target.write(MANIFEST, json.dumps(manifest).encode())

@@ -144,19 +144,22 @@ def write_weights(
 ) -> ChildReport:
     """Write the weight files of a child, by threads of this process."""
     writer = ChildWriter.create(recipe, merger.parents, merger.base, store)
-    return writer.write(local_calls(merger, threads))
+    return writer.write(local_calls(merger, store, threads))
 
 
-def local_calls(merger: Merger, threads: int = 1) -> LocalCalls:
+def local_calls(merger: Merger, store: FolderStore, threads: int = 1) -> LocalCalls:
+    """Threads of this process that write into this very `store`."""
     worker = MergeWorker(MergeSpec({}, None, {}))
     worker.parents, worker.base = merger.parents, merger.base
+    worker.store = lambda location: store
     return LocalCalls(worker, threads)
 
 
 def write_child(merger: Merger, recipe: Recipe, target: Path, threads: int = 1) -> Path:
     """Merge and publish, as a campaign does."""
-    writer = ChildWriter.create(recipe, merger.parents, merger.base, FolderStore(target))
-    writer.write(local_calls(merger, threads))
+    store = FolderStore(target)
+    writer = ChildWriter.create(recipe, merger.parents, merger.base, store)
+    writer.write(local_calls(merger, store, threads))
     writer.publish({})
     return target
 
@@ -235,3 +238,9 @@ def merge(
     """The tensors of the child, read by the safetensors library."""
     merger = open_merger(parents, base)
     return read_tensors(write_child(merger, recipe_for(merger, *rules, seed=seed), target))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Name -> content of every file, but for the model card and the store's own lock."""
+    skipped = {"README.md", ".darwin-lock"}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in skipped}

@@ -20,7 +20,7 @@ from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
 from workers.merging.plan import BASE
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
     from workers.merging.child import PartReport
@@ -70,7 +70,7 @@ class MergeWorker:
         self.base: Checkpoint | None = None
         self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
         self._starting = threading.Lock()
-        self._store = lru_cache(maxsize=4)(open_store)
+        self.store: Callable[[str], Store] = lru_cache(maxsize=4)(open_store)
 
     def describe(self) -> dict[str, Any]:
         """Open the parents where they lie. Raises `BadInputError` if they cannot be merged."""
@@ -102,13 +102,19 @@ class MergeWorker:
 
         run, parts = self._start(Recipe.from_dict(recipe))
         wanted = [parts[key[0], key[1]] for key in keys]
-        return write_parts(run, wanted, self._store(target), uploads, self.spec.threads)
+        return write_parts(run, wanted, self.store(target), uploads, self.spec.threads)
 
     def publish_file(self, target: str, *arguments: Any) -> str:
         """See `workers.merging.child.publish_file`."""
         from workers.merging.child import publish_file
 
-        return publish_file(self._store(target), *arguments)
+        return publish_file(self.store(target), *arguments)
+
+    def hash_file(self, target: str, file: str) -> str:
+        """The SHA-256 of a file of `target`."""
+        from workers.merging.child import hash_file
+
+        return hash_file(self.store(target), file)
 
     def _start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
         from workers.merging.executor import Merger

@@ -159,6 +159,18 @@ def publish_file(
     return digest.hexdigest()
 
 
+def hash_file(target: Store, file: str) -> str:
+    """The SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    size = target.info(file).size
+    buffer = memoryview(bytearray(READ_BYTES))
+    for first in range(0, size, READ_BYTES):
+        piece = buffer[: min(READ_BYTES, size - first)]
+        target.read_into(file, first, piece)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def _size(target: Store, file: str) -> int | None:
     try:
         return target.info(file).size

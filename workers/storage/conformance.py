@@ -180,6 +180,14 @@ class StoreConformance(PartsConformance):
         assert keys_of(store) == []
         store.create("folder/object", b"again")
 
+    def test_a_folder_is_deleted_with_all_that_is_in_it(self, store: Store) -> None:
+        for key in ("folder/one", "folder/below/two", "folder2/three", "four"):
+            store.write(key, b"bytes")
+        store.delete_folder("folder")
+        store.delete_folder("folder")
+        store.delete_folder("never")
+        assert keys_of(store) == ["folder2/three", "four"]
+
     def test_of_many_that_create_one_wins(self, store: Store) -> None:
         for key in ("races/1", "races/2"):
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -112,6 +113,12 @@ class FolderStore(Store):
             with read_errors(path), locked_folder(os.path.dirname(path)):
                 os.unlink(path)
                 sync_folder(os.path.dirname(path))
+
+    def delete_folder(self, folder: str) -> None:
+        path = self._path(folder)
+        with write_errors(path), suppress(FileNotFoundError):
+            shutil.rmtree(path)
+            sync_folder(os.path.dirname(path))
 
     def begin_parts(self, key: str, size: int) -> str:
         path = self._path(key)

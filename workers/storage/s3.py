@@ -159,6 +159,10 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         self._call("deleting", key, self._client.delete_object, NOTHING)
 
+    def delete_folder(self, folder: str) -> None:
+        for info in list(self._list_unordered(f"{check_key(folder)}/")):
+            self.delete(info.key)
+
     def begin_parts(self, key: str, size: int) -> str:
         token = new_token()
         answer = self._call(

@@ -109,6 +109,10 @@ class Store(ABC):
         """Remove the object; one that is not there is no error."""
 
     @abstractmethod
+    def delete_folder(self, folder: str) -> None:
+        """Remove every object under `folder`, and where folders exist, the folder itself."""
+
+    @abstractmethod
     def begin_parts(self, key: str, size: int) -> str:
         """Start an object of exactly `size` bytes that is written in parts; the upload's id.
 
