@@ -158,7 +158,7 @@ class ChildWriter:
             self.target.info("config.json")
         except ObjectNotFoundError:
             return None
-        if lineage["recipe_id"] != self.recipe.id:
+        if lineage.get("recipe_id") != self.recipe.id:
             raise BadInputError(
                 f"{self.target.uri}: holds the child of another recipe; choose another place"
             )

@@ -160,8 +160,9 @@ def publish(store: WatchedStore, sharded: list[Path]) -> None:
     merger = open_merger({"a": father, "b": mother})
     recipe = recipe_for(merger, rule("linear", weight={"a": 0.25, "b": 0.75}))
     writer = ChildWriter.create(recipe, merger.parents, None, store)
-    writer.write(local_calls(merger, store, 1))
-    writer.publish({"lineage.json": b"{}"})
+    report = writer.write(local_calls(merger, store, 1))
+    lineage = {"recipe_id": recipe.id, **report.to_dict()}
+    writer.publish({"lineage.json": json.dumps(lineage).encode()})
 
 
 def test_a_reader_never_sees_half_a_child(
