@@ -142,8 +142,6 @@ def open_unfinished(temporary: str, path: str, lock: int) -> Iterator[int]:
         raise _gone(path) from error
     try:
         _wait_for_lock(file, lock, temporary)
-        if not os.path.exists(temporary):
-            raise _gone(path)
         yield file
     finally:
         os.close(file)

@@ -133,7 +133,7 @@ class FolderStore(Store):
         view = memoryview(data).cast("B")
         with write_errors(path), open_unfinished(temporary, path, fcntl.LOCK_SH) as file:
             check_part(path, number, start, len(view), os.fstat(file).st_size)
-            if os.path.exists(path):  # Perhaps this very file, its publisher killed at the end.
+            if os.path.exists(path):  # Perhaps as this very file, and that must not change now.
                 raise PreconditionFailedError(f"{path} exists already")
             write_durably(file, start, view)
         return receipt_of(start, len(view))
