@@ -25,6 +25,7 @@ from tests.checkpoint_files import (
     merge,
     open_merger,
     read_tensors,
+    recipe_for,
     rule,
     run,
     to_float64,
@@ -39,6 +40,7 @@ from workers.checkpoints import (
     open_checkpoint,
 )
 from workers.errors import BadInputError
+from workers.evaluation.transformers_engine import TransformersEngine
 from workers.merging.sources import TORCH_DTYPES, Source
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -320,6 +322,18 @@ def test_an_adapted_father_gives_the_layout_of_its_base(tmp_path: Path) -> None:
     assert not torch.equal(child[f"{Q}.weight"], weights[f"{Q}.weight"])
     names = {file.name for file in (tmp_path / "child").iterdir()}
     assert names == {"config.json", "model.safetensors"}
+
+
+def test_an_adapted_father_lives_in_an_engine(tmp_path: Path) -> None:
+    """The engine loads his base; a recipe that takes everything from him gives the adapted model."""
+    base = write_model(tmp_path / "base", "llama", seed=1)
+    shape = tuple(read_tensors(base)[f"{Q}.weight"].shape)
+    adapter = write_adapter(tmp_path / "lora", factors(Q, shape))
+    parents = {"a": open_checkpoint(f"{base}+{adapter}"), "b": open_checkpoint(str(base))}
+    engine = TransformersEngine(parents, None, dtype="float32")
+    engine.realize(recipe_for(engine.merger, rule("passthrough", source="a")))
+    wanted = adapted_values(base, adapter)["layers.0.self_attn.q_proj.weight"].to(torch.bfloat16)
+    assert torch.equal(engine.model.state_dict()[f"{Q}.weight"], wanted.float())
 
 
 # What is refused

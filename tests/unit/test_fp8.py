@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,13 +24,17 @@ from tests.checkpoint_files import (
     open_merger,
     open_remote,
     read_tensors,
+    recipe_for,
     rule,
     run,
     write_checkpoint,
 )
+from tests.families import write_model
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
+from workers.evaluation.transformers_engine import TransformersEngine
+from workers.merging import Selector
 from workers.merging.computed import decode_fp8
 from workers.merging.plan import Plan
 from workers.merging.sources import Source
@@ -313,6 +319,44 @@ def test_the_child_of_an_fp8_father_is_stored_in_bf16(family: dict[str, Path]) -
     plain = open_merger({"b": family["plain"] / "b", "a": family["plain"] / "a"})
     one, two = run(merger, *ways), run(plain, *ways)
     assert all(torch.equal(one[name], two[name].to(torch.bfloat16)) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_child_of_an_fp8_father_lives_in_an_engine(kind: str, tmp_path: Path) -> None:
+    """Its weights are those of the same child of a father that is written out in BF16."""
+    families = {}
+    for name, seed in (("plain", 1), ("mother", 2)):
+        families[name] = write_model(tmp_path / name, kind, seed)
+    weights = read_tensors(families["plain"])
+    maps = {key: value for key, value in weights.items() if "_proj" in key}
+    pack = weights | quantize(maps, (16, 16))
+    config = json.loads((families["plain"] / "config.json").read_text())
+    families["fp8"] = tmp_path / "fp8"
+    shutil.copytree(families["plain"], families["fp8"])
+    (families["fp8"] / "config.json").write_text(
+        json.dumps(fp8_config((16, 16), activation_scheme="dynamic") | config)
+    )
+    safetensors.torch.save_file(pack, families["fp8"] / "model.safetensors", {"format": "pt"})
+    engine = open_engine(families["fp8"], families["mother"])
+    values = {f"model.{n}": v.to(torch.bfloat16) for n, v in read_all(families["fp8"]).items()}
+    for name, weight in weights.items():
+        weight.copy_(values.get(name, weight))
+    safetensors.torch.save_file(weights, families["plain"] / "model.safetensors", {"format": "pt"})
+    exact = open_engine(families["plain"], families["mother"])
+    live = exact.model.state_dict()
+    assert engine.model.state_dict().keys() == live.keys()
+    for name, weight in engine.model.state_dict().items():
+        assert weight.dtype == live[name].dtype
+        assert torch.equal(weight, live[name]), name
+
+
+def open_engine(father: Path, mother: Path) -> TransformersEngine:
+    """An engine in which the father's layers have been copied, and the mother's embedding."""
+    parents = {"a": open_checkpoint(str(father)), "b": open_checkpoint(str(mother))}
+    engine = TransformersEngine(parents, None)
+    table = rule("passthrough", Selector(components=("embedding",)), source="b")
+    engine.realize(recipe_for(engine.merger, table))
+    return engine
 
 
 # What is refused

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from workers.checkpoints import Checkpoint, localize
+from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
@@ -75,6 +75,7 @@ class TransformersEngine:
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 self.father.folder,
+                config=self._child_config(transformers),
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 local_files_only=True,
                 output_loading_info=True,
@@ -99,6 +100,19 @@ class TransformersEngine:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return model.to(self.device).eval().requires_grad_(False)
+
+    def _child_config(self, transformers: Any) -> Any:
+        """The configuration of a child where the father's is another, as his weights are FP8 codes.
+
+        These are loaded as if they were values; the first recipe overwrites them, as every weight.
+        """
+        if not ArchitectureMap(self.father).scales:
+            return None
+        config = transformers.AutoConfig.from_pretrained(self.father.folder, local_files_only=True)
+        for holder in (config, config.get_text_config()):
+            if hasattr(holder, "quantization_config"):
+                del holder.quantization_config
+        return config
 
     def _live_views(self) -> dict[str, torch.Tensor]:
         """Flat views of the live weights by logical name, for every tensor of the father in the model.
