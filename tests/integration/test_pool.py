@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_pool(folder: Path, count: int = 2, **plan: Any) -> Pool:
-    spec = WorkerSpec({"a": "x", "b": "y"}, None, {}, (), 1, {"folder": str(folder), **plan})
+    spec = WorkerSpec({"a": "x", "b": "y"}, None, {}, engine={"folder": str(folder), **plan})
     return Pool(spec, WorkersConfig(count=count), None, lambda description: None)
 
 
@@ -101,11 +101,23 @@ def test_the_first_worker_says_what_is_wrong_with_the_input(tmp_path: Path) -> N
         list(pool.run(jobs(1)))
 
 
-def test_a_long_call_is_made_again_elsewhere(tmp_path: Path) -> None:
-    begun: list[int] = []
-    with make_pool(tmp_path, count=1) as pool:
-        assert pool.call("long_call", 41, before=lambda: begun.append(1)) == 42
-    assert len(begun) == 2
+def test_calls_are_made_by_all_and_again_elsewhere(tmp_path: Path) -> None:
+    """The first one kills its worker."""
+    with make_pool(tmp_path, count=2) as pool:
+        results = dict(pool.each("long_call", [(value,) for value in range(7)]))
+    assert results == {number: number + 1 for number in range(7)}
+    assert len(list(tmp_path.glob("call-*"))) == 8
+    assert len(list(tmp_path.glob("start-*"))) == 3
+
+
+def test_a_call_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
+    with make_pool(tmp_path, count=2) as pool, pytest.raises(PoolError, match="failed 3 times"):
+        list(pool.each("fatal_call", [()]))
+
+
+def test_what_a_call_refuses_is_told_as_it_is(tmp_path: Path) -> None:
+    with make_pool(tmp_path) as pool, pytest.raises(BadInputError, match="no such tensor"):
+        list(pool.each("refused_call", [()]))
 
 
 def test_another_cluster_on_this_machine_is_left_alone(

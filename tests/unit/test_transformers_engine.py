@@ -11,14 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint_files import write_child
 from tests.families import write_family
-from workers.checkpoints import open_checkpoint, publish_companions
+from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation.transformers_engine import TransformersEngine
 from workers.merging import Recipe, Rule, Selector
-from workers.merging.child import write_weights
 from workers.merging.executor import Merger
-from workers.storage import open_store
 
 KINDS = ["qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"]
 PROMPT = "what is this?"
@@ -58,9 +57,7 @@ def test_realized_equals_written(
     recipe = dare_ties_recipe(engine.merger)
     engine.realize(recipe)
 
-    target = open_store(str(tmp_path / "child"))
-    write_weights(Merger(parents, base), recipe, target, threads=2)
-    publish_companions(first, target, {})
+    write_child(Merger(parents, base), recipe, tmp_path / "child", threads=2)
     written = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "child", dtype="auto" if dtype == "auto" else torch.float32
     ).eval()
@@ -171,9 +168,7 @@ def test_a_head_stored_beside_its_embedding_gets_the_same_values(
     rule = Rule(Selector(), "dare_ties", {"weight": 0.9, "density": 0.5})
     recipe = Recipe(engine.merger.references, (rule,), engine.merger.base_reference)
     engine.realize(recipe)
-    target = open_store(str(tmp_path / "child"))
-    write_weights(Merger(parents, base), recipe, target, threads=1)
-    publish_companions(first, target, {})
+    write_child(Merger(parents, base), recipe, tmp_path / "child")
     child = load_file(tmp_path / "child" / "model.safetensors")
     assert torch.equal(child["lm_head.weight"], child["model.embed_tokens.weight"])
     assert not torch.equal(
