@@ -14,6 +14,7 @@ from workers.checkpoints import (
     absolute_checkpoint_location,
     open_checkpoint,
 )
+from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.errors import BadInputError
 from workers.evaluation.task import Task, check_disjoint, load_task
 from workers.merging import ParentReference
@@ -111,13 +112,13 @@ def absolute_places(config: CampaignConfig) -> tuple[dict[str, str], str | None]
     return parents, absolute_checkpoint_location(config.base) if config.base else None
 
 
-def check_parents(parents: dict[str, Checkpoint]) -> None:
-    """Raise `BadInputError` unless all have the first one's tokens and the same reading of weights.
+def check_parents(parents: dict[str, Checkpoint], vocabulary: str | None = None) -> None:
+    """Raise `BadInputError` unless all have the first one's reading of weights, and its tokens.
 
-    Shapes are compared where the parents are merged, tensor by tensor.
+    `vocabulary`: what a recipe chooses; if it does, the tokens may differ. Shapes are compared where the
+    parents are merged, tensor by tensor.
     """
     (first, father), *others = parents.items()
-    tokens = _tokens_by_id(father)
     for name, parent in others:
         for key in MEANING_KEYS:
             own, other = _text_config(father).get(key), _text_config(parent).get(key)
@@ -131,11 +132,22 @@ def check_parents(parents: dict[str, Checkpoint]) -> None:
                 f"{name} ({parent.location}): has an lm_head of its own, which {first} ties to its "
                 "embedding: choose a father that stores one"
             )
+    if vocabulary is None:
+        _check_one_vocabulary(parents)
+
+
+def _check_one_vocabulary(parents: dict[str, Checkpoint]) -> None:
+    """Raise `BadInputError` unless all have the same token at every id that they share."""
+    (first, father), *others = parents.items()
+    tokens = _tokens_by_id(father)
+    for name, parent in others:
         for token_id, token in _tokens_by_id(parent).items():
             if tokens.get(token_id, token) != token:
                 raise BadInputError(
                     f"{name} ({parent.location}): token {token_id} is {token!r}, but "
-                    f"{tokens[token_id]!r} in {first}: parents must share one vocabulary"
+                    f"{tokens[token_id]!r} in {first}: rows of the embedding would be mixed with those "
+                    "of other tokens. For a merge, set `vocabulary: union` in the recipe (or base, or "
+                    "a parent's name); a campaign needs parents of one vocabulary"
                 )
 
 
@@ -152,20 +164,6 @@ def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _tokens_by_id(checkpoint: Checkpoint) -> dict[int, str]:
     """The vocabulary of tokenizer.json; empty if there is none."""
-    data = checkpoint.read_json("tokenizer.json")
-    if data is None:
+    if not has_tokens(checkpoint):
         return {}
-    tokens: dict[int, str] = {}
-    try:
-        vocabulary = (data.get("model") or {}).get("vocab")
-        if isinstance(vocabulary, dict):
-            tokens = {token_id: token for token, token_id in vocabulary.items()}
-        elif isinstance(vocabulary, list):
-            tokens = {token_id: entry[0] for token_id, entry in enumerate(vocabulary)}
-        for added in data.get("added_tokens") or []:
-            tokens[added["id"]] = added["content"]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise BadInputError(
-            f"{checkpoint.location}/tokenizer.json: not of the form that tokenizers write ({error!r})"
-        ) from error
-    return tokens
+    return {token.id: token.content for token in read_tokens(checkpoint).entries}

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, load_config
-from orchestrator.inputs import Inputs, absolute_places, open_inputs
+from orchestrator.inputs import Inputs, absolute_places, check_parents, open_inputs
 from tests.families import write_model
+from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
 
 
@@ -200,6 +201,23 @@ def test_another_vocabulary_is_refused_with_the_token(project: Project, name: st
     assert message.startswith(f"{name} ({project.model(name)}): token ")
     assert "'a'" in message
     assert "'b'" in message
+    assert "vocabulary: union" in message
+    assert "a campaign needs parents of one vocabulary" in message
+
+
+@pytest.mark.parametrize("choice", ["union", "base", "two"])
+def test_a_recipe_that_chooses_a_vocabulary_may_have_parents_of_different_ones(
+    project: Project, choice: str
+) -> None:
+    edit_vocabulary(project, "two", lambda data: data["added_tokens"][0].update(content="<other>"))
+    parents = {name: open_checkpoint(str(project.model(name))) for name in ("one", "two")}
+    with pytest.raises(BadInputError, match="<other>"):
+        check_parents(parents)
+    check_parents(parents, choice)
+    project.edit_json("two", "config.json", head_dim=8)
+    parents["two"] = open_checkpoint(str(project.model("two")))
+    with pytest.raises(BadInputError, match="head_dim 8"):
+        check_parents(parents, choice)
 
 
 def test_another_added_token_is_refused(project: Project) -> None:
