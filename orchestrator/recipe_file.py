@@ -66,9 +66,9 @@ def load_recipe_file(path: str) -> RecipeFile:
     data = read_recipe_data(path)
     opened = cache(open_checkpoint)
     if not is_mergekit(data):
-        return _load(path, data, opened)
+        return load_recipe_data(path, data, opened)
     translated = from_mergekit(path, data, opened)
-    loaded = _load(path, translated.data, opened)
+    loaded = load_recipe_data(path, translated.data, opened)
     # What mergekit merges is merged; the numbers of our rules would mean nothing to the user.
     problems = dict.fromkeys(problem.partition(": ")[2] for problem in _degenerate(loaded))
     return RecipeFile(
@@ -91,7 +91,10 @@ def read_recipe_data(path: str) -> dict[Any, Any]:
     return data
 
 
-def _load(path: str, data: dict[Any, Any], opened: Callable[[str], Checkpoint]) -> RecipeFile:
+def load_recipe_data(
+    path: str, data: dict[Any, Any], opened: Callable[[str], Checkpoint]
+) -> RecipeFile:
+    """A recipe file's data in our own spelling, checked, with its parents `opened`."""
     if not {"parents", "rules"} <= data.keys():
         raise BadInputError(f"{path}: a recipe needs the keys parents and rules")
     if data.keys() - KEYS:
