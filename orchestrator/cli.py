@@ -139,6 +139,27 @@ def verify(
 
 
 @app.command()
+def recipe(
+    file: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Ours or mergekit's.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="SPELLING", help="darwin or mergekit; left out, the other one."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print a recipe in the other spelling: ours, or mergekit's where it can express it."""
+    from orchestrator.recipe_spelling import respell
+
+    text = respell(file, to)
+    if as_json:
+        _print_json({"status": "done", "recipe": text})
+    else:
+        print(text, end="")  # as it is: a terminal's width must not break YAML
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Its folder or s3:// place.")

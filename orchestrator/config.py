@@ -60,6 +60,8 @@ class GenomeConfig:
     """Overrides of the space's bounds, by parameter name."""
     blocks: int | None = None
     """Layer blocks of each group that the space cuts into blocks; None is the space's own number."""
+    allow_degenerate: bool = False
+    """Whether the method may run though too few parents differ from the base for it to mean anything."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from workers.checkpoints import (
 from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.errors import BadInputError
 from workers.evaluation.task import Task, check_disjoint, load_task
-from workers.merging import ParentReference
+from workers.merging import METHODS, MergeMethod, ParentReference
 
 MEANING_KEYS = (
     "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
@@ -93,6 +93,12 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     parents = {parent.name: open_checkpoint(parent.path) for parent in config.parents}
     base = open_checkpoint(config.base) if config.base else None
     check_parents(parents | ({"base": base} if base else {}))
+    method = METHODS.get(
+        config.genome.method
+    )  # one that is unknown is the genome space's to refuse
+    problem = too_few_task_vectors(method, parents, base) if method else None
+    if problem is not None and not config.genome.allow_degenerate:
+        raise BadInputError(f"genome.method: {problem}, or set genome.allow_degenerate: true")
     tasks = []
     for task in config.tasks:
         file = find_shipped("task", task.name)
@@ -149,6 +155,31 @@ def _check_one_vocabulary(parents: dict[str, Checkpoint]) -> None:
                     "of other tokens. For a merge, set `vocabulary: union` in the recipe (or base, or "
                     "a parent's name); a campaign needs parents of one vocabulary"
                 )
+
+
+def too_few_task_vectors(
+    method: MergeMethod, parents: dict[str, Checkpoint], base: Checkpoint | None
+) -> str | None:
+    """What is wrong if so many parents equal the base that the method is not what its name says.
+
+    A parent with the base's fingerprint has no task vector: there is then nothing whose sign could be
+    elected, or whose singular vectors could interfere, and the method is a plain scaling of what is left.
+    """
+    if base is None or not method.least_task_vectors:
+        return None
+    equal = [name for name, p in parents.items() if p.fingerprint == base.fingerprint]
+    different = len(parents) - len(equal)
+    if different >= method.least_task_vectors:
+        return None
+    found = f"{', '.join(equal)} {'is' if len(equal) == 1 else 'are'} the base" if equal else (
+        "there are no other parents"
+    )  # fmt: skip
+    return (
+        f"method {method.name} needs {method.least_task_vectors} parents that differ from the base, "
+        f"but {different} of {len(parents)} does ({found}), so it has nothing to weigh against "
+        "each other: name the parents' common ancestor as `base`, choose a method that adds task "
+        "vectors up (task_arithmetic, dare_linear)"
+    )
 
 
 def _has_own_head(checkpoint: Checkpoint) -> bool:

@@ -1,26 +1,47 @@
-"""Recipe files: one merge as a person writes it down, without a search."""
+"""Recipe files: one merge as a person writes it down, without a search.
+
+A file is Darwin's own (`parents`, `rules`) or mergekit's (`merge_method`), which is translated first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config import read_yaml
-from orchestrator.inputs import check_parents
+from orchestrator.inputs import check_parents, too_few_task_vectors
+from orchestrator.mergekit_file import from_mergekit, is_mergekit
 from workers.checkpoints import COMPONENTS, Checkpoint, open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import (
     CARRIED,
     ParentReference,
+    PostStep,
     Recipe,
     Rule,
     Selector,
     get_method,
     parse_selector,
 )
+from workers.merging.parameters import parse_parameters
+from workers.merging.recipe import parse_form, parse_rule_parents, parse_slice
 
-KEYS = {"parents", "base", "rules", "seed"}
+KEYS = {
+    "parents", "base", "rules", "seed", "layers", "dtype", "shard_bytes", "vocabulary",
+    "allow_degenerate",
+}  # fmt: skip
+RULE_KEYS = {"where", "method", "parameters", "post", "parents"}
+RESERVED_NAMES = ("base", "union")
+"""Words that stand for something else where a parent can be named."""
+
+BYTES_OF_UNIT = {
+    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,10 @@ class RecipeFile:
     parents: dict[str, Checkpoint]
     base: Checkpoint | None
     recipe: Recipe
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Small files of the child that are not the father's."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know, though it is no mistake."""
 
 
 def load_recipe_file(path: str) -> RecipeFile:
@@ -38,11 +63,39 @@ def load_recipe_file(path: str) -> RecipeFile:
     A rule without `where` is for every tensor but those that are carried from the father (vision, mtp,
     unknown).
     """
+    data = read_recipe_data(path)
+    opened = cache(open_checkpoint)
+    if not is_mergekit(data):
+        return load_recipe_data(path, data, opened)
+    translated = from_mergekit(path, data, opened)
+    loaded = load_recipe_data(path, translated.data, opened)
+    # What mergekit merges is merged; the numbers of our rules would mean nothing to the user.
+    problems = dict.fromkeys(problem.partition(": ")[2] for problem in _degenerate(loaded))
+    return RecipeFile(
+        loaded.parents,
+        loaded.base,
+        loaded.recipe,
+        translated.files,
+        tuple(f"{path}: {problem}" for problem in (*translated.warnings, *problems)),
+    )
+
+
+def read_recipe_data(path: str) -> dict[Any, Any]:
+    """The keys of a recipe's YAML. Raises `BadInputError` naming the file."""
     file = Path(path)
     if not file.is_file():
         raise BadInputError(f"there is no file {path}")
     data = read_yaml(file)
-    if not isinstance(data, dict) or not {"parents", "rules"} <= data.keys():
+    if not isinstance(data, dict):
+        raise BadInputError(f"{path}: a recipe needs the keys parents and rules")
+    return data
+
+
+def load_recipe_data(
+    path: str, data: dict[Any, Any], opened: Callable[[str], Checkpoint]
+) -> RecipeFile:
+    """A recipe file's data in our own spelling, checked, with its parents `opened`."""
+    if not {"parents", "rules"} <= data.keys():
         raise BadInputError(f"{path}: a recipe needs the keys parents and rules")
     if data.keys() - KEYS:
         raise BadInputError(
@@ -60,18 +113,24 @@ def load_recipe_file(path: str) -> RecipeFile:
         raise BadInputError(
             f"{path}: rules must be a list; the first rule that matches a tensor counts"
         )
-    rules = tuple(_rule(path, number, rule) for number, rule in enumerate(data["rules"]))
+    names = list(places)
+    rules = tuple(_rule(path, number, rule, names) for number, rule in enumerate(data["rules"]))
     for number, rule in enumerate(rules):
-        try:
-            get_method(rule.method).resolve(rule.parameters, tuple(places), base_place is not None)
-        except BadInputError as error:
-            raise BadInputError(f"{path}: rules.{number}: {error}") from error
-    parents = {name: open_checkpoint(place) for name, place in places.items()}
-    base = open_checkpoint(base_place) if base_place is not None else None
+        _check_rule(f"{path}: rules.{number}", rule, tuple(names), base_place is not None)
+    layers, form = _form(path, data, names)
+    allowed = data.get("allow_degenerate", False)
+    if type(allowed) is not bool:
+        raise BadInputError(f"{path}: allow_degenerate: {allowed!r} is neither true nor false")
+    parents = {name: opened(place) for name, place in places.items()}
+    base = opened(base_place) if base_place is not None else None
     check_parents(parents | ({"base": base} if base else {}))
     references = tuple(ParentReference(name, p.fingerprint) for name, p in parents.items())
     base_reference = ParentReference("base", base.fingerprint) if base else None
-    return RecipeFile(parents, base, Recipe(references, rules, base_reference, seed))
+    recipe = Recipe(references, rules, base_reference, seed, layers, **form)
+    loaded = RecipeFile(parents, base, recipe)
+    for problem in [] if allowed else _degenerate(loaded):
+        raise BadInputError(f"{path}: {problem}, or set allow_degenerate: true")
+    return loaded
 
 
 def _parents(path: str, data: Any) -> dict[str, str]:
@@ -82,9 +141,10 @@ def _parents(path: str, data: Any) -> dict[str, str]:
         name, place = parent["name"], parent["path"]
         if not isinstance(name, str) or not isinstance(place, str):
             raise BadInputError(f"{path}: parents: {name!r} and {place!r} must be texts")
-        if name in places or name == "base":
+        if name in places or name in RESERVED_NAMES:
             raise BadInputError(
-                f"{path}: parents: the name {name!r} is used twice, or is that of the base"
+                f"{path}: parents: the name {name!r} is used twice, or is one of "
+                f"{', '.join(RESERVED_NAMES)}, which mean something else"
             )
         places[name] = place
     if not places:
@@ -92,14 +152,36 @@ def _parents(path: str, data: Any) -> dict[str, str]:
     return places
 
 
-def _rule(path: str, number: int, data: Any) -> Rule:
+def _rule(path: str, number: int, data: Any, names: list[str]) -> Rule:
     where = f"{path}: rules.{number}"
-    if not isinstance(data, dict) or not {"method"} <= data.keys() <= {
-        "where",
-        "method",
-        "parameters",
-    }:
-        raise BadInputError(f"{where}: a rule has a method, and may have where and parameters")
+    if not isinstance(data, dict) or not {"method"} <= data.keys() <= RULE_KEYS:
+        raise BadInputError(
+            f"{where}: a rule has a method, and may have where, parameters, post and parents"
+        )
+    try:
+        selector = (
+            parse_selector(data["where"])
+            if data.get("where")
+            else Selector(components=tuple(c for c in COMPONENTS if c not in CARRIED))
+        )
+    except BadInputError as error:
+        raise BadInputError(f"{where}: {error}") from error
+    method, parameters = _step(where, data)
+    post = None
+    if data.get("post") is not None:
+        step = data["post"]
+        if not isinstance(step, dict) or not {"method"} <= step.keys() <= {"method", "parameters"}:
+            raise BadInputError(f"{where}.post: has a method, and may have parameters")
+        post = PostStep(*_step(f"{where}.post", step))
+    try:
+        seen = parse_rule_parents(data.get("parents") or [], names)
+    except BadInputError as error:
+        raise BadInputError(f"{where}.{error}") from error
+    return Rule(selector, method, parameters, post, seen)
+
+
+def _step(where: str, data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method of a rule or a post-step, and its parameters."""
     if not isinstance(data["method"], str):
         raise BadInputError(f"{where}.method: {data['method']!r} is not a text")
     parameters = data.get("parameters") or {}
@@ -107,20 +189,90 @@ def _rule(path: str, number: int, data: Any) -> Rule:
         raise BadInputError(f"{where}.parameters: must be names with a value each")
     try:
         get_method(data["method"])
-        selector = (
-            parse_selector(data["where"])
-            if data.get("where")
-            else Selector(components=tuple(c for c in COMPONENTS if c not in CARRIED))
-        )
-        return Rule(selector, data["method"], _value(parameters))
+        found: dict[str, Any] = _value(parameters)
+        parse_parameters(found, "parameters")
+        return data["method"], found
     except BadInputError as error:
         raise BadInputError(f"{where}: {error}") from error
+
+
+def _check_rule(where: str, rule: Rule, parents: tuple[str, ...], has_base: bool) -> None:
+    """Raise `BadInputError` if a method refuses a number that its parameters hold for some tensor."""
+    steps: list[tuple[str, Rule | PostStep]] = [(where, rule)]
+    if rule.post is not None:
+        steps.append((f"{where}.post", rule.post))
+    for place, step in steps:
+        method = get_method(step.method)
+        if method.post != isinstance(step, PostStep):
+            kind = "a post-step, which refines what another method merged" if method.post else (
+                "no post-step"
+            )  # fmt: skip
+            raise BadInputError(f"{place}.method: {step.method} is {kind}")
+        for given in _examples(step.parameters):
+            try:
+                method.resolve(given, rule.parents or parents, has_base)
+            except BadInputError as error:
+                raise BadInputError(f"{place}: {error}") from error
+
+
+def _examples(value: Any) -> Iterator[Any]:
+    """Values without gradients and cases, such that each number of `value` is in one of them."""
+    if isinstance(value, dict):
+        firsts = {key: next(_examples(part)) for key, part in value.items()}
+        yield firsts
+        for key, part in value.items():
+            for example in _examples(part):
+                yield firsts | {key: example}
+    elif isinstance(value, list):
+        for part in value:
+            yield from _examples(part["value"] if isinstance(part, dict) else part)
+    else:
+        yield value
+
+
+def _form(path: str, data: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The keys that change the child's form: its layers, and the others."""
+    slices = data.get("layers") or []
+    if not isinstance(slices, list):
+        raise BadInputError(f"{path}: layers: must be a list of slices, the lowest first")
+    size = _bytes(path, data.get("shard_bytes"))
+    try:
+        layers = tuple(parse_slice(part, names) for part in slices)
+        form = parse_form(data | {"shard_bytes": size}, names)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    if form["vocabulary"] == "base" and data.get("base") is None:
+        raise BadInputError(f"{path}: vocabulary: is that of the base, but there is no `base`")
+    return layers, form
+
+
+def _bytes(path: str, size: Any) -> Any:
+    """A size as a number of bytes; of a text such as 5GB or 512 MiB what it says."""
+    if not isinstance(size, str):
+        return size
+    text = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", size.strip().upper())
+    if text is None or text[2] not in BYTES_OF_UNIT:
+        raise BadInputError(f"{path}: shard_bytes: {size!r} is no size such as 5GB or 512MiB")
+    return round(float(text[1]) * BYTES_OF_UNIT[text[2]])
+
+
+def _degenerate(loaded: RecipeFile) -> Iterator[str]:
+    """What is wrong with rules whose method means nothing for their parents."""
+    for number, rule in enumerate(loaded.recipe.rules):
+        seen = {name: loaded.parents[name] for name in rule.parents or loaded.parents}
+        problem = too_few_task_vectors(get_method(rule.method), seen, loaded.base)
+        if problem is not None:
+            yield f"rules.{number}: {problem}"
 
 
 def _value(value: Any) -> Any:
     """A parameter's value; numbers as floats, so that 1 and 1.0, 0.0 and -0.0 make one recipe."""
     if isinstance(value, dict):
+        if "where" in value:  # a case: layers and experts are whole numbers
+            return {key: part if key == "where" else _value(part) for key, part in value.items()}
         return {parent: _value(given) for parent, given in value.items()}
+    if isinstance(value, list):
+        return [_value(part) for part in value]
     if type(value) not in (int, float):
         return value
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ def merge_recipe(
     else.
     """
     loaded = load_recipe_file(path)
+    for warning in loaded.warnings:
+        print(f"darwin: warning: {warning}", file=sys.stderr)
     target = open_store(out)
     _check_place(target)
     writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
@@ -48,7 +51,7 @@ def merge_recipe(
         "recipe": loaded.recipe.to_dict(),
         **report.to_dict(),
     }
-    writer.publish({LINEAGE_FILE: json.dumps(lineage, indent=1).encode()})
+    writer.publish(loaded.files | {LINEAGE_FILE: json.dumps(lineage, indent=1).encode()})
     return {
         "status": "done",
         "child": target.uri,

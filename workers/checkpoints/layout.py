@@ -177,7 +177,7 @@ def _stack(
         stacked = True
         number = 0
         for part in slices:
-            name = next(iter(part))
+            name = next(name for name in part if name in maps)
             first, last = part[name]
             for layer in range(first, last + 1):
                 if layer not in by_layer[name]:
@@ -208,7 +208,8 @@ def _stack_config(
         if isinstance(text.get(key), list):
             values = []
             for part in slices:
-                name, (first, last) = next(iter(part.items()))
+                name = next(name for name in part if name in maps)
+                first, last = part[name]
                 own = maps[name].checkpoint.config
                 values += own.get("text_config", own).get(key, text[key])[first : last + 1]
             text[key] = values

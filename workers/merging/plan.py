@@ -162,7 +162,7 @@ class Plan:
                 )
                 way = Assignment(get_method("passthrough"), {"source": carrier}, (carrier,))
             else:
-                way = ways[number].assignment(tensor, present)
+                way = ways[number].assignment(tensor, self.parents_of(tensor, ways[number].parents))
             self._check_inputs(tensor, way, recipe.base is not None)
             assigned[tensor.name] = way
         return assigned
@@ -243,7 +243,7 @@ class _RuleOnPlan:
     def __init__(self, plan: Plan, recipe: Recipe, rule: Rule) -> None:
         self._plan = plan
         self._where = rule.where
-        self._parents = tuple(parent.name for parent in recipe.parents)
+        self.parents = rule.parents or tuple(parent.name for parent in recipe.parents)
         self._has_base = recipe.base is not None
         steps: list[Rule | PostStep] = [rule, *([rule.post] if rule.post else [])]
         self._steps = [
@@ -254,7 +254,7 @@ class _RuleOnPlan:
         self._same: dict[tuple[str, ...], Assignment] = {}
         if not self._varies and not plan.form.layers:
             # Also where other rules hide this one: what cannot work is an error.
-            self.assignment(plan.child.tensors[0], self._parents)
+            self.assignment(plan.child.tensors[0], self.parents)
 
     def assignment(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> Assignment:
         if self._varies:
@@ -268,7 +268,7 @@ class _RuleOnPlan:
         values = []
         for method, parameters in self._steps:
             given = {
-                name: _of_parents(value_at(value, tensor, depth), self._parents, parents)
+                name: _of_parents(value_at(value, tensor, depth), self.parents, parents)
                 for name, value in parameters.items()
             }
             try:

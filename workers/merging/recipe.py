@@ -49,10 +49,14 @@ class Rule:
     method: str
     parameters: dict[str, ParameterValue] = field(default_factory=dict)
     post: PostStep | None = None
+    parents: tuple[str, ...] = ()
+    """Those that the method sees, in this order; none named: all of them, in the recipe's order."""
 
 
 LayerSlice = dict[str, tuple[int, int]]
-"""Parent -> first and last of its layers that are merged with one another; all spans of one length."""
+"""Parent -> first and last of its layers that are merged with one another; all spans of one length.
+
+The base's span is called "base"; left out, it is that of the first parent."""
 
 OUTPUT_DTYPES = ("F32", "BF16", "F16")
 
@@ -137,7 +141,9 @@ class Recipe:
             raise BadInputError("recipe: parents: no parent may be called base or union")
         return Recipe(
             parents,
-            rules=tuple(map(_parse_rule, typed(table["rules"], list, "recipe: rules"))),
+            rules=tuple(
+                _parse_rule(rule, names) for rule in typed(table["rules"], list, "recipe: rules")
+            ),
             base=None if table["base"] is None else _parse_reference(table["base"]),
             seed=typed(table["seed"], int, "recipe: seed"),
             layers=tuple(
@@ -148,10 +154,10 @@ class Recipe:
 
 
 def parse_slice(data: Any, parents: list[str]) -> LayerSlice:
-    """A slice of layers from plain data, `{parent: [first, last], ...}`."""
+    """A slice of layers from plain data, `{parent: [first, last], ...}`; `base` may be among them."""
     lengths = set()
     for name, span in typed(data, dict, "layers").items():
-        if name not in parents:
+        if name not in (*parents, "base"):
             raise BadInputError(f"layers: {name!r} is none of the parents {parents}")
         good = (
             isinstance(span, list | tuple) and len(span) == 2 and all(type(n) is int for n in span)
@@ -161,6 +167,8 @@ def parse_slice(data: Any, parents: list[str]) -> LayerSlice:
         lengths.add(span[1] - span[0])
     if len(lengths) != 1:
         raise BadInputError(f"layers: {data!r}: the spans of a slice must be of one length")
+    if set(data) == {"base"}:
+        raise BadInputError(f"layers: {data!r}: a slice needs a parent besides the base")
     return {name: (span[0], span[1]) for name, span in data.items()}
 
 
@@ -197,16 +205,26 @@ def _parse_reference(data: Any) -> ParentReference:
     return ParentReference(*(typed(table[key], str, key) for key in ("name", "fingerprint")))
 
 
-def _parse_rule(data: Any) -> Rule:
+def parse_rule_parents(data: Any, parents: list[str]) -> tuple[str, ...]:
+    """The parents that a rule's method sees, from plain data: a list of different names."""
+    names = typed(data, list, "parents")
+    for name in names:
+        if name not in parents or names.count(name) > 1:
+            raise BadInputError(f"parents: {names!r} must be different ones of {parents}")
+    return tuple(names)
+
+
+def _parse_rule(data: Any, names: list[str]) -> Rule:
     if isinstance(data, dict):
-        data = {"post": None} | data
-    table = _table(data, "recipe: rule", "where", "method", "parameters", "post")
+        data = {"post": None, "parents": []} | data
+    table = _table(data, "recipe: rule", "where", "method", "parameters", "post", "parents")
     post = None
     if table["post"] is not None:
         step = _table(table["post"], "recipe: post", "method", "parameters")
         post = PostStep(typed(step["method"], str, "recipe: post: method"), _parameters(step))
     method = typed(table["method"], str, "recipe: method")
-    return Rule(parse_selector(table["where"]), method, _parameters(table), post)
+    parents = parse_rule_parents(table["parents"], names)
+    return Rule(parse_selector(table["where"]), method, _parameters(table), post, parents)
 
 
 def _parameters(table: dict[str, Any]) -> dict[str, Any]:
@@ -234,4 +252,6 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     data = {"where": rule.where.to_dict(), "method": rule.method, "parameters": rule.parameters}
     if rule.post is not None:
         data["post"] = {"method": rule.post.method, "parameters": rule.post.parameters}
+    if rule.parents:
+        data["parents"] = list(rule.parents)
     return data

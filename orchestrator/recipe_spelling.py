@@ -1,0 +1,73 @@
+"""`darwin recipe`: a recipe file in the other spelling, ours or mergekit's."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import yaml
+
+from orchestrator.mergekit_file import from_mergekit, is_mergekit
+from orchestrator.mergekit_writer import Places, check_same, to_mergekit
+from orchestrator.recipe_file import load_recipe_data, read_recipe_data
+from workers.checkpoints import open_checkpoint
+from workers.errors import BadInputError
+
+SPELLINGS = ("darwin", "mergekit")
+
+
+def respell(path: str, to: str | None = None) -> str:
+    """The YAML text of the recipe file `path` in the spelling `to`; None is the one that it has not.
+
+    What the text cannot say of the file is said in comments. Raises `BadInputError` naming the rule, or
+    the key, that the spelling cannot express.
+    """
+    data = read_recipe_data(path)
+    given = is_mergekit(data)
+    to = to or ("darwin" if given else "mergekit")
+    if to not in SPELLINGS:
+        raise BadInputError(f"--to: {to!r} is none of {', '.join(SPELLINGS)}")
+    opened = cache(open_checkpoint)
+    notes: list[str] = []
+    if given:
+        translated = from_mergekit(path, data, opened)
+        notes += translated.warnings
+        data = translated.data
+        if translated.files:
+            notes.append(
+                "chat_template: is not part of a recipe; merge the mergekit file to have it"
+            )
+    loaded = load_recipe_data(path, data, opened)
+    if to == "darwin":
+        return _text(data, notes)
+    places: Places = {parent["name"]: parent["path"] for parent in data["parents"]}
+    if data.get("base") is not None:
+        places["base"] = data["base"]
+    try:
+        written = to_mergekit(loaded.recipe, places)
+        back = from_mergekit(path, written, opened)
+        other = load_recipe_data(path, back.data, opened)
+        other_places: Places = {parent["name"]: parent["path"] for parent in back.data["parents"]}
+        if back.data.get("base") is not None:
+            other_places["base"] = back.data["base"]
+        check_same(loaded.recipe, places, other.recipe, other_places, opened)
+    except BadInputError as error:
+        message = str(error).removeprefix(f"{path}: ")
+        raise BadInputError(f"{path}: {message}") from error
+    father, theirs = loaded.recipe.father, other.recipe.father
+    if father.fingerprint != theirs.fingerprint:
+        notes.append(
+            f"config.json and tokenizer are those of base_model here, those of {father.name} in the recipe"
+        )
+    if loaded.recipe.seed:
+        notes.append(f"seed {loaded.recipe.seed}: mergekit draws other masks (--random-seed)")
+    if loaded.recipe.shard_bytes:
+        notes.append(f"shard_bytes: mergekit-yaml --out-shard-size {loaded.recipe.shard_bytes}")
+    return _text(written, notes)
+
+
+def _text(data: dict[str, Any], notes: list[str]) -> str:
+    comments = "".join(f"# {' '.join(note.split())}\n" for note in notes)
+    return comments + yaml.safe_dump(
+        data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
+    )
