@@ -148,7 +148,10 @@ class ChildWriter:
 
     def publish(self, files: dict[str, bytes]) -> None:
         """Make the written files a checkpoint, with `files` (card, lineage) beside them."""
-        publish_companions(self.father, self.plan.layout, self.target, files)
+        vocabulary = self.plan.vocabulary
+        removed = vocabulary.removed if vocabulary else frozenset()
+        files = {**(vocabulary.companions if vocabulary else {}), **files}
+        publish_companions(self.father, self.plan.layout, self.target, files, removed)
         self.target.delete_folder(PROGRESS)
 
     def _written_before(self, calls: Calls) -> ChildReport | None:

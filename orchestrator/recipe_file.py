@@ -123,7 +123,7 @@ def load_recipe_data(
         raise BadInputError(f"{path}: allow_degenerate: {allowed!r} is neither true nor false")
     parents = {name: opened(place) for name, place in places.items()}
     base = opened(base_place) if base_place is not None else None
-    check_parents(parents | ({"base": base} if base else {}))
+    check_parents(parents | ({"base": base} if base else {}), form["vocabulary"])
     references = tuple(ParentReference(name, p.fingerprint) for name, p in parents.items())
     base_reference = ParentReference("base", base.fingerprint) if base else None
     recipe = Recipe(references, rules, base_reference, seed, layers, **form)

@@ -30,11 +30,11 @@ def merge_recipe(
     else.
     """
     loaded = load_recipe_file(path)
-    for warning in loaded.warnings:
-        print(f"darwin: warning: {warning}", file=sys.stderr)
     target = open_store(out)
     _check_place(target)
     writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
+    for warning in [*loaded.warnings, *writer.plan.warnings]:
+        print(f"darwin: warning: {warning}", file=sys.stderr)
     with (
         _calls(loaded, workers, address) as calls,
         progress_bar(f"merging {len(loaded.parents)} parents", writer.total_bytes) as notify,

@@ -22,6 +22,7 @@ from workers.checkpoints.safetensors_format import (
     Header,
     TensorEntry,
 )
+from workers.checkpoints.vocabulary import ChildVocabulary, is_token_indexed
 from workers.errors import BadInputError
 
 LAYER_NUMBER = re.compile(r"(\blayers\.)(\d+)(?=\.)")
@@ -84,18 +85,14 @@ class Form:
     """Slices of the parents' layers, stacked."""
     dtype: str | None = None
     shard_bytes: int | None = None
-    rows: int | None = None
-    """Rows of the tensors that have one for each token."""
-    config: dict[str, Any] | None = None
-    """The configuration, where the vocabulary changes it."""
+    vocabulary: str | None = None
+    """Whose tokens the child knows: "union", "base" or a parent's name."""
 
 
-TOKEN_TENSORS = ("embed_tokens.weight", "lm_head.weight", "embed_tokens_per_layer.weight")
-"""Logical tensors with a row for each token."""
-
-
-def child_layout(maps: dict[str, ArchitectureMap], form: Form) -> Layout:
-    """The layout of a child of these parents, the father first.
+def child_layout(
+    maps: dict[str, ArchitectureMap], form: Form, vocabulary: ChildVocabulary | None
+) -> Layout:
+    """The layout of a child of these parents, the father first, with the `vocabulary` of its form.
 
     Raises `BadInputError` if the father's configuration does not allow what the form asks for.
     """
@@ -104,14 +101,16 @@ def child_layout(maps: dict[str, ArchitectureMap], form: Form) -> Layout:
     location = f"the child of {checkpoint.location}"
     if form == Form() and not father.scales:
         return Layout(checkpoint.weight_files, checkpoint.config, checkpoint.location, True)
-    config = copy.deepcopy(form.config or checkpoint.config)
+    config = copy.deepcopy(checkpoint.config)
+    if vocabulary is not None:
+        config = vocabulary.config_changes(config)
     entries = list(_entries(father))
     if form.layers:
         entries = list(_stack(entries, maps, form.layers))
         _stack_config(config, maps, form.layers, checkpoint.location)
     entries = list(_retyped(entries, form.dtype, config))
-    if form.rows is not None:
-        entries = [_with_rows(entry, form.rows) for entry in entries]
+    if vocabulary is not None:
+        entries = [_with_rows(entry, vocabulary.rows) for entry in entries]
     stored = [entry.stored for entry in entries]
     keeps_files = not form.layers and form.shard_bytes is None
     if keeps_files:
@@ -250,7 +249,7 @@ def _set_config_dtype(config: dict[str, Any], name: str) -> None:
 
 
 def _with_rows(entry: _Entry, rows: int) -> _Entry:
-    if entry.name not in TOKEN_TENSORS or not entry.stored.shape:
+    if not is_token_indexed(entry.name) or not entry.stored.shape:
         return entry
     return replace(entry, stored=replace(entry.stored, shape=(rows, *entry.stored.shape[1:])))
 

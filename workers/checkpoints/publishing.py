@@ -10,16 +10,22 @@ from workers.storage import PreconditionFailedError, StorageError, Store
 
 
 def publish_companions(
-    father: Checkpoint, layout: Layout, target: Store, files: dict[str, bytes]
+    father: Checkpoint,
+    layout: Layout,
+    target: Store,
+    files: dict[str, bytes],
+    removed: frozenset[str] = frozenset(),
 ) -> None:
     """Make finished weights a checkpoint: the father's small files, `files` over them, config last.
 
+    Those of his files that are `removed` are left out.
     Index and configuration are the father's own, or those of a layout that is not his.
     A copy of a father's file that is there already must be the same, else `StorageError`; `files`
     (card, lineage) take the place of older ones, when a campaign went on and chose the same child.
     """
     assert "config.json" not in files, "config.json is the father's, and comes last"
-    copies = {name: father.store.read(name) for name in father.companions if name not in files}
+    kept = [name for name in father.companions if name not in files and name not in removed]
+    copies = {name: father.store.read(name) for name in kept}
     index = layout.index
     if index is not None:
         copies[INDEX_FILE] = father.store.read(INDEX_FILE) if layout.is_fathers else index

@@ -94,8 +94,10 @@ def _describe(run: Run, unit: MergeUnit, values: torch.Tensor, report: PartRepor
     changed = report.changed.setdefault(unit.target.name, {})
     for parent in run.merger.parents:
         source = run.plan.source(parent, unit.target)
-        if source is not None and source.shape == unit.target.shape:
-            own = run.merger.sources[parent].read(source, unit.first, unit.count)
+        if source is not None and (
+            source.shape == unit.target.shape or run.plan.has_mapped_rows(unit.target)
+        ):
+            own = run.read(parent, unit.target, unit.first, unit.count)
             changed[parent] = changed.get(parent, 0) + count_changes(values, own)
     broken = count_not_finite(_bytes(values).data, unit.target.dtype)
     if broken:

@@ -33,6 +33,7 @@ from workers.merging.statistics import (
     SharedScan,
     StatisticCache,
 )
+from workers.merging.token_rows import TokenRows
 
 RECENT_STATISTICS = 64
 
@@ -113,6 +114,8 @@ class Run:
         self.plan = plan
         self.assigned = self.plan.assign(recipe)
         self._own_statistics = StatisticCache(RECENT_STATISTICS)
+        self._token_rows: dict[str, TokenRows] = {}
+        self._lock = threading.Lock()
 
     def way(self, target: LogicalTensor) -> Assignment:
         """How the values of `target` are made."""
@@ -127,7 +130,7 @@ class Run:
         tensor, way = unit.tensor, self.assigned[unit.tensor.name]
         father_dtype = TORCH_DTYPES[unit.target.dtype]
         if way.method.copies and way.post is None:
-            stored = self._read(way.parents[0], tensor, unit.first, unit.count)
+            stored = self.read(way.parents[0], tensor, unit.first, unit.count)
             if stored.dtype == father_dtype:
                 values.copy_(stored)
                 return
@@ -171,7 +174,7 @@ class Run:
             len(names) + 1, count, keep=way.grain(tensor) != "matrix"
         )
         for name, buffer in zip(names, buffers[1:], strict=True):
-            buffer.copy_(self._read(name, tensor, first, count))
+            buffer.copy_(self.read(name, tensor, first, count))
         loaded = [buffer.view(shape) for buffer in buffers]
         return Slice(
             parents=dict(zip(way.parents, loaded[1:], strict=False)),
@@ -186,7 +189,7 @@ class Run:
     def _reload(self, piece: Slice, tensor: LogicalTensor, first: int, count: int) -> None:
         """Give the post-step the parents as they are: the method may have overwritten them."""
         for name, values in piece.parents.items():
-            values.view(-1).copy_(self._read(name, tensor, first, count))
+            values.view(-1).copy_(self.read(name, tensor, first, count))
 
     def _statistic(self, tensor: LogicalTensor, way: Assignment) -> Any:
         """What the method must know of the whole tensor."""
@@ -226,10 +229,25 @@ class Run:
 
         return SharedScan(max(1, -(-tensor.elements // step)), scan)
 
-    def _read(self, name: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
+    def read(self, name: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
+        """Elements of the child's `tensor` as a parent, or the base, has them: flat, in its dtype."""
+        if self.plan.has_mapped_rows(tensor):
+            return self._rows_of(tensor).read(name, first, count)
         own = self.plan.source(name, tensor)
         assert own is not None, tensor.name
         return self.merger.sources[name].read(own, first, count)
+
+    def _rows_of(self, tensor: LogicalTensor) -> TokenRows:
+        with self._lock:
+            if tensor.name not in self._token_rows:
+                assert self.plan.vocabulary is not None
+                found = {name: self.plan.source(name, tensor) for name in self.merger.sources}
+                self._token_rows[tensor.name] = TokenRows(
+                    self.plan.vocabulary,
+                    self.merger.sources,
+                    {name: own for name, own in found.items() if own is not None},
+                )
+            return self._token_rows[tensor.name]
 
     def _keep_mask(
         self,

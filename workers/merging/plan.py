@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from workers.checkpoints import ArchitectureMap, LogicalTensor
+from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.layout import Form, child_layout
 from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
+from workers.checkpoints.vocabulary import ChildVocabulary, child_vocabulary, is_token_indexed
 from workers.errors import BadInputError
 from workers.merging.methods import Grain, MergeMethod, get_method
 from workers.merging.methods.method import Values
@@ -86,7 +87,8 @@ class Plan:
         self.base = base
         self.form = form
         self.father = next(iter(maps.values()))
-        self.layout = child_layout(maps, form)
+        self.vocabulary = self._choose_vocabulary()
+        self.layout = child_layout(maps, form, self.vocabulary)
         self.child = self.father if self.layout.is_fathers else ArchitectureMap(self.layout)
         self.tied = _tied_head(self.child)
         self._slices = _slices_by_layer(form)
@@ -100,6 +102,23 @@ class Plan:
                 for tensor in self.child.tensors:
                     if tensor.name in other.by_name:
                         self._check_shape(name, tensor)
+
+    def _choose_vocabulary(self) -> ChildVocabulary | None:
+        if self.form.vocabulary is None:
+            return None
+        # Maps of parents are of checkpoints; only the child's is of a layout.
+        checkpoints = {name: cast(Checkpoint, p.checkpoint) for name, p in self.maps.items()}
+        base = cast(Checkpoint, self.base.checkpoint) if self.base else None
+        return child_vocabulary(checkpoints, base, self.form.vocabulary)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of the child's form."""
+        return self.vocabulary.warnings if self.vocabulary else []
+
+    def has_mapped_rows(self, tensor: LogicalTensor) -> bool:
+        """Whether the tensor's rows are those of tokens, which each parent may have at another place."""
+        return self.vocabulary is not None and is_token_indexed(tensor.name)
 
     def merged_as(self, target: LogicalTensor) -> LogicalTensor:
         """The tensor whose values go into `target`: itself, or the embedding for a tied head."""
@@ -229,7 +248,10 @@ class Plan:
 
     def _check_shape(self, name: str, tensor: LogicalTensor) -> None:
         own = self.source(name, tensor)
-        if own is not None and own.shape != tensor.shape:
+        if own is None:
+            return
+        first = 1 if self.has_mapped_rows(tensor) else 0
+        if own.shape[first:] != tensor.shape[first:]:
             raise BadInputError(
                 f"tensor {tensor.name!r} has shape {list(tensor.shape)} in {self.layout.location} but "
                 f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture and "
@@ -292,7 +314,7 @@ def _of_parents(value: Any, all_parents: tuple[str, ...], parents: tuple[str, ..
 
 def form_of(recipe: Recipe) -> Form:
     """What makes the child's layout differ from its father's."""
-    return Form(recipe.layers, recipe.dtype, recipe.shard_bytes)
+    return Form(recipe.layers, recipe.dtype, recipe.shard_bytes, recipe.vocabulary)
 
 
 def _slices_by_layer(form: Form) -> list[tuple[dict[str, tuple[int, int]], int]]:
