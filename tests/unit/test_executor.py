@@ -389,9 +389,11 @@ class CountingStore(RemoteStore):
 
     count = 0
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, version: str | None = None
+    ) -> None:
         self.count += len(buffer)
-        super().read_into(key, start, buffer)
+        super().read_into(key, start, buffer, version)
 
 
 def test_statistics_are_taken_once(parents: dict[str, Path]) -> None:

@@ -176,10 +176,12 @@ class FailingStore(RemoteStore):
 
     down = False
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, version: str | None = None
+    ) -> None:
         if self.down:
             raise StorageError(f"{key}: 503")
-        super().read_into(key, start, buffer)
+        super().read_into(key, start, buffer, version)
 
 
 def test_a_store_that_fails_is_not_taken_for_a_full_disk(

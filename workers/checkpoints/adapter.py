@@ -105,16 +105,16 @@ def open_adapter(location: str) -> Adapter:
     the file, and the key or tensor, for anything that is missing, damaged or not understood.
     """
     store = open_store(location)
-    sizes = {info.key: info.size for info in store.list_objects() if "/" not in info.key}
-    if CONFIG_FILE not in sizes:
+    found = {info.key: info for info in store.list_objects() if "/" not in info.key}
+    if CONFIG_FILE not in found:
         raise BadInputError(f"{store.uri}: no {CONFIG_FILE}: not a LoRA adapter in PEFT's format")
-    if WEIGHTS_FILE not in sizes:
+    if WEIGHTS_FILE not in found:
         raise BadInputError(
             f"{store.uri}: no {WEIGHTS_FILE}: save the adapter as safetensors (a pickle such as "
             "adapter_model.bin is never read)"
         )
     config = read_json(store, CONFIG_FILE)
-    file = open_weight_file(store, WEIGHTS_FILE, sizes[WEIGHTS_FILE])
+    file = open_weight_file(store, found[WEIGHTS_FILE])
     if not isinstance(config, dict):
         raise BadInputError(f"{store.uri}/{CONFIG_FILE}: not a JSON object")
     weights = Checkpoint(store, config, (file,), (CONFIG_FILE,))

@@ -19,7 +19,7 @@ from workers.checkpoints.safetensors_format import (
     parse_header,
 )
 from workers.errors import BadInputError
-from workers.storage import ObjectNotFoundError, Store, open_store
+from workers.storage import ObjectInfo, ObjectNotFoundError, Store, open_store
 
 if TYPE_CHECKING:
     from workers.checkpoints.adapter import Adapter
@@ -47,6 +47,8 @@ class WeightFile:
     name: str
     size: int
     header: Header
+    version: str | None = None
+    """What the store calls these very bytes; None if they are yet to be written."""
 
 
 class Stored(Protocol):
@@ -152,38 +154,38 @@ def open_folder(location: str) -> Checkpoint:
     tensor where there is one, for anything that is missing, damaged or contradictory.
     """
     store = open_store(location)
-    sizes = {info.key: info.size for info in store.list_objects() if "/" not in info.key}
-    if not sizes:
+    found = {info.key: info for info in store.list_objects() if "/" not in info.key}
+    if not found:
         raise BadInputError(f"{store.uri}: no checkpoint here: the folder is empty or not there")
-    if "config.json" not in sizes:
+    if "config.json" not in found:
         raise BadInputError(f"{store.uri}: no config.json: not a Hugging Face checkpoint")
-    weight_map = _weight_map(store, sizes)
+    weight_map = _weight_map(store, found)
     names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
     for name in names:
-        if name not in sizes:
+        if name not in found:
             raise BadInputError(f"{store.uri}/{name}: missing, though {INDEX_FILE} names it")
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        files = tuple(threads.map(lambda name: open_weight_file(store, name, sizes[name]), names))
+        files = tuple(threads.map(lambda name: open_weight_file(store, found[name]), names))
     _check_names(store, files, weight_map)
     config = read_json(store, "config.json")
     if not isinstance(config, dict):
         raise BadInputError(f"{store.uri}/config.json: not a JSON object")
     companions = tuple(
-        sorted(name for name in sizes if name.endswith(COMPANION_SUFFIXES) and name != INDEX_FILE)
+        sorted(name for name in found if name.endswith(COMPANION_SUFFIXES) and name != INDEX_FILE)
     )
     return Checkpoint(store, config, files, companions)
 
 
-def _weight_map(store: Store, sizes: dict[str, int]) -> dict[str, str] | None:
+def _weight_map(store: Store, found: dict[str, ObjectInfo]) -> dict[str, str] | None:
     """Tensor name -> file name of the index; None for a checkpoint of a single file."""
-    if INDEX_FILE not in sizes:
-        if SINGLE_FILE not in sizes:
+    if INDEX_FILE not in found:
+        if SINGLE_FILE not in found:
             raise BadInputError(
                 f"{store.uri}: neither {SINGLE_FILE} nor {INDEX_FILE}: convert the checkpoint to "
                 "safetensors first"
             )
         return None
-    if SINGLE_FILE in sizes:
+    if SINGLE_FILE in found:
         raise BadInputError(
             f"{store.uri}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one"
         )
@@ -200,17 +202,18 @@ def _weight_map(store: Store, sizes: dict[str, int]) -> dict[str, str] | None:
     return weight_map
 
 
-def open_weight_file(store: Store, name: str, size: int) -> WeightFile:
-    """Read and check the header of a safetensors file."""
+def open_weight_file(store: Store, info: ObjectInfo) -> WeightFile:
+    """A safetensors file by its header. Raises `BadInputError` if that is damaged."""
+    name, size = info.key, info.size
     file = f"{store.uri}/{name}"
     raw = bytearray(min(size, FIRST_READ))
-    store.read_into(name, 0, memoryview(raw))
+    store.read_into(name, 0, memoryview(raw), info.version)
     total = LENGTH_BYTES + header_length(bytes(raw), file, size)
     if total > len(raw):
         rest = bytearray(total - len(raw))
-        store.read_into(name, len(raw), memoryview(rest))
+        store.read_into(name, len(raw), memoryview(rest), info.version)
         raw += rest
-    return WeightFile(name, size, parse_header(bytes(raw[:total]), file, size))
+    return WeightFile(name, size, parse_header(bytes(raw[:total]), file, size), info.version)
 
 
 def _check_names(

@@ -6,6 +6,8 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +15,24 @@ from workers.checkpoints.adapter import WEIGHTS_FILE, open_adapter
 from workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_folder
 from workers.errors import BadInputError
 from workers.storage import StorageError
+from workers.storage.files import check_unchanged, read_errors
 
 COPY_BYTES = 32 << 20
 
+LOOK_SECONDS = 0.01
+"""How long a mapped file is trusted to be unchanged."""
+
 
 class CheckpointReader:
-    """Tensor bytes of one checkpoint. Local files are mapped once, on first use."""
+    """Tensor bytes of one checkpoint, as it was when it was opened. Safe to be read by many threads.
+
+    Local files are mapped once, on first use. Raises `StorageError` if a file has changed since.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._maps: dict[str, memoryview | None] = {}
+        self._versions = {file.name: file.version for file in checkpoint.weight_files}
+        self._maps: dict[str, _MappedFile | None] = {}
 
     def read(self, tensor: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a stored tensor.
@@ -36,21 +46,39 @@ class CheckpointReader:
         file = self.checkpoint.file_of[tensor]
         mapped = self._map(file)
         if mapped is not None:
-            return mapped[entry.start + start : entry.start + stop]
+            return mapped.view(entry.start + start, entry.start + stop)
         buffer = memoryview(bytearray(stop - start))
-        self.checkpoint.store.read_into(file, entry.start + start, buffer)
+        self.checkpoint.store.read_into(file, entry.start + start, buffer, self._versions[file])
         return buffer
 
-    def _map(self, file: str) -> memoryview | None:
+    def _map(self, file: str) -> _MappedFile | None:
         if file not in self._maps:
             path = self.checkpoint.store.local_path(file)
-            self._maps[file] = None if path is None else _map_file(path)
+            mapped = None if path is None else _MappedFile(str(path), self._versions[file])
+            self._maps[file] = mapped
         return self._maps[file]
 
 
-def _map_file(path: Path) -> memoryview:
-    with path.open("rb") as opened:
-        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+class _MappedFile:
+    """A file in memory, looked at now and then: one that was cut would end the process when touched."""
+
+    def __init__(self, path: str, version: str | None) -> None:
+        self._path, self._version = path, version
+        with read_errors(path):
+            self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._look()
+        self._bytes = memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY))
+
+    def view(self, start: int, stop: int) -> memoryview:
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look()
+        return self._bytes[start:stop]
+
+    def _look(self) -> None:
+        if self._version is not None:
+            check_unchanged(self._file, self._path, self._version)
+        self._looked = time.monotonic()
 
 
 def localize(checkpoint: Checkpoint, cache: Path | None = None) -> Checkpoint:
@@ -106,7 +134,7 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
         with (folder / file.name).open("wb") as opened:
             for start in range(0, file.size, COPY_BYTES):
                 part = buffer[: min(COPY_BYTES, file.size - start)]
-                checkpoint.store.read_into(file.name, start, part)
+                checkpoint.store.read_into(file.name, start, part, file.version)
                 opened.write(part)
     names = list(checkpoint.companions)
     single = checkpoint.weight_files[0].name in (SINGLE_FILE, WEIGHTS_FILE)

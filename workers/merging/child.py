@@ -138,6 +138,8 @@ def publish_file(
     if _size(target, file) is None:
         with suppress(PreconditionFailedError):
             target.finish_parts(file, upload, receipts)
+    else:
+        target.abandon_parts(file, upload)  # what a publisher that was killed may have left
     found = _size(target, file)
     if found != size:
         raise StorageError(

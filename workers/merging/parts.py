@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from workers.checkpoints import LogicalTensor, WeightFile
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.merging.plan import Assignment, MergeUnit, Plan
+from workers.storage import MOST_PARTS
 
 PART_BYTES = 32 << 20
 """A part is at least this large, but for the last one of a file; and at most a unit larger."""
 
-MOST_PARTS = 9_000
-"""S3 takes 10,000 parts of one object; larger files get larger parts."""
+PARTS_OF_LARGE_FILES = MOST_PARTS * 9 // 10
+"""About so many parts have the files that would have more of the usual size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def _cut_file(
     file: WeightFile,
     pieces: dict[str, list[LogicalTensor]],
 ) -> Iterator[Part]:
-    least = max(PART_BYTES, -(-file.size // MOST_PARTS))
+    least = max(PART_BYTES, -(-file.size // PARTS_OF_LARGE_FILES))
     number, start, stop = 1, 0, len(file.header.raw)
     units: list[MergeUnit] = []
     for entry in file.header.entries:
