@@ -131,8 +131,8 @@ def render_checkpoint(overview: dict[str, Any]) -> RenderableType:
             f"quantized: {overview['quantization']}, {overview['scale_tensors']} scale tensors\n"
         )
     if adapter := overview["adapter"]:
-        ranks = "".join(f", rank {rank}" for rank in adapter["ranks"])
-        heading += f"adapter: changes {adapter['adapted_tensors']} tensors{ranks}\n"
+        ranks = "".join(f"rank {rank}, " for rank in adapter["ranks"])
+        heading += f"adapter: {ranks}tensors changed: {adapter['adapted_tensors']}\n"
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("component")
     for name in ("tensors", "layers", "parameters", "bytes"):

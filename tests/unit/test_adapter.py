@@ -39,6 +39,7 @@ from workers.checkpoints import (
     localize,
     open_checkpoint,
 )
+from workers.checkpoints.adapter import HANDLED_KEYS, KEYS_WITHOUT_EFFECT
 from workers.errors import BadInputError
 from workers.evaluation.transformers_engine import TransformersEngine
 from workers.merging.sources import TORCH_DTYPES, Source
@@ -320,7 +321,7 @@ def test_an_adapted_father_gives_the_layout_of_its_base(tmp_path: Path) -> None:
     values = adapted_values(base, adapter)["layers.0.self_attn.q_proj.weight"]
     assert_same_bits(child, weights | {f"{Q}.weight": values.to(torch.bfloat16)})
     assert not torch.equal(child[f"{Q}.weight"], weights[f"{Q}.weight"])
-    names = {file.name for file in (tmp_path / "child").iterdir()}
+    names = {file.name for file in (tmp_path / "child").iterdir() if file.is_file()}
     assert names == {"config.json", "model.safetensors"}
 
 
@@ -368,6 +369,8 @@ def refuse(
         ({"r": 8}, "factor of the rank 8"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*not a finite number"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
         ({"rank_pattern": {"q_proj": 2}}, "factor of the rank 2"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj is 'x'"),
         ({"rank_pattern": {"(": 4}}, "regular expression"),
@@ -379,6 +382,45 @@ def test_configurations_that_are_refused(
     config: dict[str, Any], message: str, base: Path, tmp_path: Path
 ) -> None:
     refuse(base, factors(Q, (24, 20)), tmp_path / "lora", message, **config)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.text("q_proj.*+([", max_size=5), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(
+    config=st.dictionaries(
+        st.sampled_from(sorted(HANDLED_KEYS | KEYS_WITHOUT_EFFECT | {"use_dora", "other"})), JSON
+    ),
+    base=st.fixed_dictionaries({}, optional={"r": st.just(4), "lora_alpha": st.integers(1, 99)}),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_any_configuration_is_read_or_refused(
+    config: dict[str, Any], base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """And what is read has a scaling that is a number."""
+    folder = tmp_path_factory.getbasetemp() / "any"
+    if not folder.exists():
+        write_base(folder / "base")
+        write_adapter(folder / "lora", factors(Q, (24, 20)))
+    for said in (config, {"peft_type": "LORA", "r": 4, "lora_alpha": 6} | config | base):
+        (folder / "lora" / "adapter_config.json").write_text(json.dumps(said))
+        try:
+            opened = open_checkpoint(f"{folder / 'base'}+{folder / 'lora'}")
+        except BadInputError as error:
+            message = str(error)
+        else:
+            message = f"{folder / 'lora'}"
+            assert opened.adapter is not None
+            (update,) = opened.adapter.low_rank.values()
+            assert update.rank == 4 and numpy.isfinite(update.scaling)
+        assert str(folder / "lora") in message
 
 
 ONE = torch.ones(1)
@@ -544,7 +586,7 @@ def test_inspect_shows_the_adapter(base: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     console = Console(width=200, record=True)
     console.print(render_checkpoint(overview))
-    assert "adapter: changes 2 tensors, rank 4" in console.export_text()
+    assert "adapter: rank 4, tensors changed: 2" in console.export_text()
 
 
 # A peer: PEFT's own merge, where it is installed

@@ -404,6 +404,41 @@ def test_dtypes_that_are_no_fp8_pack(weight: str, scale: str) -> None:
         ArchitectureMap(described(shapes_of(w=(4, 4), s=(1, 1)), fp8_config(), dtypes))
 
 
+JSON = st.none() | st.booleans() | st.integers(-2, 9) | st.text(max_size=3) | st.lists(
+    st.integers(-2, 200) | st.floats() | st.none(), max_size=3
+)  # fmt: skip
+
+
+@given(
+    quantization=st.dictionaries(
+        st.sampled_from(["quant_method", "weight_block_size"]), JSON | st.just("fp8")
+    )
+    | JSON,
+    nested=st.booleans(),
+    shapes=st.fixed_dictionaries(
+        {name: st.lists(st.integers(0, 5), max_size=3) for name in (UP, EXPERTS)}
+    ),
+    grids=st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=2, max_size=2),
+)
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_any_pack_is_read_or_refused(
+    quantization: Any, nested: bool, shapes: dict[str, Any], grids: list[Any]
+) -> None:
+    config = {"quantization_config": quantization}
+    config = CONFIG | ({"text_config": config} if nested else config)
+    whole = shapes | {f"{n}_scale_inv": g for n, g in zip(shapes, grids, strict=True)}
+    dtypes = {n: "F32" if n.endswith("inv") else "F8_E4M3" for n in whole}
+    try:
+        found = ArchitectureMap(described(whole, config, dtypes))
+    except BadInputError as error:
+        message = str(error)
+    else:
+        message = "/nowhere"
+        for tensor in found.tensors:
+            assert tensor.scales is not None
+    assert "/nowhere" in message
+
+
 PACKED = {
     "gptq": {UP.replace("weight", "qweight"): "I32", UP.replace("weight", "scales"): "F16"},
     "awq": {UP.replace("weight", "qweight"): "I32"},

@@ -275,6 +275,9 @@ class _Scaling:
         kind = self._config.get("peft_type")
         if kind != "LORA":
             raise self._refusal("peft_type", "only LORA is read")
+        for key in ("use_rslora", "fan_in_fan_out"):
+            if self._config.get(key) not in (True, False, None):
+                raise self._refusal(key, "it must be true or false")
         start = self._config.get("init_lora_weights", True)
         if start not in PLAIN_INITIALIZATIONS:
             raise self._refusal(
@@ -307,8 +310,9 @@ class _Scaling:
         return value
 
     def _number(self, key: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise BadInputError(f"{self._file}: {key} is {value!r}, not a number")
+        # A whole number may be too large for a float.
+        if type(value) not in (int, float) or not abs(value) < 1e30:
+            raise BadInputError(f"{self._file}: {key} is {value!r}, not a finite number")
         return float(value)
 
     def _refusal(self, key: str, reason: str) -> BadInputError:
