@@ -324,6 +324,27 @@ def test_a_post_step_has_its_place(tmp_path: Path) -> None:
 # All of them
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+@pytest.mark.parametrize("how", ["iso_c", "tsv_m", "wudi", "svc"])
+def test_inputs_are_inputs_also_where_they_are_rows(
+    how: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    """Fused experts `[E, in, out]` of gpt-oss: the child is the transpose of that of others."""
+    changes = [random(*shape) for _ in range(2)]
+    used = calibrated(alpha=0.5) if how == "svc" else rule(how)
+    expected = merged(tmp_path / "upright", changes, used)
+    for name, change in zip(("base", "a", "b"), (0 * changes[0], *changes), strict=True):
+        experts = torch.from_numpy(change.T.copy()).float()[None]
+        write_checkpoint(
+            tmp_path / name,
+            {"model.layers.0.mlp.experts.down_proj": experts},
+            config={"model_type": "gpt_oss", "num_hidden_layers": 1},
+        )
+    merger = open_merger({name: tmp_path / name for name in "ab"}, tmp_path / "base")
+    (child,) = run(merger, used).values()
+    assert_near(to_float64(child).reshape(shape[::-1]), expected.T, relative=1e-5)
+
+
 @pytest.mark.parametrize("how", ["iso_c", "tsv_m", "wudi", "svc"])
 def test_what_is_not_finite_in_a_matrix_is_found(how: str, tmp_path: Path) -> None:
     changes = [random(20, 30), random(20, 30)]

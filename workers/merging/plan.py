@@ -353,6 +353,11 @@ def is_linear_map(tensor: LogicalTensor) -> bool:
     )
 
 
+def is_transposed(tensor: LogicalTensor) -> bool:
+    """Whether a linear map is stored `[in, out]`."""
+    return tensor.name.endswith("_transposed.weight")
+
+
 def _tied_head(father: ArchitectureMap) -> str | None:
     """The head's name, if the child stores it although it is tied to the embedding."""
     head, embedding = father.by_name.get(HEAD), father.by_name.get(EMBEDDING)

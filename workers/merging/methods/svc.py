@@ -58,12 +58,12 @@ def _responses(
 ) -> tuple[Tensor, Tensor]:
     """For each r, <u_r^T D, u_r^T d> and |u_r^T d|^2.
 
-    `directions` are the u_r if D is wide. If it is tall they are the v_r, so that u_r = D v_r / s_r and
-    u_r^T D = s_r v_r^T.
+    `directions` are the u_r if D has more inputs than outputs. Else they are the v_r, so that
+    u_r = D v_r / s_r and u_r^T D = s_r v_r^T.
     """
     import torch
 
-    if lying.is_tall:
+    if lying.is_tall != lying.piece.is_transposed:
         child = (directions * strengths).T
         parent = (directions / strengths).T @ lying.product(merged, change)
         return (child * parent).sum(1), parent.square_().sum(1)

@@ -40,17 +40,21 @@ def _merge_by_interference(lying: Lying, vectors: list[TaskVector], values: Valu
         lying.write(lambda part: vectors[0].read(part).mul_(scale))
         return
     assert piece.base is not None
-    total = piece.out.zero_()
+
+    def upright(stored: Tensor) -> Tensor:
+        return stored.T if piece.is_transposed else stored
+
+    total, base = upright(piece.out).zero_(), upright(piece.base)
     scaled = []
     for vector in vectors:
-        change = piece.parents[vector.parent].sub_(piece.base)
+        change = upright(piece.parents[vector.parent]).sub_(base)
         change.mul_(values["weight"][vector.parent])
         scaled.append((change, vector.squared_norm))
         total.add_(change)
     rows, columns = total.shape
     quadratic = _by_inputs if columns <= 2 * len(vectors) * rows else _by_outputs
     _add_minimum(total, *quadratic(total, scaled), values)
-    total.mul_(scale).add_(piece.base)
+    total.mul_(scale).add_(base)
 
 
 Quadratic = tuple[Callable[["Tensor"], "Tensor"], "Tensor"]
