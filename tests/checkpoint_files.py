@@ -24,7 +24,7 @@ from workers.checkpoints import (
     open_checkpoint,
 )
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT, Header, TensorEntry
-from workers.merging import METHODS, MergeMethod, Recipe, Rule, Selector
+from workers.merging import METHODS, MergeMethod, PostStep, Recipe, Rule, Selector
 from workers.merging.executor import Merger
 from workers.merging.sources import TORCH_DTYPES
 from workers.storage.folder import FolderStore
@@ -186,6 +186,8 @@ def example_parameters(method: MergeMethod, parents: Sequence[str]) -> dict[str,
         if parameter.scope in ("flag", "choice"):
             assert parameter.default is not None, parameter.name
             continue
+        if parameter.name == "steps":
+            given["steps"] = 4  # of an iteration: what holds after a few holds after all
         low = parameter.low if math.isfinite(parameter.low) else 0.0
         high = parameter.high if math.isfinite(parameter.high) else low + 1.0
         if parameter.scope == "parent_name":
@@ -211,7 +213,16 @@ def example_merger(method: MergeMethod, folder: Path, **arguments: Any) -> Merge
 
 
 def example_rule(method: MergeMethod, merger: Merger) -> Rule:
-    return rule(method.name, **example_parameters(method, list(merger.parents)))
+    """A rule that uses the method; a post-step after a sum of task vectors."""
+    parameters = example_parameters(method, list(merger.parents))
+    if method.post:
+        return after("task_arithmetic", method.name, {"weight": 0.75}, parameters)
+    return rule(method.name, **parameters)
+
+
+def after(method: str, post: str, before: dict[str, Any], parameters: dict[str, Any]) -> Rule:
+    """A rule with a post-step."""
+    return replace(rule(method, **before), post=PostStep(post, parameters))
 
 
 def digests_by_method(folder: Path, threads: int = 1) -> dict[str, dict[str, str]]:
@@ -225,6 +236,17 @@ def digests_by_method(folder: Path, threads: int = 1) -> dict[str, dict[str, str
                 tensor: hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
                 for tensor, values in child.items()
             }
+    return found
+
+
+def inexact_children(folder: Path) -> dict[str, torch.Tensor]:
+    """`method/tensor` -> its merged values, for every method that leaves bits to the libraries."""
+    found = {}
+    for name, method in METHODS.items():
+        if not method.exact:
+            merger = example_merger(method, folder)
+            child = run(merger, example_rule(method, merger), seed=3)
+            found |= {f"{name}/{tensor}": values for tensor, values in child.items()}
     return found
 
 

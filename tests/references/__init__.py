@@ -2,7 +2,9 @@
 
 Each module has `REFERENCES`, method -> function, and `CASES`, with which parents and parameters they are
 compared. A reference gets every parent's whole tensor and the base's as float64, flat, with the shape of
-the tensor under `values["shape"]`; the resolved parameters; and (seed, tensor name) of random masks.
+the tensor under `values["shape"]`; the resolved parameters; and (seed, tensor name) of random masks. That
+of a post-step finds under `values["out"]` what the method before it has made. `TOLERANCES`, if a module
+has them, are absolute: method -> what iterations in fp32 may differ by, beside rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def philox_words(seed: int, tensor: str, parent: str, count: int) -> numpy.ndarr
 
 REFERENCES: dict[str, Callable[..., numpy.ndarray]] = {}
 CASES: list[Case] = []
+TOLERANCES: dict[str, float] = {}
 for _module in iter_modules(__path__):
     _family = import_module(f"{__name__}.{_module.name}")
     REFERENCES |= _family.REFERENCES
     CASES += _family.CASES
+    TOLERANCES |= getattr(_family, "TOLERANCES", {})

@@ -24,6 +24,7 @@ from workers.merging.plan import (
     columns_of,
     form_of,
     is_linear_map,
+    is_transposed,
 )
 from workers.merging.recipe import ParentReference, Recipe
 from workers.merging.sources import TORCH_DTYPES, Source
@@ -184,6 +185,7 @@ class Run:
             keep_mask=partial(self._keep_mask, tensor.name, first, shape),
             scratch=partial(self.merger.buffers.scratch, shape),
             is_matrix=is_linear_map(tensor),
+            is_transposed=is_transposed(tensor),
         )
 
     def _reload(self, piece: Slice, tensor: LogicalTensor, first: int, count: int) -> None:

@@ -12,7 +12,7 @@ from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.checkpoints.vocabulary import ChildVocabulary, child_vocabulary, is_token_indexed
 from workers.errors import BadInputError
-from workers.merging.methods import Grain, MergeMethod, get_method
+from workers.merging.methods import METHODS, Grain, MergeMethod, get_method
 from workers.merging.methods.method import Values
 from workers.merging.parameters import parse_parameters, value_at, varies
 from workers.merging.recipe import CARRIED, PostStep, Recipe, Rule
@@ -156,7 +156,7 @@ class Plan:
         most = target.elements
         if grain != "matrix":
             most = UNIT_BYTES * 8 // BITS_PER_ELEMENT[target.dtype]
-            step = CHUNK_ELEMENTS if grain == "element" else columns_of(target)
+            step = CHUNK_ELEMENTS if grain == "element" else max(columns_of(target), 1)
             most = max(most - most % step, step)
         for first in range(0, max(target.elements, 1), max(most, 1)):
             yield MergeUnit(tensor, target, first, min(most, target.elements - first))
@@ -268,6 +268,8 @@ class _RuleOnPlan:
         self.parents = rule.parents or tuple(parent.name for parent in recipe.parents)
         self._has_base = recipe.base is not None
         steps: list[Rule | PostStep] = [rule, *([rule.post] if rule.post else [])]
+        for number, step in enumerate(steps):
+            _check_place(get_method(step.method), is_post=number > 0)
         self._steps = [
             (get_method(step.method), parse_parameters(step.parameters, f"method {step.method}"))
             for step in steps
@@ -326,6 +328,17 @@ def _slices_by_layer(form: Form) -> list[tuple[dict[str, tuple[int, int]], int]]
     return found
 
 
+def _check_place(method: MergeMethod, is_post: bool) -> None:
+    if method.post and not is_post:
+        raise BadInputError(
+            f"method {method.name} refines what another method has merged: name it as the `post` of a "
+            "rule, beside the rule's `method`"
+        )
+    if is_post and not method.post:
+        known = ", ".join(name for name, other in METHODS.items() if other.post)
+        raise BadInputError(f"method {method.name} is no post-step; there is: {known}")
+
+
 def columns_of(tensor: LogicalTensor) -> int:
     """Elements of a row: of a vector all of them; a kernel's further dimensions count as columns."""
     return tensor.elements if len(tensor.shape) < 2 else tensor.elements // max(tensor.shape[0], 1)
@@ -338,6 +351,11 @@ def is_linear_map(tensor: LogicalTensor) -> bool:
         and min(tensor.shape) > 1
         and tensor.component not in (*NO_LINEAR_MAPS, *CARRIED)
     )
+
+
+def is_transposed(tensor: LogicalTensor) -> bool:
+    """Whether a linear map is stored `[in, out]`."""
+    return tensor.name.endswith("_transposed.weight")
 
 
 def _tied_head(father: ArchitectureMap) -> str | None:

@@ -61,6 +61,8 @@ class Slice:
     """`scratch(i)`: this thread's i-th spare buffer, of the slice's shape; holds arbitrary values."""
     is_matrix: bool
     """Whether the tensor is a linear map `[out, in]`: no vector, kernel, embedding, head or router."""
+    is_transposed: bool = False
+    """Whether that map is stored `[in, out]`, as the fused experts of some architectures are."""
 
 
 class Statistic(Protocol):
