@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import safetensors.torch
@@ -132,7 +133,7 @@ def _cut(shapes: dict[str, tuple[int, ...]], files: int) -> list[list[str]]:
     """The names, in order, in parts of nearly the same number."""
     names = list(shapes)
     bounds = [len(names) * part // files for part in range(files + 1)]
-    return [names[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [names[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _values(tensor: str, shape: tuple[int, ...], model: str) -> torch.Tensor:
