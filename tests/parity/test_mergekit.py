@@ -16,8 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 from orchestrator.single_merge import merge_recipe
+from tests.campaigns import run_darwin
 from tests.families import build_model, write_tokenizer
-from tests.parity.cases import CASES, Alike, Case, Near
+from tests.parity.cases import CASES, REFUSED, Alike, Case, Near, Refused
+from workers.errors import BadInputError
 
 MERGEKIT = Path(__file__).parents[2] / ".venv-mergekit/bin"
 RUNNER = Path(__file__).with_name("run_mergekit.py")
@@ -43,14 +45,17 @@ class Family:
 
 
 def write_models(folder: Path, kind: str, dtype: torch.dtype) -> None:
-    """A base and its relatives, random, with weights that use all digits of `dtype`."""
+    """A base and relatives that went the same way by 4/5, with random weights that use all digits of
+    `dtype`. (Without a common way, cosines between task vectors would be noise around zero.)"""
+    base, common = 0, 1
     for number in range(MODELS):
+        steps = {base: 1.0, common: 2.0, MODELS + number: 1.0} if number else {base: 1.0}
         model = build_model(kind, 0).float()
         with torch.no_grad():
-            for seed in {0, number}:
+            for seed, length in steps.items():
                 generator = torch.Generator().manual_seed(seed)
                 for weight in model.parameters():
-                    weight.add_(torch.randn(weight.shape, generator=generator) * SPREAD)
+                    weight.add_(torch.randn(weight.shape, generator=generator) * SPREAD * length)
         model.to(dtype).save_pretrained(folder / f"m{number}")
         write_tokenizer(folder / f"m{number}")
 
@@ -65,7 +70,7 @@ def with_places(config: Any, folder: Path) -> Any:
     return str(folder / config) if is_model else config
 
 
-def write_config(case: Case, folder: Path) -> Path:
+def write_config(case: Case | Refused, folder: Path) -> Path:
     file = folder / f"{case.name}.yml"
     file.write_text(yaml.safe_dump(with_places(yaml.safe_load(case.config), folder)))
     return file
@@ -199,3 +204,42 @@ def test_a_child_is_mergekits(family: Family, case: Case, tmp_path: Path) -> Non
             {n: ours[n] for n in compared}, compared, models, case, near
         )
     assert not problems, "\n".join(problems)
+
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_models(folder, "llama", torch.float32)
+    return folder
+
+
+def test_both_commands_take_the_same_file(small_models: Path, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "linear")
+    config = write_config(case, small_models)
+    command = [MERGEKIT / "mergekit-yaml", config, tmp_path / "theirs", "--quiet"]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    run_darwin("merge", str(config), str(tmp_path / "ours"))
+    ours, theirs = read_model(tmp_path / "ours"), read_model(tmp_path / "theirs")
+    models = [read_model(small_models / f"m{number}") for number in range(MODELS)]
+    assert ours.keys() == theirs.keys()
+    assert not problems_of_elements(ours, theirs, models, Near(ulps=2))
+
+
+@pytest.fixture(scope="module")
+def accepted(small_models: Path) -> dict[str, str | None]:
+    """How mergekit ended with the files that darwin refuses."""
+    merges = [
+        (write_config(refused, small_models), small_models / f"{refused.name}.mergekit")
+        for refused in REFUSED
+    ]
+    outcomes = run_mergekit(merges, small_models / "merges.json")
+    return dict(zip((refused.name for refused in REFUSED), outcomes, strict=True))
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
+def test_darwin_refuses_what_mergekit_takes(
+    refused: Refused, small_models: Path, accepted: dict[str, str | None], tmp_path: Path
+) -> None:
+    assert accepted[refused.name] is None
+    with pytest.raises(BadInputError, match=refused.message):
+        merge_recipe(str(write_config(refused, small_models)), str(tmp_path / "child"))
