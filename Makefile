@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MERGEKIT := .venv-mergekit
 
-.PHONY: demo test lint unit integration bench clean
+.PHONY: demo test lint unit integration bench bench-merge parity clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
@@ -26,6 +27,20 @@ integration: $(VENV)/installed-test
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks
 
+# The comparison with mergekit, which lives in an environment of its own: its pins are not ours.
+parity: $(VENV)/installed-test $(MERGEKIT)/installed
+	$(BIN)/python -m pytest tests/parity
+
+# Without `make $(MERGEKIT)/installed` before, mergekit's columns stay empty.
+bench-merge: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.merge
+
+$(MERGEKIT)/installed:
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
+	$(MERGEKIT)/bin/python -m pip install --quiet --disable-pip-version-check mergekit==0.1.5
+	touch $@
+
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
@@ -39,4 +54,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(MERGEKIT) runs
