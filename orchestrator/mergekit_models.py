@@ -99,7 +99,7 @@ def output_dtype(data: dict[Any, Any]) -> str | None:
 def short_names(places: list[str]) -> dict[str, str]:
     """Location -> a short name of its own, from the last parts of the path."""
     names: dict[str, str] = {}
-    for place in places:
+    for place in dict.fromkeys(places):
         parts = [
             re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.")
             for part in re.sub(r"@[^/+]*", "", place.partition("://")[2] or place)

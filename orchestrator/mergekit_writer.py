@@ -41,14 +41,20 @@ def check_same(
     opened: Callable[[str], Checkpoint],
 ) -> None:
     """Raise `BadInputError`, naming a rule of `recipe`, unless both recipes merge every tensor alike."""
-    ours, theirs = _assignments(recipe, places, opened), _assignments(other, other_places, opened)
-    for name, (tensor, way) in ours.items():
+    ours = _assignments(recipe, places, opened)
+    rule_of = {
+        name: next((n for n, r in enumerate(recipe.rules) if r.where.matches(tensor)), None)
+        for name, (tensor, _) in ours.items()
+    }
+    for name, (tensor, _) in ours.items():
+        if rule_of[name] is None and tensor.component in MERGED:
+            raise BadInputError(f"rules: none is for {name}, but mergekit merges every tensor")
+    theirs = _assignments(other, other_places, opened)
+    for name, (_, way) in ours.items():
         if name not in theirs or theirs[name][1] != way:
-            number = next((n for n, r in enumerate(recipe.rules) if r.where.matches(tensor)), None)
-            rule = "tensors that no rule matches" if number is None else f"rules.{number}"
             raise BadInputError(
-                f"{rule}: {name} would be merged otherwise: mergekit's spelling cannot express it "
-                "(outside all layers it takes the first value of a gradient, and every tensor is merged)"
+                f"rules.{rule_of[name]}: {name} would be merged otherwise: mergekit's spelling cannot "
+                "express it (outside all layers it takes the first value of a gradient)"
             )
     if len(theirs) != len(ours):
         raise BadInputError("layers: mergekit's child would have other tensors")
