@@ -123,8 +123,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_rows, "GAP_ELEMENTS", 2 * WIDTH)
 
 
-def test_a_stretch_is_the_same_whatever_else_is_read(tmp_path: Path, small_blocks: None) -> None:
-    child = Child(write_all(tmp_path, {"mother": torch.float32}, *tokenizers()), "union")
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_stretch_is_the_same_whatever_else_is_read(
+    tmp_path: Path, small_blocks: None, remote: bool
+) -> None:
+    opened = write_all(tmp_path, {"mother": torch.float32}, *tokenizers())
+    if remote:
+        opened = {name: open_remote(tmp_path / name) for name in opened}
+    child = Child(opened, "union")
     rows = child.rows("embed_tokens.weight")
     size = child.vocabulary.rows * WIDTH
     generator = random.Random(0)
