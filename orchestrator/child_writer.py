@@ -29,14 +29,14 @@ MANIFEST = f"{PROGRESS}/manifest.json"
 FORMAT = 1
 
 RECORD_BYTES = 256 << 20
-"""So much is written between two records: what a crash may cost."""
+"""So much is written between two records, or a sixteenth of a small child: what a crash may cost."""
 
 
 class Calls(Protocol):
     """Workers that take calls: threads of this process, or actors of a pool."""
 
-    group_bytes: int
-    """About as much is given to a worker at once."""
+    def group_bytes(self, total: int) -> int:
+        """About as much of `total` is given to a worker at once."""
 
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call the workers' `method` with each of `arguments`; (number, result) as they come."""
@@ -45,11 +45,13 @@ class Calls(Protocol):
 class LocalCalls:
     """Calls to one worker object, by threads of this process."""
 
-    group_bytes = 1  # each part by itself
-
     def __init__(self, worker: MergeWorker, threads: int | None = None) -> None:
         self._worker = worker
         self._threads = threads or os.cpu_count() or 1
+
+    def group_bytes(self, total: int) -> int:
+        """See `Calls.group_bytes`: each part by itself."""
+        return 1
 
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """See `Calls.each`."""
@@ -126,7 +128,7 @@ class ChildWriter:
         notify(sum(sizes[key] for key in self._written))
         pending: list[dict[str, Any]] = []
         size = 0
-        groups = self._groups(calls.group_bytes)
+        groups = self._groups(calls.group_bytes(self.total_bytes))
         recipe = self.recipe.to_dict()
         given = [(recipe, self.target.uri, self._uploads, group) for group in groups]
         for _, reports in calls.each("write_parts", given):
@@ -136,7 +138,7 @@ class ChildWriter:
                 pending.append(written)
                 size += sizes[key]
                 notify(sizes[key])
-            if size >= RECORD_BYTES:
+            if size >= min(RECORD_BYTES, self.total_bytes // 16):
                 self._record({"parts": pending})
                 pending, size = [], 0
         if pending:

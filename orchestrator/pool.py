@@ -44,6 +44,8 @@ START_SECONDS = 1800.0
 """With no worker in service for this long, the cluster will not give any: long enough for machines that
 must be started first, and for parents that must be copied to them."""
 
+GROUP_BYTES = 256 << 20
+
 BACK_OFF_SECONDS = 1.0
 
 
@@ -113,9 +115,6 @@ class Pool:
     `check_engine` sees what each new worker's scores depend on, and raises if it does not fit.
     """
 
-    group_bytes = 256 << 20
-    """What a worker merges in one call (see `child_writer.Calls`)."""
-
     def __init__(
         self,
         spec: MergeSpec,
@@ -170,6 +169,10 @@ class Pool:
             # Before the caller records it: no worker waits for the store.
             self._dispatch(waiting)
             yield from progress
+
+    def group_bytes(self, total: int) -> int:
+        """What of a child a worker merges in one call: small enough that none waits long at the end."""
+        return min(GROUP_BYTES, total // (4 * len(self._workers)))
 
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call the workers' `method` with each of `arguments`; (number, result) as they come.
