@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.mergekit_methods import PEER_METHODS, REQUIRED
 from orchestrator.recipe_file import RecipeFile, load_recipe_file
 from orchestrator.recipe_spelling import respell
 from tests.families import write_family
@@ -945,59 +946,83 @@ TREES = st.recursive(
     ),
     max_leaves=15,
 )
+NUMBERS = st.floats(0, 1) | st.sampled_from([0, 1, True, "1e-1"])
+PLAIN = NUMBERS | st.lists(NUMBERS, min_size=1, max_size=4)
+FILTERS = st.sampled_from(
+    ["mlp", "self_attn", "*", "", "layers.1.", "norm", "no such tensor", "[", None]
+)
 SETTINGS = st.one_of(
-    SCALARS,
-    st.lists(st.floats(0, 1) | st.booleans(), max_size=4),
+    PLAIN,
     st.lists(
-        st.fixed_dictionaries(
-            {"value": TREES | st.floats(0, 1)}, optional={"filter": WORDS | st.none()}
-        ),
+        st.fixed_dictionaries({"value": PLAIN}, optional={"filter": FILTERS}),
+        min_size=1,
         max_size=3,
     ),
-)
-PARAMETERS = st.dictionaries(
-    st.sampled_from(["weight", "t", "normalize", "density", "lambda", "scale"]),
-    SETTINGS,
-    max_size=2,
+    SCALARS,
 )
 MODELS = st.sampled_from(["ONE", "TWO", "BASE"])
-ENTRIES = st.fixed_dictionaries({"model": MODELS}, optional={"parameters": PARAMETERS})
-RANGES = st.tuples(st.integers(0, 4), st.integers(0, 5)).map(list)
-SLICES = st.fixed_dictionaries(
-    {
-        "sources": st.lists(
-            st.fixed_dictionaries(
-                {"model": MODELS, "layer_range": RANGES}, optional={"parameters": PARAMETERS}
-            ),
-            max_size=3,
+
+
+def likely(method: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Files of a method that are mostly sound."""
+    peer = PEER_METHODS[method]
+    names = {"shared": [], "input": [], "task_vector": []}  # type: dict[str, list[str]]
+    for parameter in peer.parameters:
+        names[parameter.scope].append(parameter.name)
+    per_model = names["input"] + names["task_vector"]
+    needed = {p.name: SETTINGS for p in peer.parameters if p.default is REQUIRED}
+    optional = {p.name: SETTINGS for p in peer.parameters if p.default is not REQUIRED}
+    parameters = st.fixed_dictionaries(needed, optional=optional)
+    own = st.dictionaries(st.sampled_from(per_model), SETTINGS, max_size=2) if per_model else (
+        st.just({})
+    )  # fmt: skip
+    most = 1 if method == "passthrough" else 3
+    entry = st.fixed_dictionaries({"model": MODELS}, optional={"parameters": own})
+    ranges = st.sampled_from([[0, 4], [0, 2], [2, 4], [1, 3]])
+
+    def same_model(part: dict[str, Any]) -> str:
+        return str(part["model"])
+
+    models = st.lists(entry, min_size=1, max_size=most, unique_by=same_model)
+    slices = st.tuples(models, ranges, parameters | st.none()).map(
+        lambda drawn: {
+            "sources": [source | {"layer_range": drawn[1]} for source in drawn[0]],
+            "parameters": drawn[2],
+        }
+    )
+    return st.one_of(
+        st.fixed_dictionaries({key: value})
+        for key, value in (
+            ("models", models),
+            ("slices", st.lists(slices, min_size=1, max_size=3)),
         )
-    },
-    optional={"base_model": MODELS, "parameters": PARAMETERS},
-)
-LIKELY = st.fixed_dictionaries(
-    {
-        "merge_method": st.sampled_from(
-            ["linear", "slerp", "ties", "passthrough", "task_arithmetic"]
-        ),
-        "parameters": PARAMETERS,
-    },
-    optional={
-        "models": st.lists(ENTRIES, min_size=1, max_size=3),
-        "slices": st.lists(SLICES, min_size=1, max_size=3),
-        "base_model": MODELS,
-        "dtype": WORDS,
-        "tokenizer_source": WORDS,
-        "chat_template": WORDS,
-    },
+    ).flatmap(
+        lambda inputs: st.fixed_dictionaries(
+            {
+                "merge_method": st.just(method),
+                "parameters": parameters,
+                **{key: st.just(value) for key, value in inputs.items()},
+                **({"base_model": MODELS} if peer.base == "required" else {}),
+            },
+            optional={
+                "dtype": st.sampled_from(["float16", "torch.bfloat16", "int8"]),
+                "tokenizer_source": st.sampled_from(["union", "base", "ONE", "nowhere"]),
+            },
+        )
+    )
+
+
+LIKELY = st.sampled_from(["linear", "slerp", "ties", "passthrough", "task_arithmetic"]).flatmap(
+    likely
 )
 
 
-@given(data=st.one_of(LIKELY, st.dictionaries(WORDS, TREES, max_size=6), TREES), trim=st.booleans())
+@given(data=st.one_of(LIKELY, st.dictionaries(WORDS, TREES, max_size=6), TREES))
 @settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_tree_is_a_recipe_or_a_clear_refusal(
-    configs: ConfigFolder, models: list[str], data: Any, trim: bool
+    configs: ConfigFolder, models: list[str], data: Any
 ) -> None:
     places = dict(zip(("BASE", "ONE", "TWO"), models, strict=True))
 
@@ -1008,10 +1033,7 @@ def test_any_tree_is_a_recipe_or_a_clear_refusal(
             return [placed(part) for part in node]
         return places.get(node, node) if isinstance(node, str) else node
 
-    data = placed(data)
-    if trim and isinstance(data, dict) and "models" in data:
-        data.pop("slices", None)
-    configs.file.write_text(yaml.safe_dump(data))
+    configs.file.write_text(yaml.safe_dump(placed(data)))
     try:
         loaded = load_recipe_file(str(configs.file))
         assigned(loaded)
