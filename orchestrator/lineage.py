@@ -14,6 +14,7 @@ from orchestrator.state import CampaignState
 from workers.checkpoints import Checkpoint
 from workers.merging import Recipe
 from workers.storage import ObjectNotFoundError
+from workers.storage.hub import pinned_parts
 
 LINEAGE_FILE = "lineage.json"
 LINEAGE_FORMAT = 2
@@ -37,9 +38,9 @@ def build_lineage(
     parents = [
         {
             "name": parent.name,
-            "hub": parent.hub,
             "fingerprint": inputs.parents[parent.name].fingerprint,
             "license": licence_of(inputs.parents[parent.name]),
+            **hub_source(inputs.parents[parent.name], parent.hub),
             "unused_tensors": inputs.unused[parent.name],
         }
         for parent in config.parents
@@ -50,7 +51,13 @@ def build_lineage(
         "campaign": config.name,
         "software": {"darwin": package_version()},
         "parents": parents,
-        "base": {"fingerprint": base.fingerprint, "license": licence_of(base)} if base else None,
+        "base": {
+            "fingerprint": base.fingerprint,
+            "license": licence_of(base),
+            **hub_source(base),
+        }
+        if base
+        else None,
         "recipe_id": recipe.id,
         "recipe": recipe.to_dict(),
         "genome": genome,
@@ -78,6 +85,12 @@ def build_lineage(
         **judgement.to_dict(),
         **weights,
     }
+
+
+def hub_source(checkpoint: Checkpoint, known_as: str | None = None) -> dict[str, str | None]:
+    """The checkpoint's id on the hub (`known_as`, or where it was read), and the commit that was read."""
+    model, commit = pinned_parts(checkpoint.store.uri) or (None, None)
+    return {"hub": known_as or model, "revision": commit}
 
 
 def licence_of(checkpoint: Checkpoint) -> str | None:

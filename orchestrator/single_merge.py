@@ -10,7 +10,13 @@ from typing import Any
 
 from orchestrator.child_writer import PROGRESS, Calls, ChildWriter, LocalCalls
 from orchestrator.config import WorkersConfig
-from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT, licence_of, package_version
+from orchestrator.lineage import (
+    LINEAGE_FILE,
+    LINEAGE_FORMAT,
+    hub_source,
+    licence_of,
+    package_version,
+)
 from orchestrator.pool import Pool
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import RecipeFile, load_recipe_file
@@ -44,7 +50,12 @@ def merge_recipe(
         "format": LINEAGE_FORMAT,
         "software": {"darwin": package_version()},
         "parents": [
-            {"name": name, "fingerprint": parent.fingerprint, "license": licence_of(parent)}
+            {
+                "name": name,
+                "fingerprint": parent.fingerprint,
+                "license": licence_of(parent),
+                **hub_source(parent),
+            }
             for name, parent in loaded.parents.items()
         ],
         "recipe_id": loaded.recipe.id,

@@ -86,7 +86,10 @@ def write_speaker(
     """A checkpoint of `rows` random rows, and a norm, that speaks `tokenizer`."""
     generator = torch.Generator().manual_seed(seed)
     names = [EMBEDDING, *([HEAD] if head else [])]
-    tensors = {name: torch.randn(rows, WIDTH, generator=generator).to(dtype) for name in names}
+    tensors = {
+        name: torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        for name in names
+    }
     tensors["model.norm.weight"] = torch.ones(WIDTH, dtype=dtype)
     given = {"tokenizer.json": tokenizer.to_str().encode()} | (files or {})
     whole = CONFIG | {"vocab_size": rows, "tie_word_embeddings": False} | (config or {})

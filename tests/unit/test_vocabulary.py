@@ -271,6 +271,34 @@ def test_a_token_behind_the_last_row_counts_as_unknown(speakers: Speakers) -> No
     assert "<a>" in child_tokenizer(vocabulary).get_vocab()
 
 
+def test_two_tokens_of_one_text_stay_two(speakers: Speakers) -> None:
+    for name in ("father", "mother"):
+        tokenizer = byte_level(["the cat and the dog"], 270)
+        assert tokenizer.token_to_id("Ġthe") is not None
+        tokenizer.add_tokens([added(" the", normalized=False)])
+        speakers.write(name, tokenizer)
+    vocabulary = speakers.choose("mother")
+    for rows in vocabulary.maps.values():
+        assert rows.tolist() == list(range(vocabulary.rows))
+
+
+def test_a_row_that_is_not_there_is_nobodys(speakers: Speakers) -> None:
+    for name, rows in (("father", 0), ("mother", -1)):
+        tokenizer = byte_level(ENGLISH, 290)
+        tokenizer.add_tokens(["<a>", "<b>"])
+        speakers.write(name, tokenizer, rows)
+    last = speakers.rows["father"] - 1
+    rows = list(range(last))
+    vocabulary = speakers.choose("union")
+    assert vocabulary.maps["mother"].tolist() == [*rows, -1]
+    assert vocabulary.maps["father"].tolist() == [*rows, last]
+    # The mother herself has no row for her last token.
+    vocabulary = speakers.choose("mother")
+    assert vocabulary.maps["mother"].tolist() == vocabulary.maps["father"].tolist() == rows
+    speakers.write("donor", byte_level(ENGLISH, 280), 20)
+    assert speakers.choose("donor").rows == speakers.rows["donor"]
+
+
 @pytest.mark.parametrize("padding", [0, 13])
 def test_parents_of_one_vocabulary_stay_as_they_are(speakers: Speakers, padding: int) -> None:
     for name in ("father", "mother", "base"):
@@ -372,6 +400,19 @@ def test_ids_of_special_tokens_follow_the_tokens(speakers: Speakers) -> None:
     assert speakers.choose("father").config_changes(father) == father | {
         "vocab_size": speakers.rows["father"],
         "text_config": {"vocab_size": speakers.rows["father"], "eos_token_id": 291},
+    }
+
+
+def test_ids_of_no_token_become_the_owners_or_none(speakers: Speakers) -> None:
+    two_owners(speakers)
+    config = {"pad_token_id": -1, "eos_token_id": -1, "sep_token_id": [], "cls_token_id": "x"}
+    changed = speakers.choose("mother").config_changes(config)
+    del changed["vocab_size"]
+    assert changed == {
+        "pad_token_id": None,
+        "eos_token_id": 300,
+        "sep_token_id": [],
+        "cls_token_id": None,
     }
 
 

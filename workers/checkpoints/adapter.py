@@ -20,7 +20,7 @@ from workers.checkpoints.checkpoint import Checkpoint, open_weight_file, read_js
 from workers.checkpoints.quantization import FLOAT_DTYPES
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
-from workers.storage import open_store
+from workers.storage.locations import find_store
 
 if TYPE_CHECKING:
     from workers.checkpoints.architecture import LogicalTensor
@@ -99,12 +99,12 @@ class Adapter:
 
 
 def open_adapter(location: str) -> Adapter:
-    """Open the adapter at `location`, any place that `open_store` takes.
+    """Open the adapter at `location`, any place that `find_store` takes.
 
     Reads `adapter_config.json` and the header of the weights, no tensor. Raises `BadInputError` naming
     the file, and the key or tensor, for anything that is missing, damaged or not understood.
     """
-    store = open_store(location)
+    store = find_store(location)
     found = {info.key: info for info in store.list_objects() if "/" not in info.key}
     if CONFIG_FILE not in found:
         raise BadInputError(f"{store.uri}: no {CONFIG_FILE}: not a LoRA adapter in PEFT's format")

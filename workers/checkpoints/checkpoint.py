@@ -19,7 +19,8 @@ from workers.checkpoints.safetensors_format import (
     parse_header,
 )
 from workers.errors import BadInputError
-from workers.storage import ObjectInfo, ObjectNotFoundError, Store, open_store
+from workers.storage import ObjectInfo, ObjectNotFoundError, Store
+from workers.storage.locations import find_store
 
 if TYPE_CHECKING:
     from workers.checkpoints.adapter import Adapter
@@ -153,7 +154,7 @@ def open_folder(location: str) -> Checkpoint:
     Reads headers, index and `config.json`, no tensor. Raises `BadInputError` naming the file, and the
     tensor where there is one, for anything that is missing, damaged or contradictory.
     """
-    store = open_store(location)
+    store = find_store(location)
     found = {info.key: info for info in store.list_objects() if "/" not in info.key}
     if not found:
         raise BadInputError(f"{store.uri}: no checkpoint here: the folder is empty or not there")

@@ -8,12 +8,12 @@ from workers.checkpoints.adapter import CONFIG_FILE, open_adapter
 from workers.checkpoints.checkpoint import Checkpoint, open_folder
 from workers.errors import BadInputError
 from workers.storage import open_store
-from workers.storage.locations import absolute_location
+from workers.storage.locations import find_location
 
 
 def open_checkpoint(location: str) -> Checkpoint:
-    """Open the Hugging Face checkpoint at `location` (plain path, `file://`, `s3://`, `shipped:`), or
-    the base with the adapter of `BASE+ADAPTER`, each side such a location.
+    """Open the Hugging Face checkpoint at `location` (plain path, `file://`, `s3://`, `shipped:`, a model
+    of the hub), or the base with the adapter of `BASE+ADAPTER`, each side such a location.
 
     Reads headers, index and configuration, no tensor. Raises `BadInputError` naming the file, and the
     tensor where there is one, for anything that is missing, damaged or contradictory.
@@ -35,8 +35,8 @@ def absolute_checkpoint_location(location: str) -> str:
     """The same checkpoint, independent of the current folder."""
     sides = split_adapter(location)
     if sides is None:
-        return absolute_location(location)
-    return f"{absolute_checkpoint_location(sides[0])}+{absolute_location(sides[1])}"
+        return find_location(location)
+    return f"{absolute_checkpoint_location(sides[0])}+{find_location(sides[1])}"
 
 
 def split_adapter(location: str) -> tuple[str, str] | None:

@@ -60,7 +60,7 @@ def remapped_ids(
     for key, value in config.items():
         if isinstance(value, dict):
             changed[key] = remapped_ids(value, new_ids, defaults, f"{where}: {key}")
-        elif not TOKEN_ID.fullmatch(key) or value is None:
+        elif not TOKEN_ID.fullmatch(key) or value in (None, []):
             changed[key] = value
         else:
             ids = [

@@ -190,14 +190,14 @@ def _row_map(
     """The checkpoint's row for each of the child's `rows`; -1 where it has none."""
     import numpy
 
-    taken = {token.id for token in tokens.entries}
     found = numpy.full(rows, -1, numpy.int64)
     # Rows that no token has, neither here nor in the child, stay what they are.
     padding = numpy.ones(min(own_rows, rows, owner_rows), bool)
-    for token in (*tokens.entries, *entries):
+    for token in tokens.entries:
         if token.id < len(padding):
             padding[token.id] = False
     found[: len(padding)][padding] = numpy.flatnonzero(padding)
+    taken = {token.id for token in tokens.entries}
     # Rows of one text: a tokenizer may have both an added token and one of its model's for it.
     ids: dict[bytes, dict[str, int]] = {}
     for token in tokens.entries:
@@ -223,7 +223,8 @@ def _new_ids(
     ids: dict[bytes, int] = {}
     for token in entries:
         ids.setdefault(token.text, token.id)
-    kept: dict[int, int | None] = {own: row for row, own in enumerate(father_map.tolist())}
+    rows = enumerate(father_map.tolist())
+    kept: dict[int, int | None] = {own: row for row, own in rows if own >= 0}
     return kept | {token.id: ids.get(token.text) for token in father.entries}
 
 

@@ -3,7 +3,11 @@
 * a plain path, relative to the current folder; `~` is the home folder;
 * `file:///absolute/path`, percent-encoded;
 * `s3://bucket/prefix`;
-* `shipped:NAME`: the folder NAME in `workers/families`, on whatever machine the package is on.
+* `shipped:NAME`: the folder NAME in `workers/families`, on whatever machine the package is on;
+* `hf://org/name[@revision]`: a model of the Hugging Face hub (see `hub`), to be read only.
+
+Where something is to be read (`find_store`), `org/name[@revision]` alone is a model of the hub too, if
+there is neither a file or folder of that name here nor a folder `org`.
 """
 
 from __future__ import annotations
@@ -15,18 +19,19 @@ from urllib.parse import quote, unquote_to_bytes
 
 from workers.errors import BadInputError
 from workers.storage.folder import FolderStore
+from workers.storage.hub import HUB_SCHEME, is_hub_id, open_hub, pinned_location
 from workers.storage.store import Store, check_key
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "families"
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
-_HALF_A_SCHEME = re.compile(r"(s3|file):(?!//)", re.IGNORECASE)
+_HALF_A_SCHEME = re.compile(r"(s3|file|hf):(?!//)", re.IGNORECASE)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SUPPORTED = "a plain path, file:///path, s3://bucket/prefix or shipped:NAME"
+_SUPPORTED = "a plain path, file:///path, s3://bucket/prefix, hf://org/name or shipped:NAME"
 
 
 def open_store(location: str) -> Store:
-    """The store at `location`, which need not exist yet (but for `shipped:`).
+    """The store at `location`, which need not exist yet (but for `shipped:` and `hf://`).
 
     Raises `BadInputError` if the location is none.
     """
@@ -39,7 +44,21 @@ def open_store(location: str) -> Store:
         return S3Store(bucket, prefix)
     if absolute.startswith("shipped:"):
         return FolderStore(SHIPPED_FOLDER / absolute.removeprefix("shipped:"), uri=absolute)
+    if absolute.startswith(HUB_SCHEME):
+        return open_hub(absolute)
     return FolderStore(absolute)
+
+
+def find_store(location: str) -> Store:
+    """The store at `location`, from which something is to be read."""
+    return open_store(find_location(location))
+
+
+def find_location(location: str) -> str:
+    """`absolute_location` of a place to be read: an id that is no path here is the hub's."""
+    if is_hub_id(location) and not os.path.lexists(location.split("/")[0]):
+        location = f"{HUB_SCHEME}{location}"
+    return absolute_location(location)
 
 
 def absolute_location(location: str) -> str:
@@ -65,6 +84,8 @@ def absolute_location(location: str) -> str:
             return _file(location, rest)
         case "s3":
             return _s3(location, rest)
+        case "hf":
+            return pinned_location(f"{HUB_SCHEME}{rest}")
     raise BadInputError(
         f"location {location!r}: {scheme['scheme']}:// is not supported: give {_SUPPORTED}"
     )

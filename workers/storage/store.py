@@ -57,7 +57,7 @@ class Store(ABC):
 
     uri: str
     """The location, without a trailing slash, as `open_store` takes it on any machine: a plain
-    absolute path, `s3://bucket/prefix` or `shipped:NAME`."""
+    absolute path, `s3://bucket/prefix`, `shipped:NAME` or `hf://org/name@COMMIT`."""
 
     @abstractmethod
     def read(self, key: str) -> bytes:
