@@ -89,7 +89,7 @@ class _Translator:
         data = {
             "parents": [{"name": name, "path": place} for place, name in models.items()],
             "base": self._base(),
-            "rules": self._rules(list(models.values()), layers is not None),
+            "rules": self._rules(list(models.values())),
             "layers": layers,
             "dtype": output_dtype(self.given.data),
             "vocabulary": vocabulary,
@@ -168,17 +168,17 @@ class _Translator:
             return base, [base, *others]
         return base, others
 
-    def _rules(self, parents: list[str], stacked: bool) -> list[dict[str, Any]]:
+    def _rules(self, parents: list[str]) -> list[dict[str, Any]]:
         first, last = self.given.slices[0], self.given.slices[-1]
-        embedding = self._rule(first, Span(None), parents, stacked)
-        rest = self._rule(last, Span(None), parents, stacked)
+        embedding = self._rule(first, Span(None), parents)
+        rest = self._rule(last, Span(None), parents)
         if len(self.given.slices) == 1 and not first.varies_with_depth:
             return [rest]
         inside = []
         for part, span in zip(self.given.slices, self._spans(), strict=True):
             components = [component for component in COMPONENTS if component not in CARRIED]
             where = {"components": components, "layers": list(span)}
-            inside.append((where, self._rule(part, Span(span), parents, stacked)))
+            inside.append((where, self._rule(part, Span(span), parents)))
         if all(rule == rest for rule in [embedding, *(rule for _, rule in inside)]):
             return [rest]
         rules = [{"where": where} | rule for where, rule in inside]
@@ -186,7 +186,7 @@ class _Translator:
             rules.append({"where": {"components": ["embedding"]}} | embedding)
         return [*rules, rest]
 
-    def _rule(self, part: Slice, span: Span, parents: list[str], stacked: bool) -> dict[str, Any]:
+    def _rule(self, part: Slice, span: Span, parents: list[str]) -> dict[str, Any]:
         """The rule for a slice's layers, or with them for what lies outside all layers."""
         method = METHODS[self.given.peer.own]
         base, sources = self._roles(part)
@@ -201,8 +201,6 @@ class _Translator:
                     f"{part.where}: passthrough takes one model, not {len(names)} (a base_model is one)"
                 )
             return {"method": method.name, "parameters": {"source": names[0]} | parameters}
-        if stacked:  # There only those of the slice are seen anyway.
-            parents = [name for name in parents if name in names]
         seen = {} if names == parents else {"parents": names}
         return {"method": method.name, "parameters": parameters} | seen
 
