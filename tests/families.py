@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ def build_model(kind: str, seed: int) -> Any:
     return model.to(torch.bfloat16)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A character tokenizer that begins texts with `<s>`."""
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *LETTERS])}
+def write_tokenizer(folder: Path, tokens: Sequence[str] = (*SPECIAL, *LETTERS)) -> None:
+    """A character tokenizer that begins texts with `<s>`; `tokens` in the order of their ids."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()

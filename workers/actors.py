@@ -118,10 +118,11 @@ class MergeWorker:
 
     def _start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
         from workers.merging.executor import Merger
+        from workers.merging.plan import form_of
 
         with self._starting:
             if self._run is None or self._run[0] != recipe.id:
-                run = Merger(self.parents, self.base).start(recipe)
+                run = Merger(self.parents, self.base, form=form_of(recipe)).start(recipe)
                 parts = {part.key: part for part in cut_parts(run.plan, run.assigned)}
                 self._run = recipe.id, run, parts
             return self._run[1:]

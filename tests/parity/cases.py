@@ -65,6 +65,8 @@ class Case:
     tensor and takes that as the whole; to darwin an expert's matrix is one. Experts are not compared."""
     difference: str = ""
     """What differs on purpose, in words."""
+    fails_for: tuple[str, ...] = ()
+    """Families for which mergekit fails; darwin's child must load then."""
 
 
 FP32_INSIDE = Near(ulps=1)
@@ -82,8 +84,8 @@ LENGTHS = Near(ulps=16)
 """fp32 models where mergekit adds up squares over a whole tensor or row in fp32."""
 LENGTHS_BF16 = Near(ulps=2, share=0.08, rms=0.005)
 
-TRIMMED = Near(ulps=2, share=0.02, rms=0.1)
-TRIMMED_BF16 = Near(ulps=2, share=0.12, rms=0.3)
+TRIMMED = Near(ulps=2, share=0.01, rms=0.08)
+TRIMMED_BF16 = Near(ulps=2, share=0.05, rms=0.12)
 
 CASES = (
     Case("linear", """
@@ -154,14 +156,6 @@ models:
   - {model: m2, parameters: {weight: -0.3}}
   - {model: m3, parameters: {weight: 0.4}}
 parameters: {lambda: 0.7}
-"""),
-    Case("task_arithmetic_mean", """
-merge_method: task_arithmetic
-base_model: m0
-models:
-  - {model: m1, parameters: {weight: 0.5}}
-  - {model: m2, parameters: {weight: 0.3}}
-parameters: {normalize: true}
 """),
     Case("ties", """
 merge_method: ties
@@ -256,7 +250,7 @@ merge_method: sce
 base_model: m0
 models: [{model: m1}, {model: m2}, {model: m3}]
 parameters: {select_topk: 0.4}
-""", Near(ulps=2, share=0.45, rms=0.1), Near(ulps=2, share=0.45, rms=0.3), whole=True,
+""", Near(ulps=2, share=0.45, rms=0.06), Near(ulps=2, share=0.45, rms=0.15), whole=True,
          difference=THRESHOLD + BF16_DELTAS
          + "What is selected decides the parents' weights, so one element more moves all a little. "),
     Case("model_stock", """
@@ -313,7 +307,8 @@ merge_method: passthrough
 slices:
   - sources: [{model: m1, layer_range: [0, 3]}]
   - sources: [{model: m2, layer_range: [1, 4]}]
-""", Near(ulps=0), Near(ulps=0)),
+""", Near(ulps=0), Near(ulps=0), fails_for=("qwen3",),
+         difference="mergekit leaves the config's layer_types as they are, which qwen3 refuses. "),
     Case("stacked_merges", """
 merge_method: linear
 slices:
@@ -390,6 +385,12 @@ merge_method: nuslerp
 models: [{model: m1, parameters: {weight: 0.6}}, {model: m2, parameters: {weight: 0.2}}]
 parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
 """, "nuslerp_row_wise"),
+    Refused("task_arithmetic_mean", """
+merge_method: task_arithmetic
+base_model: m0
+models: [{model: m1, parameters: {weight: 1}}, {model: m2, parameters: {weight: 1}}]
+parameters: {normalize: true}
+""", "normalize"),
     Refused("nothing_to_divide_by", """
 merge_method: linear
 models: [{model: m1, parameters: {weight: 1}}, {model: m2, parameters: {weight: -1}}]

@@ -19,6 +19,7 @@ from workers.merging.plan import (
     BASE,
     CHUNK_ELEMENTS,
     Assignment,
+    Form,
     MergeUnit,
     Plan,
     columns_of,
@@ -43,8 +44,9 @@ class Merger:
     """Parents opened once, ready to run any number of recipes.
 
     `parents` by name, the father first. `keep_statistics`: for searches, which need the same ones again
-    for each candidate; else only recent ones are kept. Not for use by several threads at once: a run
-    brings its own threads. Raises `BadInputError` if the parents do not fit together.
+    for each candidate; else only recent ones are kept. `form`: that of the recipes to come, since parents may
+    fit together in no other one. Not for use by several threads at once: a run brings its own threads.
+    Raises `BadInputError` if the parents do not fit together.
     """
 
     def __init__(
@@ -53,13 +55,14 @@ class Merger:
         base: Checkpoint | None = None,
         device: str = "cpu",
         keep_statistics: bool = False,
+        form: Form = Form(),  # noqa: B008 - immutable
     ) -> None:
         self.parents = parents
         self.base = base
         self.device = torch.device(device)
         self._maps = {name: ArchitectureMap(parent) for name, parent in parents.items()}
         self._base_map = ArchitectureMap(base) if base else None
-        self.plan = Plan(self._maps, self._base_map)
+        self.plan = Plan(self._maps, self._base_map, form)
         self.sources = {name: Source(parent) for name, parent in parents.items()}
         if base is not None:
             self.sources[BASE] = Source(base)
