@@ -132,10 +132,9 @@ def _exceptions(
             declared = method.parameter(name)
             if declared is not None:
                 values[name] = _number(where, value)
-                if not declared.low <= values[name] <= declared.high:
-                    raise BadInputError(
-                        f"{where}: {value} is outside [{declared.low}, {declared.high}]"
-                    )
+                low, high = (0, 1) if declared.scope == "flag" else (declared.low, declared.high)
+                if not low <= values[name] <= high:
+                    raise BadInputError(f"{where}: {value} is outside [{low}, {high}]")
         if values:
             found.append((tuple(names), values))
     return found

@@ -222,7 +222,9 @@ def test_every_shipped_space_and_method_fits_every_kind_of_model(
             for tensor in father.tensors:
                 wanted = method if tensor.component in searched else "passthrough"
                 assert found[tensor.name].method.name == wanted, tensor.name
-    assert (space.decode(start_genome(space)).base is not None) == METHODS[method].uses_base
+    assert (space.decode(start_genome(space)).base is not None) == (
+        METHODS[method].uses_base != "never"
+    )
 
 
 def test_each_gene_reaches_its_tensors_and_no_other(maps: dict[str, ArchitectureMap]) -> None:

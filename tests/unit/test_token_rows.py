@@ -167,6 +167,7 @@ def test_what_a_parent_has_is_copied_bit_by_bit(tmp_path: Path, dtype: torch.dty
     random_bits = numpy.random.default_rng(0).integers(0, 256, entry.stop - entry.start, "u1")
     data[entry.start : entry.stop] = random_bits.tobytes()
     file.write_bytes(data)
+    opened["mother"] = open_checkpoint(str(tmp_path / "mother"))
     stored = read_tensors(tmp_path / "mother")[EMBEDDING]
     child = Child(opened, "union")
     rows = child.rows("embed_tokens.weight")
