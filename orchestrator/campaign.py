@@ -6,7 +6,6 @@ the ledger what was asked and scored before, and does only what is missing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.judgement import Judgement, judge
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
-from orchestrator.lineage import LINEAGE_FILE, build_lineage
+from orchestrator.lineage import LINEAGE_FILE, build_lineage, lineage_bytes
 from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
@@ -380,7 +379,7 @@ class Campaign:
         )
         files = {
             "README.md": build_card(lineage).encode(),
-            LINEAGE_FILE: json.dumps(lineage, indent=1, ensure_ascii=False).encode(),
+            LINEAGE_FILE: lineage_bytes(lineage),
         }
         # A record before each step that others see: a driver that was replaced stops here.
         self._record("publishing", recipe=recipe.id)

@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.lineage import LINEAGE_FILE
@@ -76,7 +76,7 @@ class ChildReport:
     differ from each parent that has it (`changed`); how many are `not_finite`."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"files": self.files, "tensors": self.tensors}
 
 
 @dataclass
@@ -102,8 +102,8 @@ class ChildWriter:
     ) -> ChildWriter:
         """Plan the child. Raises `BadInputError` for a recipe that cannot work."""
         plan = Plan(
-            {name: ArchitectureMap(parent) for name, parent in parents.items()},
-            ArchitectureMap(base) if base else None,
+            {name: ArchitectureMap.of(parent) for name, parent in parents.items()},
+            ArchitectureMap.of(base) if base else None,
             form_of(recipe),
         )
         assigned = plan.assign(recipe)
@@ -132,7 +132,7 @@ class ChildWriter:
         recipe = self.recipe.to_dict()
         given = [(recipe, self.target.uri, self._uploads, group) for group in groups]
         for _, reports in calls.each("write_parts", given):
-            for written in map(asdict, reports):
+            for written in [dict(vars(report)) for report in reports]:
                 key = written["file"], written["number"]
                 self._written[key] = written
                 pending.append(written)

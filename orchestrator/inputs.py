@@ -51,11 +51,11 @@ class Inputs:
     @cached_property
     def maps(self) -> dict[str, ArchitectureMap]:
         """The parents' architecture maps, the father's first."""
-        return {name: ArchitectureMap(parent) for name, parent in self.parents.items()}
+        return {name: ArchitectureMap.of(parent) for name, parent in self.parents.items()}
 
     @cached_property
     def base_map(self) -> ArchitectureMap | None:
-        return ArchitectureMap(self.base) if self.base else None
+        return ArchitectureMap.of(self.base) if self.base else None
 
     @property
     def father_map(self) -> ArchitectureMap:
@@ -185,7 +185,7 @@ def too_few_task_vectors(
 def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Whether it stores a head that is not its embedding."""
     stored = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
-    return stored and not ArchitectureMap(checkpoint).ties_head
+    return stored and not ArchitectureMap.of(checkpoint).ties_head
 
 
 def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:

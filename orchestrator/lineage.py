@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -91,6 +92,18 @@ def hub_source(checkpoint: Checkpoint, known_as: str | None = None) -> dict[str,
     """The checkpoint's id on the hub (`known_as`, or where it was read), and the commit that was read."""
     model, commit = pinned_parts(checkpoint.store.uri) or (None, None)
     return {"hub": known_as or model, "revision": commit}
+
+
+def lineage_bytes(lineage: dict[str, Any]) -> bytes:
+    """The file: a line for each key, and for each tensor. Models of experts have ten thousands of them."""
+    lines = []
+    for key, value in lineage.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if key == "tensors":
+            tensors = ",\n".join(json.dumps(tensor, ensure_ascii=False) for tensor in value)
+            text = f"[\n{tensors}\n]"
+        lines.append(f"{json.dumps(key)}: {text}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def licence_of(checkpoint: Checkpoint) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from orchestrator.lineage import (
     LINEAGE_FORMAT,
     hub_source,
     licence_of,
+    lineage_bytes,
     package_version,
 )
 from orchestrator.pool import Pool
@@ -62,7 +62,7 @@ def merge_recipe(
         "recipe": loaded.recipe.to_dict(),
         **report.to_dict(),
     }
-    writer.publish(loaded.files | {LINEAGE_FILE: json.dumps(lineage, indent=1).encode()})
+    writer.publish(loaded.files | {LINEAGE_FILE: lineage_bytes(lineage)})
     return {
         "status": "done",
         "child": target.uri,

@@ -89,7 +89,7 @@ def _check_files(child: Checkpoint, lineage: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_tensors(child: Checkpoint, lineage: dict[str, Any]) -> Iterator[str]:
-    present = {tensor.name: tensor.elements for tensor in ArchitectureMap(child).tensors}
+    present = {tensor.name: tensor.elements for tensor in ArchitectureMap.of(child).tensors}
     merged = {tensor["name"]: tensor["elements"] for tensor in lineage["tensors"]}
     for name in sorted(merged.keys() - present.keys()):
         yield f"tensor {name!r}: was merged, but is not there"
@@ -103,7 +103,7 @@ def _check_tensors(child: Checkpoint, lineage: dict[str, Any]) -> Iterator[str]:
 def _read_file(child: Checkpoint, file: WeightFile) -> tuple[str, dict[str, int]]:
     """SHA-256 of a file, and the logical tensors in it with the number of values that are no numbers."""
     logical: dict[str, list[Any]] = {}
-    for tensor in ArchitectureMap(child).tensors:
+    for tensor in ArchitectureMap.of(child).tensors:
         logical.setdefault(tensor.stored, []).append(tensor)
     digest = hashlib.sha256(file.header.raw)
     buffer = memoryview(bytearray(READ_BYTES))
@@ -137,14 +137,14 @@ def _changed_by_reading(
     from workers.merging.sources import Source
 
     names = {parent["fingerprint"]: parent["name"] for parent in lineage["parents"]}
-    own, own_map = Source(child), ArchitectureMap(child)
+    own, own_map = Source(child), ArchitectureMap.of(child)
     changed = {}
     for location in locations:
         parent = open_checkpoint(location)
         if parent.fingerprint not in names:
             raise BadInputError(f"{parent.location}: is none of the parents that the lineage names")
         name = names[parent.fingerprint]
-        other, other_map = Source(parent), ArchitectureMap(parent)
+        other, other_map = Source(parent), ArchitectureMap.of(parent)
         if name == lineage["parents"][0]["name"] and not lineage["recipe"].get("layers"):
             problems += [
                 f"tensor {tensor.name!r} of the father {name} is not in the child"

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any
 
 from workers.checkpoints.adapter import Adapter, AdapterChange, apply_adapter
-from workers.checkpoints.checkpoint import Stored
+from workers.checkpoints.checkpoint import Checkpoint, Stored
 from workers.checkpoints.quantization import BlockScales, ScaleTable, quantization_name
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
@@ -151,6 +151,15 @@ class ArchitectureMap:
         _check_unique(self.tensors, checkpoint.location)
         if checkpoint.adapter is not None:
             self.tensors = self._adapted(checkpoint.adapter, text_config)
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> ArchitectureMap:
+        """The map of an opened checkpoint, made once."""
+        kept = vars(checkpoint)
+        if "_architecture_map" not in kept:
+            kept["_architecture_map"] = ArchitectureMap(checkpoint)
+        found: ArchitectureMap = kept["_architecture_map"]
+        return found
 
     def _adapted(self, adapter: Adapter, text_config: dict[str, Any]) -> tuple[LogicalTensor, ...]:
         renamed = [replace(entry, name=name) for name, entry in adapter.replacements.items()]

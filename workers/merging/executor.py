@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
+from workers.checkpoints.layout import Form
 from workers.errors import BadInputError
 from workers.merging.masks import keep_mask
 from workers.merging.methods import Grain, MergeMethod, Slice, Statistic
@@ -19,7 +20,6 @@ from workers.merging.plan import (
     BASE,
     CHUNK_ELEMENTS,
     Assignment,
-    Form,
     MergeUnit,
     Plan,
     columns_of,
@@ -60,8 +60,8 @@ class Merger:
         self.parents = parents
         self.base = base
         self.device = torch.device(device)
-        self._maps = {name: ArchitectureMap(parent) for name, parent in parents.items()}
-        self._base_map = ArchitectureMap(base) if base else None
+        self._maps = {name: ArchitectureMap.of(parent) for name, parent in parents.items()}
+        self._base_map = ArchitectureMap.of(base) if base else None
         self.plan = Plan(self._maps, self._base_map, form)
         self.sources = {name: Source(parent) for name, parent in parents.items()}
         if base is not None:
