@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
+from workers.checkpoints.layout import Form
 from workers.errors import BadInputError
 from workers.merging.masks import keep_mask
 from workers.merging.methods import Grain, MergeMethod, Slice, Statistic
@@ -19,7 +20,6 @@ from workers.merging.plan import (
     BASE,
     CHUNK_ELEMENTS,
     Assignment,
-    Form,
     MergeUnit,
     Plan,
     columns_of,
