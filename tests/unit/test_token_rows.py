@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +11,10 @@ import numpy
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer
 
+from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import RemoteStore, open_remote, read_tensors, tensor_bytes, to_float64
 from tests.families import SMALL
 from tests.vocabularies import (
@@ -274,35 +275,24 @@ def test_a_child_of_two_vocabularies_is_a_model_that_knows_both(tmp_path: Path) 
     mother = permuted(byte_level(JAPANESE, 320, ["<|end|>", "<|tool|>"]), 4)
     write_llama(tmp_path / "father", father, father.get_vocab_size(), 1)
     write_llama(tmp_path / "mother", mother, mother.get_vocab_size() + 3, 2)
-    child = Child(
-        {name: open_checkpoint(str(tmp_path / name)) for name in ("father", "mother")}, "union"
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "child"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "parents": [
+                    {"name": name, "path": str(tmp_path / name)} for name in ("father", "mother")
+                ],
+                "rules": [{"method": "linear", "parameters": {"weight": 0.5}}],
+                "vocabulary": "union",
+            }
+        )
     )
-    vocabulary = child.vocabulary
-
-    # 0.5 of each, as `linear` does it: on fp32 rows in the child's order.
-    folder = tmp_path / "child"
-    merged = read_tensors(tmp_path / "father")
-    for stored in (EMBEDDING, HEAD):
-        rows = child.rows(stored.removeprefix("model."))
-        size = vocabulary.rows * rows.shape[1]
-        values = torch.zeros(size)
-        for name in child.opened:
-            values += 0.5 * rows.read(name, 0, size).float()
-        merged[stored] = values.view(rows.shape).to(torch.bfloat16)
-    config = json.loads((tmp_path / "father" / "config.json").read_text())
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**vocabulary.config_changes(config))
-    )
-    model.load_state_dict(merged)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        data = vocabulary.companions.get(name) or (tmp_path / "father" / name).read_bytes()
-        (folder / name).write_bytes(data)
+    merge_recipe(str(recipe), str(folder))
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     table: Any = model.get_input_embeddings().weight.detach()
-    assert table.shape[0] == model.config.vocab_size == vocabulary.rows == 320
+    assert table.shape[0] == model.config.vocab_size == 320
     (tool,) = tokenizer("<|tool|>")["input_ids"]
     mothers = read_tensors(tmp_path / "mother")[EMBEDDING]
     fathers = read_tensors(tmp_path / "father")[EMBEDDING]
