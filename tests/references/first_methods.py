@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from tests.references import Case, Vectors, philox_words
+from tests.references import Case, Vectors, random_numbers
 
 
 def linear(parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any) -> numpy.ndarray:
@@ -77,7 +77,7 @@ def dare_ties(
     deltas = {}
     for name, x in parents.items():
         density = values["density"][name]
-        kept = philox_words(*seeded, name, x.size) < round(density * 2**32)
+        kept = random_numbers(*seeded, name, x.size) < round(density * 2**32)
         deltas[name] = (x - base) * kept / density if density else numpy.zeros_like(x)
     return agreeing(deltas, base, values, normalize=0.0)
 
