@@ -24,12 +24,14 @@ Case = tuple[str, int, dict[str, Any]]
 """Method, number of parents, parameters."""
 
 
-def philox_words(seed: int, tensor: str, parent: str, count: int) -> numpy.ndarray:
+def random_numbers(seed: int, tensor: str, parent: str, count: int) -> numpy.ndarray:
+    """What decides whether an element is kept: 32 bits each, of which every two share two words of 16."""
     digest = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
-    numbers = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8")).random_raw(
-        count // 2 + 1
-    )
-    return numpy.stack([numbers & 0xFFFFFFFF, numbers >> 32], axis=1).reshape(-1)[:count]
+    stream = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8"))
+    numbers = stream.random_raw(count // 4 + 1)
+    words = numpy.stack([numbers >> 16 * place & 0xFFFF for place in range(4)], axis=1).reshape(-1)
+    neighbours = words[numpy.arange(len(words)) ^ 1]
+    return ((words << 16) + neighbours)[:count]
 
 
 REFERENCES: dict[str, Callable[..., numpy.ndarray]] = {}

@@ -360,8 +360,8 @@ def test_the_campaign_may_set_the_bounds(maps: dict[str, ArchitectureMap]) -> No
             "genome.genes.density",
         ),
         (
-            {"method": "ties", "genes": {"weight": GeneBounds(-0.1, 1.5, 0.5)}},
-            "genome.genes.weight",
+            {"method": "ties", "genes": {"density": GeneBounds(-0.1, 1.0, 0.5)}},
+            "genome.genes.density",
         ),
         ({"method": "task_arithmetic", "base": None}, "base"),
         ({"method": "slerp", "parents": 3}, "slerp"),
@@ -452,7 +452,7 @@ def test_a_malformed_space_is_refused_with_file_and_key(
         ("passthrough", {"source": [0.0, 1.0]}, "genes.passthrough.source: the method ignores it"),
         ("ties", {"weight": [0.0, 1.0]}, "genes.ties: the method needs a value of 'density'"),
         ("ties", {"weight": [0.0, 1.0], "density": [0.0, 1.1]}, "genes.ties.density: bounds"),
-        ("ties", {"weight": [-1.0, 1.0], "density": [0.0, 1.0]}, "genes.ties.weight: bounds"),
+        ("ties", {"weight": [0.0, 1.0], "density": [-0.1, 1.0]}, "genes.ties.density: bounds"),
     ],
 )
 def test_genes_must_be_what_the_method_takes(

@@ -18,17 +18,18 @@ TENSOR = "layers.3.mlp.up_proj.weight"
 def drawn_in_one_go(
     seed: int, parent: str, tensor: str, count: int, probability: float
 ) -> numpy.ndarray:
-    """The definition: element `i` is kept if word `i` of the Philox stream is below the probability."""
+    """The definition: word `i` of 16 bits, and below it its neighbour `i xor 1`, against the probability."""
     digest = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
     key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")]
     numbers = numpy.random.Philox(key=numpy.array(key, numpy.uint64), counter=0).random_raw(
-        count // 2 + 1
+        count // 4 + 1
     )
-    words = numpy.stack([numbers & 0xFFFFFFFF, numbers >> 32], axis=1).reshape(-1)[:count]
-    return words < round(probability * 2**32)
+    words = [(int(number) >> shift) & 0xFFFF for number in numbers for shift in (0, 16, 32, 48)]
+    limit = round(probability * 2**32)
+    return numpy.array([words[i] * 2**16 + words[i ^ 1] < limit for i in range(count)])
 
 
-@pytest.mark.parametrize("probability", [0.0, 1e-6, 0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 1e-6, 2e-4, 0.1, 0.5, 0.999, 1.0])
 def test_is_the_stream_of_philox(probability: float) -> None:
     expected = drawn_in_one_go(7, "mother", TENSOR, 10_001, probability)
     found = keep_mask(7, "mother", TENSOR, 0, 10_001, probability)
@@ -104,10 +105,50 @@ def test_nothing_and_everything() -> None:
     assert keep_mask(0, "mother", TENSOR, 5, 0, 0.5).shape == (0,)
 
 
+@pytest.mark.parametrize("probability", [3 / 2**17, 0.1, 0.3])
+def test_the_lower_half_decides_where_the_upper_one_does_not(probability: float) -> None:
+    """A probability between two multiples of 2^-16: both of them would show in so many draws."""
+    count = 1 << 24
+    kept = int(keep_mask(5, "mother", TENSOR, 0, count, probability).sum())
+    sigma = math.sqrt(count * probability * (1 - probability))
+    assert abs(kept - count * probability) < 5 * sigma
+    near = keep_mask(5, "mother", TENSOR, 0, count, probability + 2.0**-18)
+    assert int(near.sum()) > kept  # 64 elements on the average
+
+
+@pytest.mark.parametrize("probability", [0.0, 2e-5, 0.3, 0.7, 1.0])
+def test_one_probability_for_all_is_that_for_each(probability: float) -> None:
+    for start, count in ((0, 5000), (13, 4001)):
+        each = numpy.full(count, probability, dtype="f4")
+        assert numpy.array_equal(
+            keep_mask(2, "mother", TENSOR, start, count, each),
+            keep_mask(2, "mother", TENSOR, start, count, probability),
+        )
+
+
+def test_each_element_has_its_own_probability() -> None:
+    probabilities = numpy.linspace(0, 1, 9).astype("f4")
+    found = keep_mask(0, "mother", TENSOR, 7, 90_000, numpy.tile(probabilities, 10_000))
+    shares = found.reshape(-1, 9).mean(axis=0)
+    assert shares[0] == 0.0
+    assert shares[-1] == 1.0
+    assert shares == pytest.approx(probabilities, abs=0.025)  # five sigma
+
+
+def test_neighbours_are_kept_independently() -> None:
+    """Although each pair of elements shares its bits."""
+    first, second = keep_mask(8, "mother", TENSOR, 0, 1 << 20, 0.3).reshape(-1, 2).T
+    both = float((first & second).mean())
+    assert abs(both - 0.09) < 5 * math.sqrt(0.09 * 0.91 / (1 << 19))
+
+
 def test_the_bits_never_change() -> None:
-    """Frozen: a change of these would change every child with random masks that was ever made."""
-    bits = keep_mask(42, "mother", TENSOR, 0, 1000, 0.5)
+    """Frozen: a change of these would change every child with random masks that was ever made.
+
+    So many that for one of them the lower half decides.
+    """
+    bits = keep_mask(42, "mother", TENSOR, 0, 100_000, 0.3)
     first = "".join(map(str, bits[:32].astype(int)))
     digest = hashlib.sha256(numpy.packbits(bits).tobytes()).hexdigest()
-    assert first == "01100100001001010001011011001111"
-    assert digest == "920ae031489f00fe57b6bb622dd7b4b3dede23c776b805a35d5cfbcaafa80157"
+    assert first == "00000100001100100000010000010000"
+    assert digest == "138e658ff89ad45b19e9d348aa06b7c354a8aa1c490f8e95eab246f2bcb4c8c8"

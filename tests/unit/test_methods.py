@@ -302,7 +302,7 @@ def test_trimming_keeps_the_largest_and_at_most_one_bin_more(spread_: str, tmp_p
     largest_bin = numpy.bincount(bins_of(change)).max() / change.numel()
     for density, kept in zip(MANY_DENSITIES, trim(tmp_path, change, MANY_DENSITIES), strict=True):
         share = float(kept.double().mean())
-        assert density <= share <= density + largest_bin
+        assert density - 1e-5 < share <= density + largest_bin
         dropped = change[~kept].abs().numpy()
         assert change[kept].abs().min() > dropped.max(initial=0.0)  # equal ones stay together
     if spread_ == "normal":
@@ -317,7 +317,7 @@ def test_trimming_is_the_exact_top_k_where_magnitudes_can_be_told_apart(tmp_path
     change = (magnitudes * signs)[torch.randperm(count, generator=generator)]
     assert len(set(bins_of(change).tolist())) == count
     for density, kept in zip(MANY_DENSITIES, trim(tmp_path, change, MANY_DENSITIES), strict=True):
-        k = math.ceil(density * count)
+        k = math.floor(density * count)
         top = torch.zeros(count, dtype=torch.bool)
         top[change.abs().topk(k).indices] = True
         assert torch.equal(kept, top)
@@ -721,7 +721,7 @@ def test_a_number_for_all_is_that_number_for_each(weight: float, density: float)
     once = method.resolve({"weight": weight, "density": density}, ("a", "b"), True)
     each = {"weight": {"a": weight, "b": weight}, "density": {"a": density, "b": density}}
     assert once == method.resolve(each, ("a", "b"), True)
-    assert once == each | {"lambda": 1.0, "normalize": 1.0}
+    assert once == each | {"lambda": 1.0, "normalize": 1.0, "rescale": "none"}
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:

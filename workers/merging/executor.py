@@ -199,7 +199,7 @@ class Run:
     def _statistic(self, tensor: LogicalTensor, way: Assignment) -> Any:
         """What the method must know of the whole tensor."""
         method, values = way.method, way.values
-        if method.statistic is None:
+        if method.statistic is None or method.statistic(values) is None:
             return None
         uses_base = way.uses_base(self.recipe.base is not None)
         key: tuple[Any, ...] = (tensor.name, method.statistic, way.parents, uses_base)
@@ -267,7 +267,8 @@ class Run:
         if isinstance(probability, torch.Tensor):
             wanted = probability.reshape(-1).cpu().numpy()
         mask = keep_mask(self.recipe.seed, parent, tensor, start, count, wanted)
-        return torch.from_numpy(mask.view("u1")).to(self.merger.device).float().view(shape)
+        kept = torch.from_numpy(mask.view("u1")).view(shape)
+        return self.merger.buffers.mask(shape).copy_(kept)
 
 
 def _cut(
@@ -313,6 +314,10 @@ class Buffers:
     def scratch(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
         """The thread's spare buffer of that number."""
         return self._get("scratch", index, torch.Size(shape).numel()).view(shape)
+
+    def mask(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The thread's buffer for the mask that was drawn last."""
+        return self._get("mask", 0, torch.Size(shape).numel()).view(shape)
 
     def _get(self, kind: str, index: int, elements: int) -> torch.Tensor:
         kept: Any = self._own.__dict__

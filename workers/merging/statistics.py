@@ -28,7 +28,8 @@ class SharedScan:
         self._scan = scan
         self._waiting = list(range(stretches))[::-1]
         self._found: list[Statistic | None] = [None] * stretches
-        self._left = stretches
+        self._folded = 0
+        self._total: Statistic | None = None
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -43,26 +44,33 @@ class SharedScan:
                 self._done.wait()
                 break
             try:
-                self._found[stretch] = self._scan(stretch)
+                found = self._scan(stretch)
             except BaseException as error:
                 self._error = error
                 self._done.set()
                 raise
             with self._lock:
-                self._left -= 1
-                if self._left == 0:
-                    self._finish()
+                self._found[stretch] = found
+                self._fold()
         if self._error is not None:
             raise self._error
         return self._fact
 
-    def _finish(self) -> None:
-        first, *others = self._found
-        assert first is not None
-        for other in others:
-            first.merge(other)
-        self._fact = first.finish()
-        self._found.clear()
+    def _fold(self) -> None:
+        """Merge what is next in order: of a long tensor only what threads are ahead with is held."""
+        while self._folded < len(self._found):
+            found = self._found[self._folded]
+            if found is None:
+                return
+            if self._total is None:
+                self._total = found
+            else:
+                self._total.merge(found)
+            self._found[self._folded] = None
+            self._folded += 1
+        assert self._total is not None
+        self._fact = self._total.finish()
+        self._total = None
         self._done.set()
 
 

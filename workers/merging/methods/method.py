@@ -100,7 +100,8 @@ class MergeMethod:
     least_task_vectors: int = 0
     """How many parents must differ from the base for the method to be what its name says."""
     grain: Grain = "element"
-    statistic: Callable[[Values], Statistic] | None = None
+    statistic: Callable[[Values], Statistic | None] | None = None
+    """Makes an instance, or None where these values need no statistic and the tensor no scan."""
     statistic_grain: Literal["element", "row"] = "element"
     statistic_parameters: tuple[str, ...] = ()
     """Parameters that the statistic depends on. Without any it is computed once for all candidates."""
