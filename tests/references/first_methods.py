@@ -85,7 +85,7 @@ def dare_ties(
 def passthrough(
     parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any
 ) -> numpy.ndarray:
-    return parents[values["source"]]
+    return values["scale"] * parents[values["source"]]
 
 
 REFERENCES = {
@@ -112,4 +112,5 @@ CASES: list[Case] = [
     ("dare_ties", 3, {"weight": WEIGHTS, "density": 0.5, "lambda": -0.5, "normalize": 1}),
     ("dare_ties", 2, {"weight": 1.0, "density": {"a": 0.0, "b": 1.0}}),
     ("passthrough", 3, {"source": "b"}),
+    ("passthrough", 3, {"source": "b", "scale": -0.7}),
 ]

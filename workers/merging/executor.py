@@ -133,7 +133,7 @@ class Run:
         """Fill the flat `values` `[unit.count]` with the merged elements of one unit."""
         tensor, way = unit.tensor, self.assigned[unit.tensor.name]
         father_dtype = TORCH_DTYPES[unit.target.dtype]
-        if way.method.copies and way.post is None:
+        if way.copies:
             stored = self.read(way.parents[0], tensor, unit.first, unit.count)
             if stored.dtype == father_dtype:
                 values.copy_(stored)
@@ -199,7 +199,7 @@ class Run:
     def _statistic(self, tensor: LogicalTensor, way: Assignment) -> Any:
         """What the method must know of the whole tensor."""
         method, values = way.method, way.values
-        if method.statistic is None:
+        if method.statistic is None or method.statistic(values) is None:
             return None
         uses_base = way.uses_base(self.recipe.base is not None)
         key: tuple[Any, ...] = (tensor.name, method.statistic, way.parents, uses_base)
