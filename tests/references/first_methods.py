@@ -39,7 +39,7 @@ def task_arithmetic(
 def passthrough(
     parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any
 ) -> numpy.ndarray:
-    return parents[values["source"]]
+    return values["scale"] * parents[values["source"]]
 
 
 REFERENCES = {
@@ -56,4 +56,5 @@ CASES: list[Case] = [
     ("task_arithmetic", 3, {"weight": WEIGHTS}),
     ("task_arithmetic", 3, {"weight": WEIGHTS | {"b": -0.5}, "lambda": 1.7}),
     ("passthrough", 3, {"source": "b"}),
+    ("passthrough", 3, {"source": "b", "scale": -0.7}),
 ]

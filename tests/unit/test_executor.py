@@ -122,11 +122,11 @@ def test_the_report_says_how_each_tensor_was_merged(parents: dict[str, Path]) ->
     weights = {"weight": {"a": 0.5, "b": 0.5, "c": 0.5}, "normalize": 1.0}
     assert (up.component, up.layer, up.method, up.parameters) == ("mlp", 0, "linear", weights)
     assert (expert.component, expert.layer, expert.method) == ("expert", 1, "passthrough")
-    assert expert.parameters == {"source": "b"}
+    assert expert.parameters == {"source": "b", "scale": 1.0}
     assert expert.elements == 60
     assert (found["lm_head.weight"].method, found["lm_head.weight"].parameters) == (
         "passthrough",
-        {"source": "a"},
+        {"source": "a", "scale": 1.0},
     )
 
 

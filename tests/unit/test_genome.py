@@ -290,7 +290,7 @@ def test_what_is_in_no_group_stays_the_fathers(maps: dict[str, ArchitectureMap])
     assert vision
     for name in vision:
         assert found[name].method.name == "passthrough"
-        assert found[name].values == {"source": "a"}
+        assert found[name].values == {"source": "a", "scale": 1.0}
 
 
 # -- numbers ---------------------------------------------------------------------------------

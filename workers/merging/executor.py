@@ -133,7 +133,7 @@ class Run:
         """Fill the flat `values` `[unit.count]` with the merged elements of one unit."""
         tensor, way = unit.tensor, self.assigned[unit.tensor.name]
         father_dtype = TORCH_DTYPES[unit.target.dtype]
-        if way.method.copies and way.post is None:
+        if way.copies:
             stored = self.read(way.parents[0], tensor, unit.first, unit.count)
             if stored.dtype == father_dtype:
                 values.copy_(stored)

@@ -60,6 +60,12 @@ class Assignment:
     post: MergeMethod | None = None
     post_values: Values | None = None
 
+    @property
+    def copies(self) -> bool:
+        """Whether the child gets one parent's stored bits, if it has the father's dtype."""
+        copies = self.method.copies
+        return self.post is None and copies is not None and copies(self.values)
+
     def grain(self, tensor: LogicalTensor) -> Grain:
         """What must be merged at once of `tensor`; what is no linear map needs no whole matrix."""
         grain = self.method.grain if self.post is None else self.post.grain
@@ -179,7 +185,8 @@ class Plan:
                 carrier = (
                     parents[0] if tensor.layer is None or parents[0] in present else present[0]
                 )
-                way = Assignment(get_method("passthrough"), {"source": carrier}, (carrier,))
+                copied = {"source": carrier, "scale": 1.0}
+                way = Assignment(get_method("passthrough"), copied, (carrier,))
             else:
                 way = ways[number].assignment(tensor, self.parents_of(tensor, ways[number].parents))
             self._check_inputs(tensor, way, recipe.base is not None)
@@ -220,7 +227,7 @@ class Plan:
         return (tensor.layer - first) / (last - first) if last > first else 0.0
 
     def _check_inputs(self, tensor: LogicalTensor, way: Assignment, has_base: bool) -> None:
-        key = (tensor.name, way.method.copies, way.parents, uses_base := way.uses_base(has_base))
+        key = (tensor.name, way.copies, way.parents, uses_base := way.uses_base(has_base))
         if key in self._checked:
             return
         inputs = [*way.parents, *([BASE] if uses_base else [])]
@@ -232,7 +239,7 @@ class Plan:
                 )
             self._check_shape(name, tensor)
         own = self.source(inputs[0], tensor)
-        if not (way.method.copies and own is not None and own.values_dtype == tensor.dtype):
+        if not (way.copies and own is not None and own.values_dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
             for name in inputs:
                 found = self.source(name, tensor)

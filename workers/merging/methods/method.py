@@ -93,6 +93,8 @@ class MergeMethod:
     merge: Callable[[Slice, Values], None]
     """Fills `Slice.out` from parents and base, by operations that round once each: torch fuses the
     multiplication of `add_(x, alpha=a)` into the addition on some processors and not on others."""
+    check: Callable[[Values], str | None] | None = None
+    """Says what is wrong with parameters that are good one by one but not together; None: nothing."""
     uses_base: Literal["never", "optional", "always"] = "never"
     """Whether it merges differences to a base; "optional": if the recipe has one."""
     parents: tuple[int, int | None] = (1, None)
@@ -105,8 +107,8 @@ class MergeMethod:
     statistic_grain: Literal["element", "row"] = "element"
     statistic_parameters: tuple[str, ...] = ()
     """Parameters that the statistic depends on. Without any it is computed once for all candidates."""
-    copies: bool = False
-    """Whether it hands over one parent's stored bits instead of computing."""
+    copies: Callable[[Values], bool] | None = None
+    """Whether, with these values, it hands over one parent's stored bits instead of computing."""
     post: bool = False
     """Whether it is a post-step: it refines in place what another method has put into `out`."""
     exact: bool = True
@@ -124,10 +126,14 @@ class MergeMethod:
                 raise BadInputError(
                     f"method {self.name}: there is no parameter {name!r}; it has: {known}"
                 )
-        return {
+        values = {
             parameter.name: self._resolve_one(parameter, given.get(parameter.name), parents)
             for parameter in self.parameters
         }
+        problem = self.check(values) if self.check is not None else None
+        if problem is not None:
+            raise BadInputError(f"method {self.name}: {problem}")
+        return values
 
     def check_inputs(self, parents: tuple[str, ...], has_base: bool) -> None:
         """Raise `BadInputError` unless the method can merge so many parents, with or without a base."""

@@ -1,4 +1,4 @@
-"""passthrough: one parent's tensor as it is."""
+"""passthrough: one parent's tensor, as it is or scaled."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from workers.merging.methods.method import MergeMethod, Parameter, Slice, Values
 
 
 def merge(piece: Slice, values: Values) -> None:
-    """out = source. Only reached when the source's dtype is not the child's: it is rounded then."""
-    piece.out.copy_(piece.parents[values["source"]])
+    """out = scale * source. With a scale of 1 only reached when the source is rounded to another dtype."""
+    import torch
+
+    torch.mul(piece.parents[values["source"]], values["scale"], out=piece.out)
 
 
 register(
     MergeMethod(
         name="passthrough",
-        summary="one parent's tensor, bit by bit",
-        parameters=(Parameter("source", "parent_name"),),
+        summary="one parent's tensor, bit by bit, or scaled",
+        parameters=(
+            Parameter("source", "parent_name"),
+            Parameter("scale", "shared", default=1.0),
+        ),
         merge=merge,
-        copies=True,
+        copies=lambda values: bool(values["scale"] == 1.0),
     )
 )
