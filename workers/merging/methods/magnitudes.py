@@ -63,29 +63,32 @@ class BinCounts:
         self._counts.scatter_add_(0, index.view(-1), one.view(-1))
 
     def merge(self, other: BinCounts) -> None:
-        self._merged, self._counts = self.counts, None
+        if self._merged is None:
+            self._merged = self.counts.astype("i8")
+            self._counts = None
         self._merged += other.counts
 
     @property
     def counts(self) -> numpy.ndarray:
-        """int64 `[BINS]`."""
+        """int32 or int64 `[BINS]`."""
         import numpy
 
-        if self._counts is not None:
-            return self._counts.cpu().numpy().astype("i8")
-        return numpy.zeros(BINS, "i8") if self._merged is None else self._merged
+        if self._merged is not None:
+            return self._merged
+        return numpy.zeros(BINS, "i4") if self._counts is None else self._counts.cpu().numpy()
 
     def finish(self) -> Magnitudes:
         import numpy
 
         counts = self.counts
         bins = numpy.flatnonzero(counts != 0)[::-1]  # seven times as fast as of the counts
+        used = counts[bins].astype("i8")
         # Zeros lie in bin 0, and have no norm; nor has what is not finite.
         counted = (bins > 0) & (bins < NOT_FINITE)
         middles = (bins[counted].astype("u4") << BIN_SHIFT) + (1 << BIN_SHIFT - 1)
         norms = numpy.zeros(len(bins))
-        norms[counted] = counts[bins[counted]] * middles.view("f4").astype("f8")
-        return Magnitudes(bins.astype("i4"), counts[bins].cumsum(), norms.cumsum())
+        norms[counted] = used[counted] * middles.view("f4").astype("f8")
+        return Magnitudes(bins.astype("i4"), used.cumsum(), norms.cumsum())
 
 
 @dataclass(frozen=True, slots=True)
