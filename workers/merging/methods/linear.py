@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from workers.errors import BadInputError
+from workers.merging.methods.gram import combine, weights_cancel
 from workers.merging.methods.method import MergeMethod, Parameter, Slice, Values, register
 
 
 def merge(piece: Slice, values: Values) -> None:
-    """out = sum_i w_i x_i / sum_i w_i; the plain sum if `normalize` is 0."""
+    """out = sum_i w_i x_i / sum_i w_i; the plain sum if `normalize` is 0.
+
+    Weights that sum to 0 are refused if they are to be normalized, where mergekit divides by zero.
+    """
     weights = values["weight"]
     total = sum(weights.values()) if values["normalize"] else 1.0
-    if total == 0:
-        raise BadInputError("method linear: the weights sum to 0, so there is nothing to normalize")
-    piece.out.zero_()
-    for name, parent in piece.parents.items():
-        piece.out.add_(parent.mul_(weights[name] / total))
+    combine(
+        piece.parents.values(), [weights[name] / total for name in piece.parents], None, piece.out
+    )
+
+
+def check(values: Values) -> str | None:
+    return weights_cancel(values["weight"]) if values["normalize"] else None
 
 
 register(
@@ -26,5 +31,6 @@ register(
             Parameter("normalize", "flag", default=1.0),
         ),
         merge=merge,
+        check=check,
     )
 )
