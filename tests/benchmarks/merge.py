@@ -92,13 +92,11 @@ def _measure(
 def _commands(method: str, models: list[Path], work: Path) -> dict[str, list[str]]:
     """Tool -> command that makes `work/child`."""
     config = work / "merge.yml"
-    config.write_text(yaml.safe_dump(_mergekit_config(method, models)))
-    recipe = work / "recipe.yml"
-    recipe.write_text(yaml.safe_dump(_recipe(method, models)))
+    config.write_text(yaml.safe_dump(_config(method, models)))
     child = str(work / "child")
     commands = {
         "cp -r of the parents": ["cp", "-r", *map(str, models), child],
-        "darwin": [sys.executable, "-m", "orchestrator.cli", "merge", str(recipe), child],
+        "darwin": [sys.executable, "-m", "orchestrator.cli", "merge", str(config), child],
         "mergekit": [str(MERGEKIT), str(config), child],
     }
     if not MERGEKIT.is_file():
@@ -106,7 +104,8 @@ def _commands(method: str, models: list[Path], work: Path) -> dict[str, list[str
     return commands
 
 
-def _mergekit_config(method: str, models: list[Path]) -> dict[str, Any]:
+def _config(method: str, models: list[Path]) -> dict[str, Any]:
+    """A file that both tools read."""
     first = 0 if method in ("linear", "slerp") else 1
     config: dict[str, Any] = {
         "merge_method": method,
@@ -115,18 +114,6 @@ def _mergekit_config(method: str, models: list[Path]) -> dict[str, Any]:
     if method != "linear":
         config["base_model"] = str(models[0])
     return config | ({"parameters": {"t": 0.4}} if method == "slerp" else {})
-
-
-def _recipe(method: str, models: list[Path]) -> dict[str, Any]:
-    first = 0 if method in ("linear", "slerp") else 1
-    parameters = {"t": 0.4} if method == "slerp" else TUNED[method]
-    recipe: dict[str, Any] = {
-        "parents": [{"name": model.name, "path": str(model)} for model in models[first:]],
-        "rules": [{"method": method, "parameters": parameters}],
-    }
-    if recipe["parents"][0]["name"] == "base":
-        recipe["parents"][0]["name"] = "first"  # `base` is not a parent's name
-    return recipe | ({"base": str(models[0])} if first else {})
 
 
 def _run(command: list[str], work: Path) -> Cost:
