@@ -85,7 +85,8 @@ PEER_METHODS = {
         (
             _number("weight", "task_vector"),
             _flag("nuslerp_flatten", True, "flatten"),
-            _flag("nuslerp_row_wise", False),
+            # Refused where it would mean anything: without nuslerp_flatten.
+            PeerParameter("nuslerp_row_wise", "flag", "shared", False),
         ),
     ),
     "multislerp": PeerMethod(

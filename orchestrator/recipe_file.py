@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from workers.merging import (
     get_method,
     parse_selector,
 )
-from workers.merging.parameters import parse_parameters
+from workers.merging.parameters import parse_parameters, varies
 from workers.merging.recipe import parse_form, parse_rule_parents, parse_slice
 
 KEYS = {
@@ -208,6 +208,9 @@ def _check_rule(where: str, rule: Rule, parents: tuple[str, ...], has_base: bool
                 "no post-step"
             )  # fmt: skip
             raise BadInputError(f"{place}.method: {step.method} is {kind}")
+        if any(map(varies, parse_parameters(step.parameters, place).values())):
+            # The examples are no combinations that occur, so what must fit together is left to the plan.
+            method = replace(method, check=None)
         for given in _examples(step.parameters):
             try:
                 method.resolve(given, rule.parents or parents, has_base)

@@ -40,20 +40,17 @@ def respell(path: str, to: str | None = None) -> str:
     loaded = load_recipe_data(path, data, opened)
     if to == "darwin":
         return _text(data, notes)
-    places: Places = {parent["name"]: parent["path"] for parent in data["parents"]}
-    if data.get("base") is not None:
-        places["base"] = data["base"]
+    places = _places(data)
     try:
         written = to_mergekit(loaded.recipe, places)
-        back = from_mergekit(path, written, opened)
-        other = load_recipe_data(path, back.data, opened)
-        other_places: Places = {parent["name"]: parent["path"] for parent in back.data["parents"]}
-        if back.data.get("base") is not None:
-            other_places["base"] = back.data["base"]
-        check_same(loaded.recipe, places, other.recipe, other_places, opened)
     except BadInputError as error:
-        message = str(error).removeprefix(f"{path}: ")
-        raise BadInputError(f"{path}: {message}") from error
+        raise BadInputError(f"{path}: {error}") from error
+    back = from_mergekit("mergekit's spelling of it", written, opened)
+    other = load_recipe_data("mergekit's spelling of it", back.data, opened)
+    try:
+        check_same(loaded.recipe, places, other.recipe, _places(back.data), opened)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
     father, theirs = loaded.recipe.father, other.recipe.father
     if father.fingerprint != theirs.fingerprint:
         notes.append(
@@ -64,6 +61,11 @@ def respell(path: str, to: str | None = None) -> str:
     if loaded.recipe.shard_bytes:
         notes.append(f"shard_bytes: mergekit-yaml --out-shard-size {loaded.recipe.shard_bytes}")
     return _text(written, notes)
+
+
+def _places(data: dict[str, Any]) -> Places:
+    places = {parent["name"]: parent["path"] for parent in data["parents"]}
+    return places | ({"base": data["base"]} if data.get("base") is not None else {})
 
 
 def _text(data: dict[str, Any], notes: list[str]) -> str:

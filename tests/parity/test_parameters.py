@@ -30,16 +30,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(path) for path in write_family(root, "llama", parents=3)]
 
 
-def number(draw: random.Random) -> float:
-    return round(draw.uniform(0.1, 1), 2)
+BOUNDS = {"density": (0.3, 0.7), "epsilon": (0.01, 0.2)}
+"""Where both take any value of the others."""
 
 
-def setting(draw: random.Random, kind: str) -> Any:
+def setting(draw: random.Random, name: str, kind: str) -> Any:
     """A scalar, a gradient, or a filter list."""
 
     def plain() -> Any:
         def one() -> Any:
-            return draw.random() < 0.5 if kind == "flag" else number(draw)
+            return (
+                draw.random() < 0.5
+                if kind == "flag"
+                else round(draw.uniform(*BOUNDS.get(name, (0.1, 1))), 2)
+            )
 
         return one() if draw.random() < 0.5 else [one() for _ in range(draw.randint(1, 5))]
 
@@ -62,9 +66,8 @@ def configuration(draw: random.Random, models: list[str]) -> dict[str, Any]:
     base = draw.choice(used) if peer.base == "required" else None
 
     def parameters(scopes: tuple[str, ...], share: float) -> dict[str, Any]:
-        # Numbers are drawn where mergekit and we take any; whole numbers know no gradients here.
         return {
-            p.name: setting(draw, p.kind)
+            p.name: setting(draw, p.name, p.kind)
             for p in peer.parameters
             if p.scope in scopes
             and p.own is not None
@@ -160,10 +163,14 @@ def compare(where: str, own: Any, wanted: dict[str, Any]) -> None:
             if parameter.choices is not None:
                 assert value == parameter.choices[int(theirs)], f"{where}: {parameter.name}"
             else:
-                assert value == pytest.approx(theirs, rel=1e-12), f"{where}: {parameter.name}"
+                assert value == pytest.approx(float(theirs), rel=1e-12), (
+                    f"{where}: {parameter.name}"
+                )
             continue
         for parent, place in places.items():
             theirs = wanted["models"][place]["parameters"][parameter.name]
             one = value[parent] if isinstance(value, dict) else value
             theirs = 1.0 if theirs is None else theirs  # passthrough's scale
-            assert one == pytest.approx(theirs, rel=1e-12), f"{where}: {parameter.name} of {place}"
+            assert one == pytest.approx(float(theirs), rel=1e-12), (
+                f"{where}: {parameter.name} of {place}"
+            )

@@ -31,9 +31,10 @@ def slerp(parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any)
 def task_arithmetic(
     parents: Vectors, base: numpy.ndarray, values: dict[str, Any], _: Any
 ) -> numpy.ndarray:
-    """x_0 + lambda sum_i w_i (x_i - x_0) (arXiv 2212.04089)."""
+    """x_0 + lambda sum_i w_i (x_i - x_0) (arXiv 2212.04089), divided by sum_i w_i if so wanted."""
     changes = sum(values["weight"][name] * (x - base) for name, x in parents.items())
-    return base + values.get("lambda", 1.0) * changes
+    divisor = sum(values["weight"].values()) if values.get("normalize", 0.0) else 1.0
+    return base + values.get("lambda", 1.0) * changes / divisor
 
 
 def passthrough(
@@ -55,6 +56,7 @@ CASES: list[Case] = [
     ("slerp", 2, {"t": 0.999}),
     ("task_arithmetic", 3, {"weight": WEIGHTS}),
     ("task_arithmetic", 3, {"weight": WEIGHTS | {"b": -0.5}, "lambda": 1.7}),
+    ("task_arithmetic", 3, {"weight": WEIGHTS, "lambda": 1.7, "normalize": 1}),
     ("passthrough", 3, {"source": "b"}),
     ("passthrough", 3, {"source": "b", "scale": -0.7}),
 ]

@@ -13,7 +13,7 @@ from orchestrator.inputs import open_inputs
 from orchestrator.search import OPTIMIZERS
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.evaluation import load_task
-from workers.merging import METHODS, ParentReference
+from workers.merging import METHODS, MergeMethod, ParentReference
 
 CHECKED = ("campaign", "genome", "task")
 FATHER = "shipped:strings/base"
@@ -42,6 +42,13 @@ def test_a_campaign_names_what_there_is(name: str) -> None:
     for given, task in zip(config.tasks, inputs.tasks, strict=True):
         assert len(task.items["search"]) == given.search_items or given.search_items is None
         assert len(task.items["holdout"]) == given.holdout_items or given.holdout_items is None
+
+
+def has_something_to_search(method: MergeMethod) -> bool:
+    """Numbers that it must be given, and that it uses cheaply enough for a candidate."""
+    numbers = [p for p in method.parameters if p.scope in ("shared", "per_parent")]
+    needed = any(parameter.default is None for parameter in numbers)
+    return needed and method.grain != "matrix"
 
 
 @pytest.mark.parametrize("name", shipped("genome"))

@@ -195,14 +195,14 @@ def test_a_model_may_be_named_in_every_way_that_mergekit_has(configs: ConfigFold
 def test_a_gradient_runs_over_the_layers_and_its_first_value_is_outside(
     configs: ConfigFolder,
 ) -> None:
-    ways = configs.assigned(configs.two_models(parameters={"weight": [0, 1, 4]}))
+    ways = configs.assigned(configs.two_models(parameters={"weight": [1, 2, 5]}))
     # Four layers at 0, 1/3, 2/3 and 1; three points at 0, 1/2 and 1.
-    wanted = [0.0, 2 / 3, 2.0, 4.0]
+    wanted = [1.0, 1 + 2 / 3, 3.0, 5.0]
     assert values_of(ways, "weight", "q_proj") == [
         {"m1": pytest.approx(value), "m2": pytest.approx(value)} for value in wanted
     ]
     for name in OUTSIDE:
-        assert ways[name].values["weight"] == {"m1": 0.0, "m2": 0.0}
+        assert ways[name].values["weight"] == {"m1": 1.0, "m2": 1.0}
 
 
 def test_the_first_filter_that_is_part_of_the_name_counts(configs: ConfigFolder) -> None:
@@ -905,7 +905,7 @@ def test_what_a_file_cannot_hold_is_said_in_comments(own: OwnRecipes) -> None:
         ([linear(2, layers=[1, 3]), linear(1)], "rules.1: "),
         ([linear(2, layers=[0, 3]), linear(1)], "rules.1: "),
         ([linear(2, names=["*mlp*"])], "rules: none is for lm_head.weight"),
-        ([linear([0, 1])], "rules.0: "),
+        ([linear([1, 2])], "rules.0: "),
         ([linear(1, names=["*mlp*"]), {"method": "slerp", "parameters": {"t": 0.5}}], "rules.1: "),
         ([linear(1) | {"parents": ["a"], "where": {"names": ["*mlp*"]}}, linear(1)], "rules.1: "),
         ([linear([{"where": {"components": ["mlp"]}, "value": 2}, {"value": 1}])],
