@@ -8,11 +8,13 @@ published. A part that was written but not recorded is written again, with the s
 from __future__ import annotations
 
 import json
-import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any, Protocol
 
 from orchestrator.lineage import LINEAGE_FILE
@@ -43,26 +45,60 @@ class Calls(Protocol):
 
 
 class LocalCalls:
-    """Calls to one worker object, by threads of this process."""
+    """Calls to one worker object: in this process, or in copies of it that share its memory.
 
-    def __init__(self, worker: MergeWorker, threads: int | None = None) -> None:
+    Processes, not threads: a merge is many short operations, and threads would spend as much time on
+    handing Python's lock to one another.
+    """
+
+    def __init__(self, worker: MergeWorker, processes: int = 1) -> None:
         self._worker = worker
-        self._threads = threads or os.cpu_count() or 1
+        self._processes = processes
 
     def group_bytes(self, total: int) -> int:
         """See `Calls.group_bytes`: each part by itself."""
         return 1
 
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """See `Calls.each`."""
-        call = getattr(self._worker, method)
-        pool = ThreadPoolExecutor(self._threads)
+        """See `Calls.each`. Raises `StorageError` if a process dies."""
+        if self._processes == 1 or len(arguments) < 2:
+            for number, given in enumerate(arguments):
+                yield number, getattr(self._worker, method)(*given)
+            return
+        import torch
+
+        torch.set_num_threads(1)
+        pool = ProcessPoolExecutor(
+            min(self._processes, len(arguments)),
+            get_context("fork"),
+            _begin_process,
+            (self._worker,),
+        )
         try:
-            futures = {pool.submit(call, *given): n for n, given in enumerate(arguments)}
+            futures = {
+                pool.submit(_call, method, given): number for number, given in enumerate(arguments)
+            }
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise StorageError(
+                "a process of the merge was ended from outside, perhaps for want of memory, or because a "
+                "parent's file was cut short; run the same command again to go on"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+_own: dict[str, MergeWorker] = {}
+
+
+def _begin_process(worker: MergeWorker) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and ends us
+    _own["worker"] = worker
+
+
+def _call(method: str, given: tuple[Any, ...]) -> Any:
+    return getattr(_own["worker"], method)(*given)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,4 +100,4 @@ def _calls(
         return
     worker = MergeWorker(spec)
     worker.parents, worker.base = loaded.parents, loaded.base
-    yield LocalCalls(worker)
+    yield LocalCalls(worker, os.cpu_count() or 1)
