@@ -156,6 +156,18 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
         merger.start(recipe_for(merger, rule(method, **given)))
 
 
+def test_weights_need_a_sum_in_each_tensor_not_in_each_corner(tmp_path: Path) -> None:
+    """Weights that rise against each other cancel nowhere, though one begins and one ends with 0."""
+    tensors = {MATRIX.replace("0", str(layer)): torch.zeros(2) for layer in range(2)}
+    for name in "ab":
+        write_checkpoint(tmp_path / name, tensors)
+    merger = open_merger({name: tmp_path / name for name in "ab"})
+    merger.start(recipe_for(merger, rule("linear", weight={"a": [0, 1], "b": [1, 0]})))
+    falling = rule("linear", weight={"a": [1, 0], "b": [1, 0]})
+    with pytest.raises(BadInputError, match=r"layers\.1\..*method linear: the weights sum to 0"):
+        merger.start(recipe_for(merger, falling))
+
+
 @pytest.mark.parametrize("method", ["linear", "multislerp"])
 def test_weights_that_cancel_are_fine_where_nothing_is_divided(method: str, tmp_path: Path) -> None:
     flag = "normalize" if method == "linear" else "normalize_weights"
