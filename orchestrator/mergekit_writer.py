@@ -1,22 +1,19 @@
 """Recipes in mergekit's spelling, where it can express them.
 
-The writer proposes a file: rules without layers become filter lists, rules for layers become slices. What
-is proposed is read back and must merge every tensor as the recipe does, else the rule is named that
-cannot be expressed.
+The writer proposes a file: rules without layers become filter lists, rules for layers become slices.
+Whether that merges every tensor as the recipe does is seen by reading it back (`recipe_spelling`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from orchestrator.mergekit_methods import PEER_METHODS, REQUIRED, PeerMethod, PeerParameter
 from orchestrator.mergekit_models import DTYPES
-from workers.checkpoints import COMPONENTS, ArchitectureMap, Checkpoint
+from workers.checkpoints import COMPONENTS
 from workers.errors import BadInputError
 from workers.merging import CARRIED, METHODS, Recipe, Rule
-from workers.merging.plan import Plan, form_of
 from workers.merging.selector import Selector, parse_selector
 
 MERGED = tuple(component for component in COMPONENTS if component not in CARRIED)
@@ -26,65 +23,11 @@ Places = dict[str, str]
 
 
 def to_mergekit(recipe: Recipe, places: Places) -> dict[str, Any]:
-    """A mergekit configuration that should do what `recipe` does; `check_same` says whether it does.
+    """A mergekit configuration that should do what `recipe` does.
 
     Raises `BadInputError` naming the rule that has no counterpart.
     """
     return _Writer(recipe, places).configuration()
-
-
-def check_same(
-    recipe: Recipe,
-    places: Places,
-    other: Recipe,
-    other_places: Places,
-    opened: Callable[[str], Checkpoint],
-) -> None:
-    """Raise `BadInputError`, naming a rule of `recipe`, unless both recipes merge every tensor alike."""
-    ours = _assignments(recipe, places, opened)
-    rule_of = {
-        name: next((n for n, r in enumerate(recipe.rules) if r.where.matches(tensor)), None)
-        for name, (tensor, _) in ours.items()
-    }
-    for name, (tensor, _) in ours.items():
-        if rule_of[name] is None and tensor.component in MERGED:
-            raise BadInputError(f"rules: none is for {name}, but mergekit merges every tensor")
-    theirs = _assignments(other, other_places, opened)
-    for name, (_, way) in ours.items():
-        if name not in theirs or theirs[name][1] != way:
-            raise BadInputError(
-                f"rules.{rule_of[name]}: {name} would be merged otherwise: mergekit's spelling cannot "
-                "express it (outside all layers it takes the first value of a gradient)"
-            )
-    if len(theirs) != len(ours):
-        raise BadInputError("layers: mergekit's child would have other tensors")
-
-
-def _assignments(
-    recipe: Recipe, places: Places, opened: Callable[[str], Checkpoint]
-) -> dict[str, Any]:
-    """Tensor -> (tensor, how it is merged), with the parents called by their locations."""
-    maps = {
-        name: ArchitectureMap(opened(place)) for name, place in places.items() if name != "base"
-    }
-    base = ArchitectureMap(opened(places["base"])) if recipe.base else None
-    plan = Plan(maps, base, form_of(recipe))
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {places[name]: number for name, number in value.items()}
-        return places.get(value, value) if isinstance(value, str) else value
-
-    found = {}
-    for name, way in plan.assign(recipe).items():
-        values = {key: placed(value) for key, value in way.values.items()}
-        base_place = places["base"] if way.uses_base(recipe.base is not None) else None
-        seen = tuple(places[parent] for parent in way.parents)
-        found[name] = (
-            plan.child.by_name[name],
-            (way.method.name, values, seen, base_place, way.post, way.post_values),
-        )
-    return found
 
 
 class _Writer:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import yaml
 
 from orchestrator.mergekit_file import from_mergekit, is_mergekit
-from orchestrator.mergekit_writer import Places, check_same, to_mergekit
+from orchestrator.mergekit_writer import MERGED, Places, to_mergekit
 from orchestrator.recipe_file import load_recipe_data, read_recipe_data
-from workers.checkpoints import open_checkpoint
+from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
 from workers.errors import BadInputError
+from workers.merging import Recipe
+from workers.merging.plan import Plan, form_of
 
 SPELLINGS = ("darwin", "mergekit")
 
@@ -73,3 +76,57 @@ def _text(data: dict[str, Any], notes: list[str]) -> str:
     return comments + yaml.safe_dump(
         data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
     )
+
+
+def check_same(
+    recipe: Recipe,
+    places: Places,
+    other: Recipe,
+    other_places: Places,
+    opened: Callable[[str], Checkpoint],
+) -> None:
+    """Raise `BadInputError`, naming a rule of `recipe`, unless both recipes merge every tensor alike."""
+    ours = _assignments(recipe, places, opened)
+    rule_of = {
+        name: next((n for n, r in enumerate(recipe.rules) if r.where.matches(tensor)), None)
+        for name, (tensor, _) in ours.items()
+    }
+    for name, (tensor, _) in ours.items():
+        if rule_of[name] is None and tensor.component in MERGED:
+            raise BadInputError(f"rules: none is for {name}, but mergekit merges every tensor")
+    theirs = _assignments(other, other_places, opened)
+    for name, (_, way) in ours.items():
+        if name not in theirs or theirs[name][1] != way:
+            raise BadInputError(
+                f"rules.{rule_of[name]}: {name} would be merged otherwise: mergekit's spelling cannot "
+                "express it (outside all layers it takes the first value of a gradient)"
+            )
+    if len(theirs) != len(ours):
+        raise BadInputError("layers: mergekit's child would have other tensors")
+
+
+def _assignments(
+    recipe: Recipe, places: Places, opened: Callable[[str], Checkpoint]
+) -> dict[str, Any]:
+    """Tensor -> (tensor, how it is merged), with the parents called by their locations."""
+    maps = {
+        name: ArchitectureMap(opened(place)) for name, place in places.items() if name != "base"
+    }
+    base = ArchitectureMap(opened(places["base"])) if recipe.base else None
+    plan = Plan(maps, base, form_of(recipe))
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {places[name]: number for name, number in value.items()}
+        return places.get(value, value) if isinstance(value, str) else value
+
+    found = {}
+    for name, way in plan.assign(recipe).items():
+        values = {key: placed(value) for key, value in way.values.items()}
+        base_place = places["base"] if way.uses_base(recipe.base is not None) else None
+        seen = tuple(places[parent] for parent in way.parents)
+        found[name] = (
+            plan.child.by_name[name],
+            (way.method.name, values, seen, base_place, way.post, way.post_values),
+        )
+    return found

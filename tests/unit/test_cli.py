@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,61 @@ def test_merge_writes_a_whole_checkpoint_with_its_lineage(
     ]
     assert {tensor["method"] for tensor in lineage["tensors"]} == {"task_arithmetic"}
     assert set(lineage["files"]) == {file.name for file in child.weight_files}
+
+
+def test_merge_stacks_layers_as_a_mergekit_file_says(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    slices = [
+        {"sources": [{"model": str(family[1]), "layer_range": [0, 3]}]},
+        {"sources": [{"model": str(family[2]), "layer_range": [1, 4]}]},
+    ]
+    file = tmp_path / "stack.yaml"
+    data = {"slices": slices, "merge_method": "passthrough", "chat_template": template}
+    file.write_text(yaml.safe_dump(data))
+    out = tmp_path / "child"
+    assert darwin("merge", file, out).code == 0
+    first, second, child = (weights(folder) for folder in (*family[1:], out))
+    for name, found in child.items():
+        source, origin = (first if "embed_tokens" in name else second), name
+        number = re.search(r"(?<=layers\.)\d+", name)
+        if number is not None:
+            layer = int(number[0])
+            source = first if layer < 3 else second
+            origin = name.replace(f"layers.{layer}.", f"layers.{layer - 2 * (layer >= 3)}.")
+        assert torch.equal(found, source[origin]), name
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
+    assert (out / "chat_template.jinja").read_text() == template
+
+
+def test_merge_warns_of_what_a_mergekit_file_does_not_mean(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "ties.yaml"
+    models = [{"model": str(family[1]), "parameters": {"weight": 1}}]
+    data = {"models": models, "merge_method": "ties", "base_model": str(family[0])}
+    file.write_text(yaml.safe_dump(data))
+    done = darwin("merge", file, tmp_path / "child")
+    assert done.code == 0
+    assert f"darwin: warning: {file}: method ties needs 2 parents" in done.err
+
+
+def test_recipe_prints_the_other_spelling(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, family)
+    theirs = darwin("recipe", recipe)
+    assert theirs.code == 0
+    assert yaml.safe_load(theirs.out)["merge_method"] == "linear"
+    file = tmp_path / "theirs.yaml"
+    file.write_text(theirs.out)
+    assert yaml.safe_load(darwin("recipe", file).out)["rules"][0]["method"] == "linear"
+    assert yaml.safe_load(darwin("recipe", file, "--to", "mergekit", "--json").json["recipe"]) == (
+        yaml.safe_load(theirs.out)
+    )
+    assert "none of darwin, mergekit" in darwin("recipe", recipe, "--to", "yaml").error
 
 
 def test_merge_says_in_one_line_what_it_wrote(

@@ -106,6 +106,18 @@ def test_a_base_is_not_needed(project: Project) -> None:
     assert absolute_places(project.config("base=null"))[1] is None
 
 
+def test_a_method_without_two_task_vectors_is_refused_unless_allowed(project: Project) -> None:
+    shutil.rmtree(project.model("two"))
+    shutil.copytree(project.model("base"), project.model("two"))
+    project.open("genome.method=task_arithmetic")
+    message = project.refusal("genome.method=ties")
+    assert "method ties" in message
+    assert "two is the base" in message
+    assert "task_arithmetic" in message
+    assert "genome.allow_degenerate: true" in message
+    project.open("genome.method=ties", "genome.allow_degenerate=true")
+
+
 def test_the_limits_of_a_task_are_kept(project: Project) -> None:
     (task,) = project.open("tasks.0.search_items=2", "tasks.0.holdout_items=1").tasks
     assert [len(task.items[split]) for split in ("search", "holdout")] == [2, 1]

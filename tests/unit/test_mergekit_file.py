@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -811,6 +812,20 @@ def test_examples_as_they_are_found_are_read_and_round_trip(
     assert {n: (w.method.name, w.values, w.parents) for n, w in again.items()} == {
         n: (w.method.name, w.values, w.parents) for n, w in wanted.items()
     }
+
+
+def test_the_example_of_the_docs_is_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    (example,) = re.findall(r"```yaml\n(# mergekit\.yaml.*?)```", text, flags=re.S)
+    file = tmp_path / "mergekit.yaml"
+    file.write_text(example)
+    ways = assigned(load_recipe_file(str(file)))
+    layers = len(values_of(ways, "density", "q_proj"))
+    assert layers > 1
+    assert values_of(ways, "density", "q_proj")[-1] == {"reverse": 0.5, "sort": 1.0}
+    assert values_of(ways, "weight", "up_proj") == [{"reverse": 1.0, "sort": 0.7}] * layers
+    assert ways["norm.weight"].values["density"] == {"reverse": 0.9, "sort": 1.0}
+    assert ways["norm.weight"].values["rescale"] == "l1"
 
 
 def test_rescaling_is_what_mergekit_calls_so(configs: ConfigFolder) -> None:

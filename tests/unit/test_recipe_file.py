@@ -12,6 +12,7 @@ from orchestrator.recipe_file import RecipeFile, load_recipe_file
 from tests.families import write_model
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
+from workers.merging import Recipe
 from workers.merging.plan import Plan
 
 LINEAR: dict[str, Any] = {"method": "linear", "parameters": {"weight": 0.5}}
@@ -122,6 +123,64 @@ def test_no_rules_carry_everything_over(recipes: RecipeFolder) -> None:
     assert set(assigned_methods(recipes.load(rules=[])).values()) == {"passthrough"}
 
 
+def test_a_rule_may_name_the_parents_that_it_sees(recipes: RecipeFolder) -> None:
+    rules = [
+        {"where": {"names": ["*mlp*"]}, "parents": ["b", "a"]}
+        | {"method": "slerp", "parameters": {"t": 0}},
+        {"parents": ["b"]} | LINEAR,
+    ]
+    loaded = recipes.load(rules=rules)
+    maps = {name: ArchitectureMap(parent) for name, parent in loaded.parents.items()}
+    ways = Plan(maps, None).assign(loaded.recipe)
+    assert ways["layers.0.mlp.up_proj.weight"].parents == ("b", "a")
+    assert ways["norm.weight"].parents == ("b",)
+    assert Recipe.from_dict(loaded.recipe.to_dict()) == loaded.recipe
+
+
+def test_the_form_of_the_child(recipes: RecipeFolder) -> None:
+    layers = [{"a": [0, 1], "b": [1, 2]}, {"b": [3, 3]}]
+    recipe = recipes.load(layers=layers, dtype="F16", shard_bytes="1.5 GiB").recipe
+    assert recipe.layers == ({"a": (0, 1), "b": (1, 2)}, {"b": (3, 3)})
+    assert (recipe.dtype, recipe.shard_bytes) == ("F16", 3 << 29)
+    assert recipes.load(shard_bytes="5GB").recipe.shard_bytes == 5 * 10**9
+    assert recipes.load(shard_bytes=4096).recipe.shard_bytes == 4096
+
+
+def test_gradients_cases_and_tables_are_read_with_numbers_as_floats(recipes: RecipeFolder) -> None:
+    cases = [{"where": {"layers": [0, 1]}, "value": [1, 2]}, {"value": 3}]
+    rule = {"method": "linear", "parameters": {"weight": {"a": cases, "b": [0, 1]}}}
+    (loaded,) = recipes.load(rules=[rule]).recipe.rules
+    assert loaded.parameters["weight"]["b"] == [0.0, 1.0]
+    assert loaded.parameters["weight"]["a"] == [
+        {"where": {"layers": [0, 1]}, "value": [1.0, 2.0]},
+        {"value": 3.0},
+    ]
+    numbers = [*loaded.parameters["weight"]["b"], loaded.parameters["weight"]["a"][1]["value"]]
+    assert {type(number) for number in numbers} == {float}
+
+
+def test_a_step_afterwards(recipes: RecipeFolder) -> None:
+    rule = {
+        "method": "task_arithmetic",
+        "parameters": {"weight": 1},
+        "post": {"method": "svc", "parameters": {"alpha": 0.5}},
+    }
+    (loaded,) = recipes.load(rules=[rule], base=recipes.base).recipe.rules
+    assert loaded.post is not None
+    assert (loaded.post.method, loaded.post.parameters) == ("svc", {"alpha": 0.5})
+
+
+def test_a_degenerate_method_is_refused_unless_allowed(recipes: RecipeFolder) -> None:
+    ties = {"method": "ties", "parameters": {"weight": 1, "density": 0.5}}
+    parents = [recipes.parents[0], {"name": "b", "path": recipes.base}]
+    message = recipes.refusal(rules=[LINEAR, ties], parents=parents, base=recipes.base)
+    assert "rules.1: method ties" in message
+    assert "b is the base" in message
+    assert "dare_linear" in message
+    recipes.load(rules=[LINEAR, ties], parents=parents, base=recipes.base, allow_degenerate=True)
+    recipes.load(rules=[ties], base=recipes.base)
+
+
 # -- what is refused -------------------------------------------------------------------------
 
 
@@ -147,6 +206,34 @@ def test_no_rules_carry_everything_over(recipes: RecipeFolder) -> None:
         ({"parents": [{"name": 5, "path": "x"}, {"name": "5", "path": "y"}]}, "parents"),
         ({"parents": [{"name": "base", "path": "x"}]}, "parents"),
         ({"rules": "all"}, "rules"),
+        ({"parents": [{"name": "union", "path": "x"}]}, "parents"),
+        ({"layers": {"a": [0, 1]}}, "layers"),
+        ({"layers": [{"a": [1, 0]}]}, "layers"),
+        ({"layers": [{"c": [0, 1]}]}, "layers"),
+        ({"layers": [{"base": [0, 1]}]}, "layers"),
+        ({"layers": [{"a": [0, 1], "b": [0, 2]}]}, "layers"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"shard_bytes": "5 apples"}, "shard_bytes"),
+        ({"shard_bytes": "0GB"}, "shard_bytes"),
+        ({"shard_bytes": 1.5}, "shard_bytes"),
+        ({"vocabulary": "c"}, "vocabulary"),
+        ({"vocabulary": "base"}, "vocabulary"),
+        ({"allow_degenerate": 1}, "allow_degenerate"),
+        ({"rules": [LINEAR | {"parents": ["c"]}]}, "rules.0.parents"),
+        ({"rules": [LINEAR | {"parents": ["a", "a"]}]}, "rules.0.parents"),
+        ({"rules": [LINEAR | {"parents": "a"}]}, "rules.0.parents"),
+        ({"rules": [LINEAR | {"post": "svc"}]}, "rules.0.post"),
+        ({"rules": [LINEAR | {"post": {"method": "linear"}}]}, "rules.0.post"),
+        ({"rules": [LINEAR | {"post": {"method": "none"}}]}, "rules.0.post"),
+        ({"rules": [{"method": "svc"}]}, "rules.0"),
+        ({"rules": [{"method": "slerp", "parameters": {"t": [0, 2]}}]}, "rules.0"),
+        ({"rules": [{"method": "slerp", "parameters": {"t": [{"value": 2}]}}]}, "rules.0"),
+        (
+            {"rules": [{"method": "slerp", "parameters": {"t": [{"where": 5, "value": 1}]}}]},
+            "rules.0",
+        ),
+        ({"rules": [{"method": "slerp", "parameters": {"t": [{"where": {}}]}}]}, "rules.0"),
+        ({"rules": [{"method": "slerp", "parameters": {"t": []}}]}, "rules.0"),
         ({"rules": LINEAR}, "rules"),
         ({"rules": 5}, "rules"),
         ({"rules": ["linear"]}, "rules.0"),
