@@ -131,13 +131,17 @@ def _run(command: list[str], work: Path) -> Cost:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
         anonymous = mapped = 0
-        while True:
-            finished, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if finished:
-                break
-            sizes = _resident(process.pid)
-            anonymous, mapped = max(anonymous, sizes[0]), max(mapped, sizes[1])
-            time.sleep(SAMPLE_SECONDS)
+        try:
+            while True:
+                finished, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if finished:
+                    break
+                sizes = _resident(process.pid)
+                anonymous, mapped = max(anonymous, sizes[0]), max(mapped, sizes[1])
+                time.sleep(SAMPLE_SECONDS)
+        except KeyboardInterrupt:
+            process.kill()
+            raise
         wall = time.monotonic() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

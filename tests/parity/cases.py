@@ -157,6 +157,14 @@ models:
   - {model: m3, parameters: {weight: 0.4}}
 parameters: {lambda: 0.7}
 """),
+    Case("task_arithmetic_mean", """
+merge_method: task_arithmetic
+base_model: m0
+models:
+  - {model: m1, parameters: {weight: 0.5}}
+  - {model: m2, parameters: {weight: 0.3}}
+parameters: {normalize: true}
+"""),
     Case("ties", """
 merge_method: ties
 base_model: m0
@@ -385,12 +393,6 @@ merge_method: nuslerp
 models: [{model: m1, parameters: {weight: 0.6}}, {model: m2, parameters: {weight: 0.2}}]
 parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
 """, "nuslerp_row_wise"),
-    Refused("task_arithmetic_mean", """
-merge_method: task_arithmetic
-base_model: m0
-models: [{model: m1, parameters: {weight: 1}}, {model: m2, parameters: {weight: 1}}]
-parameters: {normalize: true}
-""", "normalize"),
     Refused("nothing_to_divide_by", """
 merge_method: linear
 models: [{model: m1, parameters: {weight: 1}}, {model: m2, parameters: {weight: -1}}]
