@@ -26,7 +26,7 @@ import yaml
 from tests.benchmarks.models import FAMILIES, make_family
 
 MERGEKIT = Path(".venv-mergekit/bin/mergekit-yaml")
-SAMPLE_SECONDS = 0.01
+SAMPLE_SECONDS = 0.05
 TUNED: dict[str, dict[str, float]] = {
     "linear": {"weight": 0.4},
     "slerp": {},
@@ -151,16 +151,19 @@ def _run(command: list[str], work: Path) -> Cost:
 
 
 def _resident(pid: int) -> tuple[int, int]:
-    """Resident bytes of a process and its children now: anonymous, and of mapped files."""
+    """Resident bytes of a process and its children now: anonymous, and of mapped files.
+
+    What they share is counted once.
+    """
     anonymous = mapped = 0
     for process in _tree(pid):
         try:
-            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
         except OSError:
             continue  # it has ended
-        sizes = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-        anonymous += _kilobytes(sizes, "RssAnon")
-        mapped += _kilobytes(sizes, "RssFile")
+        sizes = dict(line.split(":", 1) for line in lines)
+        anonymous += _kilobytes(sizes, "Pss_Anon")
+        mapped += _kilobytes(sizes, "Pss_File")
     return 1024 * anonymous, 1024 * mapped
 
 

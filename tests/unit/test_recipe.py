@@ -198,6 +198,16 @@ def test_parameters_are_numbers_names_or_numbers_per_parent(value: Any) -> None:
             Recipe.from_dict(changed(path, value))
 
 
+def test_a_slice_of_layers_is_in_the_order_of_the_parents() -> None:
+    """Its first parent lends the layout, and canonical JSON sorts keys."""
+    layers = [{"mother": [0, 1], "father": [1, 2]}]
+    recipe = Recipe.from_dict(changed(("layers",), layers))
+    assert list(recipe.layers[0]) == ["father", "mother"]
+    again = Recipe.from_dict(json.loads(recipe.canonical_json))
+    assert list(again.layers[0]) == ["father", "mother"]
+    assert again.id == recipe.id
+
+
 # Which tensors a rule is for
 
 

@@ -169,7 +169,9 @@ def parse_slice(data: Any, parents: list[str]) -> LayerSlice:
         raise BadInputError(f"layers: {data!r}: the spans of a slice must be of one length")
     if set(data) == {"base"}:
         raise BadInputError(f"layers: {data!r}: a slice needs a parent besides the base")
-    return {name: (span[0], span[1]) for name, span in data.items()}
+    # In the recipe's order, as the first parent lends its layout, and files keep no order of keys.
+    ordered = [name for name in (*parents, "base") if name in data]
+    return {name: (data[name][0], data[name][1]) for name in ordered}
 
 
 def parse_form(data: dict[str, Any], parents: list[str]) -> dict[str, Any]:
