@@ -815,7 +815,7 @@ def test_examples_as_they_are_found_are_read_and_round_trip(
 
 
 def test_the_example_of_the_docs_is_read(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
     (example,) = re.findall(r"```yaml\n(# mergekit\.yaml.*?)```", text, flags=re.S)
     file = tmp_path / "mergekit.yaml"
     file.write_text(example)

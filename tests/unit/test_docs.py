@@ -1,0 +1,53 @@
+"""The recipes that the documentation shows are recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator.child_writer import ChildWriter
+from orchestrator.recipe_file import load_recipe_file
+from workers.merging import METHODS
+from workers.storage.folder import FolderStore
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [
+    (file.name, number, text)
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL))
+    if "rules:" in text or "merge_method:" in text
+]
+
+
+@pytest.mark.parametrize(("file", "number", "text"), EXAMPLES)
+def test_a_recipe_of_the_documentation_can_be_merged(
+    file: str, number: int, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    loaded = load_recipe_file(str(tmp_path / "recipe.yaml"))
+    target = FolderStore(tmp_path / "child")
+    writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
+    assert {way.method.name for way in writer.assigned.values()} - {"passthrough"}
+
+
+def test_there_are_recipes_in_the_documentation() -> None:
+    assert {file for file, _, _ in EXAMPLES} == {"README.md", "recipes.md"}
+
+
+def test_every_method_is_in_the_table() -> None:
+    table = (ROOT / "docs" / "methods.md").read_text()
+    assert {name for name in METHODS if f"| `{name}` |" not in table} == set()
+
+
+def test_links_lead_somewhere() -> None:
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", file.read_text()):
+            if link[0] and "://" not in link[0]:
+                assert (file.parent / link[0]).exists(), (file.name, link)
+            if link[1]:
+                target = file.parent / link[0] if link[0] else file
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert link[1][1:] in slugs, (file.name, link)
