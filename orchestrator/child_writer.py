@@ -134,6 +134,7 @@ class ChildWriter:
         for _, reports in calls.each("write_parts", given):
             for written in [dict(vars(report)) for report in reports]:
                 key = written["file"], written["number"]
+                written["upload"] = self._uploads[written["file"]]
                 self._written[key] = written
                 pending.append(written)
                 size += sizes[key]
@@ -193,16 +194,23 @@ class ChildWriter:
                 f"({manifest['recipe'][:12]}); remove the folder or choose another"
             )
         self._uploads = manifest["uploads"]
+        reports: list[dict[str, Any]] = []
         for info in list(self.target.list_objects(f"{PROGRESS}/")):
             if info.key != MANIFEST:
                 record = json.loads(self.target.read(info.key))
                 self._files |= record.get("files", {})
-                for report in record.get("parts", ()):
-                    self._written[report["file"], report["number"]] = report
+                reports += record.get("parts", ())
         lost = [name for name in self._uploads if not self._is_there(name)]
+        for name in lost:
+            self.target.discard_unfinished(name)  # of a try that was killed before the manifest
         if lost:
-            self._written = {key: r for key, r in self._written.items() if key[0] not in lost}
             self._begin(lost)
+        # Records outlive the uploads that they are of.
+        self._written = {
+            (report["file"], report["number"]): report
+            for report in reports
+            if report["upload"] == self._uploads[report["file"]]
+        }
 
     def _is_there(self, file: str) -> bool:
         """Whether a file is published, or its upload can be gone on with."""
