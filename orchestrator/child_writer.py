@@ -274,19 +274,26 @@ class ChildWriter:
     def _report(self) -> ChildReport:
         changed: dict[str, dict[str, int]] = {}
         broken: dict[str, int] = {}
+        fathers: dict[str, int] = {}
         for report in self._written.values():
             for name, counts in report["changed"].items():
                 total = changed.setdefault(name, {})
                 for parent, count in counts.items():
                     total[parent] = total.get(parent, 0) + count
-            for name, count in report["not_finite"].items():
-                broken[name] = broken.get(name, 0) + count
+            for total, counts in (
+                (broken, report["not_finite"]),
+                (fathers, report["not_finite_in_father"]),
+            ):
+                for name, count in counts.items():
+                    total[name] = total.get(name, 0) + count
         tensors = []
         father = self.recipe.father.name
         bad = []
         for tensor in self.plan.child.tensors:
             way = self.assigned[self.plan.merged_as(tensor).name]
-            if tensor.name in broken and not (way.method.copies and way.parents == (father,)):
+            is_fathers = way.copies and way.parents == (father,)
+            # Of what is copied, too, a narrower dtype may not hold all.
+            if broken.get(tensor.name, 0) > (fathers.get(tensor.name, 0) if is_fathers else 0):
                 bad.append(tensor.name)
             tensors.append(
                 {
@@ -305,6 +312,7 @@ class ChildWriter:
         if bad:
             raise BadInputError(
                 f"tensor {bad[0]!r} of the child has {broken[bad[0]]} elements that are NaN or infinite "
-                f"({len(bad)} such tensors): a parent is damaged, or a parameter too large"
+                f"({len(bad)} such tensors): a parent is damaged, a parameter too large, or the dtype too "
+                "narrow"
             )
         return ChildReport({}, tensors)

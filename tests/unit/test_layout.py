@@ -192,3 +192,18 @@ def test_a_fathers_form_is_his_bytes(families: dict[str, dict[str, Path]], tmp_p
     for file in father.iterdir():
         if file.name != "README.md":
             assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_the_new_dtype_cannot_hold_is_no_silent_infinity(tmp_path: Path) -> None:
+    """Only what is infinite in the father already may be so in the child."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    father = write_checkpoint(tmp_path / "a", {name: torch.full((3, 5), 1e5).bfloat16()})
+    with pytest.raises(BadInputError, match=r"up_proj.*15 elements that are NaN or infinite"):
+        child_of({"a": father}, tmp_path / "narrow", dtype="F16")
+    enlarged = rule("passthrough", source="a", scale=1e35)
+    with pytest.raises(BadInputError, match=r"up_proj.*15 elements that are NaN or infinite"):
+        child_of({"a": father}, tmp_path / "scaled", enlarged)
+    broken = write_checkpoint(tmp_path / "b", {name: torch.full((3, 5), torch.inf).bfloat16()})
+    for number, dtype in enumerate((None, "F32")):
+        child = child_of({"a": broken}, tmp_path / f"kept{number}", dtype=dtype)
+        assert torch.equal(read_tensors(child)[name].float(), torch.full((3, 5), torch.inf))
