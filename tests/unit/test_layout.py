@@ -259,7 +259,9 @@ def test_layers_of_prediction_that_are_numbered_behind_the_others_are_not_overwr
     tmp_path: Path,
 ) -> None:
     """DeepSeek's are layers 2, 3, ... of a model of two; a third stacked layer would take their name."""
-    tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.full((2, 2), n) * 1.0 for n in range(3)}
+    tensors = {
+        f"model.layers.{n}.mlp.up_proj.weight": torch.full((2, 2), n) * 1.0 for n in range(3)
+    }
     config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
     merger = open_merger({"a": write_checkpoint(tmp_path / "a", tensors, config=config)})
     with pytest.raises(BadInputError, match=r"model\.layers\.2\.mlp.*behind the last layer"):
