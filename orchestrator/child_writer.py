@@ -170,6 +170,7 @@ class ChildWriter:
         for _, reports in calls.each("write_parts", given):
             for written in [dict(vars(report)) for report in reports]:
                 key = written["file"], written["number"]
+                written["upload"] = self._uploads[written["file"]]
                 self._written[key] = written
                 pending.append(written)
                 size += sizes[key]
@@ -229,16 +230,23 @@ class ChildWriter:
                 f"({manifest['recipe'][:12]}); remove the folder or choose another"
             )
         self._uploads = manifest["uploads"]
+        reports: list[dict[str, Any]] = []
         for info in list(self.target.list_objects(f"{PROGRESS}/")):
             if info.key != MANIFEST:
                 record = json.loads(self.target.read(info.key))
                 self._files |= record.get("files", {})
-                for report in record.get("parts", ()):
-                    self._written[report["file"], report["number"]] = report
+                reports += record.get("parts", ())
         lost = [name for name in self._uploads if not self._is_there(name)]
+        for name in lost:
+            self.target.discard_unfinished(name)  # of a try that was killed before the manifest
         if lost:
-            self._written = {key: r for key, r in self._written.items() if key[0] not in lost}
             self._begin(lost)
+        # Records outlive the uploads that they are of.
+        self._written = {
+            (report["file"], report["number"]): report
+            for report in reports
+            if report["upload"] == self._uploads[report["file"]]
+        }
 
     def _is_there(self, file: str) -> bool:
         """Whether a file is published, or its upload can be gone on with."""
@@ -302,19 +310,26 @@ class ChildWriter:
     def _report(self) -> ChildReport:
         changed: dict[str, dict[str, int]] = {}
         broken: dict[str, int] = {}
+        fathers: dict[str, int] = {}
         for report in self._written.values():
             for name, counts in report["changed"].items():
                 total = changed.setdefault(name, {})
                 for parent, count in counts.items():
                     total[parent] = total.get(parent, 0) + count
-            for name, count in report["not_finite"].items():
-                broken[name] = broken.get(name, 0) + count
+            for total, counts in (
+                (broken, report["not_finite"]),
+                (fathers, report["not_finite_in_father"]),
+            ):
+                for name, count in counts.items():
+                    total[name] = total.get(name, 0) + count
         tensors = []
         father = self.recipe.father.name
         bad = []
         for tensor in self.plan.child.tensors:
             way = self.assigned[self.plan.merged_as(tensor).name]
-            if tensor.name in broken and not (way.method.copies and way.parents == (father,)):
+            is_fathers = way.copies and way.parents == (father,)
+            # Of what is copied, too, a narrower dtype may not hold all.
+            if broken.get(tensor.name, 0) > (fathers.get(tensor.name, 0) if is_fathers else 0):
                 bad.append(tensor.name)
             tensors.append(
                 {
@@ -333,6 +348,7 @@ class ChildWriter:
         if bad:
             raise BadInputError(
                 f"tensor {bad[0]!r} of the child has {broken[bad[0]]} elements that are NaN or infinite "
-                f"({len(bad)} such tensors): a parent is damaged, or a parameter too large"
+                f"({len(bad)} such tensors): a parent is damaged, a parameter too large, or the dtype too "
+                "narrow"
             )
         return ChildReport({}, tensors)

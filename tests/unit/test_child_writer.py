@@ -198,6 +198,26 @@ def test_a_writer_that_dies_anywhere_leaves_no_checkpoint_and_can_be_repeated(
             assert len(second.done) < len(whole.done) / 2
 
 
+def test_uploads_that_expire_between_two_crashes_are_written_anew(
+    sharded: list[Path], tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of parts of an upload that is gone say nothing of the upload that took its place."""
+    monkeypatch.setattr("orchestrator.child_writer.RECORD_BYTES", 15_000)
+    whole = WatchedStore(tmp_path / "whole")
+    publish(whole, sharded)
+    folder = tmp_path / "child"
+    with pytest.raises(StorageError, match="gone"):
+        publish(WatchedStore(folder, len(whole.done) // 2), sharded)
+    for upload in folder.glob(".*upload-unfinished"):
+        upload.unlink()
+    files = len(weight_files(sharded[0]))
+    with pytest.raises(StorageError, match="gone"):
+        publish(WatchedStore(folder, files + 3), sharded)
+    publish(WatchedStore(folder), sharded)
+    assert files_of(folder) == files_of(tmp_path / "whole")
+    assert not list(folder.glob(".*unfinished"))
+
+
 def test_parts_cover_every_file(sharded: list[Path], small_parts: None, tmp_path: Path) -> None:
     merger = open_merger({"a": sharded[1]})
     writer = ChildWriter.create(recipe_for(merger), merger.parents, None, FolderStore(tmp_path))

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from tests.checkpoint_files import (
+    assert_same_bits,
     open_merger,
     read_tensors,
     rule,
@@ -192,3 +193,92 @@ def test_a_fathers_form_is_his_bytes(families: dict[str, dict[str, Path]], tmp_p
     for file in father.iterdir():
         if file.name != "README.md":
             assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_the_new_dtype_cannot_hold_is_no_silent_infinity(tmp_path: Path) -> None:
+    """Only what is infinite in the father already may be so in the child."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    father = write_checkpoint(tmp_path / "a", {name: torch.full((3, 5), 1e5).bfloat16()})
+    with pytest.raises(BadInputError, match=r"up_proj.*15 elements that are NaN or infinite"):
+        child_of({"a": father}, tmp_path / "narrow", dtype="F16")
+    enlarged = rule("passthrough", source="a", scale=1e35)
+    with pytest.raises(BadInputError, match=r"up_proj.*15 elements that are NaN or infinite"):
+        child_of({"a": father}, tmp_path / "scaled", enlarged)
+    broken = write_checkpoint(tmp_path / "b", {name: torch.full((3, 5), torch.inf).bfloat16()})
+    for number, dtype in enumerate((None, "F32")):
+        child = child_of({"a": broken}, tmp_path / f"kept{number}", dtype=dtype)
+        assert torch.equal(read_tensors(child)[name].float(), torch.full((3, 5), torch.inf))
+
+
+def layers_of(prefix: str, layers: int, seed: int, fused: bool, dtype: Any) -> dict[str, Any]:
+    """A model of experts: fused, or one tensor for each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().to(dtype)
+
+    tensors = {f"{prefix}embed_tokens.weight": random(6, 4), f"{prefix}norm.weight": random(4)}
+    for layer in range(layers):
+        mlp = f"{prefix}layers.{layer}.mlp"
+        tensors[f"{prefix}layers.{layer}.input_layernorm.weight"] = random(4)
+        gate_up, down = random(2, 6, 4), random(2, 4, 3)
+        if fused:
+            tensors[f"{mlp}.experts.gate_up_proj"] = gate_up
+            tensors[f"{mlp}.experts.down_proj"] = down
+            continue
+        for expert in range(2):
+            stem = f"{mlp}.experts.{expert}"
+            tensors[f"{stem}.gate_proj.weight"] = gate_up[expert, :3].clone()
+            tensors[f"{stem}.up_proj.weight"] = gate_up[expert, 3:].clone()
+            tensors[f"{stem}.down_proj.weight"] = down[expert].clone()
+    return tensors
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_stacked_layers_are_stored_as_the_fathers_are(fused: bool, tmp_path: Path) -> None:
+    """In his names, his fusion and his dtype: of anything else no model could be loaded."""
+    a = layers_of("model.", 2, 1, fused, torch.bfloat16)
+    b = layers_of("model.language_model.", 3, 2, not fused, torch.float32)
+    alike = layers_of("model.", 3, 2, fused, torch.bfloat16)
+    parents = {
+        name: write_checkpoint(tmp_path / name, tensors, config={"model_type": "qwen3_moe"})
+        for name, tensors in {"a": a, "b": b}.items()
+    }
+    child = read_tensors(
+        child_of(parents, tmp_path / "child", layers=({"a": (0, 0)}, {"b": (1, 2)}))
+    )
+    expected = {name: tensor for name, tensor in a.items() if ".layers.1." not in name}
+    for name, tensor in alike.items():
+        for number in (1, 2):
+            if f".layers.{number}." in name:
+                expected[name] = tensor
+    assert_same_bits(child, expected)
+
+
+def test_layers_of_prediction_that_are_numbered_behind_the_others_are_not_overwritten(
+    tmp_path: Path,
+) -> None:
+    """DeepSeek's are layers 2, 3, ... of a model of two; a third stacked layer would take their name."""
+    tensors = {
+        f"model.layers.{n}.mlp.up_proj.weight": torch.full((2, 2), n) * 1.0 for n in range(3)
+    }
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    merger = open_merger({"a": write_checkpoint(tmp_path / "a", tensors, config=config)})
+    with pytest.raises(BadInputError, match=r"model\.layers\.2\.mlp.*behind the last layer"):
+        merger.start(Recipe(merger.references, (), layers=({"a": (0, 1)}, {"a": (0, 1)})))
+
+
+def test_kinds_of_layers_known_by_their_place_are_spelt_out(tmp_path: Path) -> None:
+    """Qwen3-Next as published: every fourth layer is one of full attention."""
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(2, 2) for n in range(4)}
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 4, "full_attention_interval": 2}
+    folder = write_checkpoint(tmp_path / "a", tensors, config=config)
+    child = child_of({"a": folder}, tmp_path / "child", layers=({"a": (0, 0)}, {"a": (2, 3)}))
+    found = transformers.AutoConfig.from_pretrained(child)
+    assert found.layer_types == ["linear_attention", "linear_attention", "full_attention"]
+    for key, value in (("sliding_window_pattern", 6), ("decoder_sparse_step", 2)):
+        config = {"model_type": "a", "num_hidden_layers": 4, key: value}
+        folder = write_checkpoint(tmp_path / key, tensors, config=config)
+        merger = open_merger({"a": folder})
+        with pytest.raises(BadInputError, match=f"config.json: {key}"):
+            merger.start(Recipe(merger.references, (), layers=({"a": (1, 1)},)))

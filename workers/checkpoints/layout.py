@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from workers.checkpoints.architecture import ArchitectureMap, LogicalTensor
+from workers.checkpoints.architecture import ArchitectureMap
 from workers.checkpoints.checkpoint import SINGLE_FILE, WeightFile
 from workers.checkpoints.safetensors_format import (
     BITS_PER_ELEMENT,
@@ -22,23 +21,10 @@ from workers.checkpoints.safetensors_format import (
     Header,
     TensorEntry,
 )
+from workers.checkpoints.stacking import Entry, entries_of, stack_config, stack_layers, text_of
 from workers.checkpoints.vocabulary import ChildVocabulary, is_token_indexed
-from workers.errors import BadInputError
-
-LAYER_NUMBER = re.compile(r"(\blayers\.)(\d+)(?=\.)")
 
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-PER_LAYER_KEYS = ("layer_types", "mlp_layer_types")
-"""Configuration lists that have an entry for each layer."""
-
-UNSTACKABLE_KEYS = (
-    "num_kv_shared_layers",
-    "mlp_only_layers",
-    "no_rope_layers",
-    "first_k_dense_replace",
-)
-"""Configuration keys that speak of layers by number; stacked layers would get another meaning."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +90,10 @@ def child_layout(
     config = copy.deepcopy(checkpoint.config)
     if vocabulary is not None:
         config = vocabulary.config_changes(config)
-    entries = list(_entries(father))
+    entries = list(entries_of(father))
     if form.layers:
-        entries = list(_stack(entries, maps, form.layers))
-        _stack_config(config, maps, form.layers, checkpoint.location)
+        entries = list(stack_layers(entries, maps, form.layers))
+        stack_config(config, maps, form.layers, checkpoint.location)
     entries = list(_retyped(entries, form.dtype, config))
     if vocabulary is not None:
         entries = [_with_rows(entry, vocabulary.rows) for entry in entries]
@@ -134,90 +120,7 @@ def child_layout(
     return Layout(files, config, location, False)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A stored tensor of the child, and what is known of it."""
-
-    stored: TensorEntry
-    layer: int | None
-    component: str
-    name: str
-    """Logical name of its first element."""
-
-
-def _entries(parent: ArchitectureMap) -> Iterator[_Entry]:
-    firsts: dict[str, LogicalTensor] = {}
-    for tensor in parent.tensors:
-        firsts.setdefault(tensor.stored, tensor)
-    for stored, tensor in firsts.items():
-        entry = parent.checkpoint.tensors[stored]
-        yield _Entry(entry, tensor.layer, tensor.component, tensor.name)
-
-
-def _stack(
-    entries: list[_Entry],
-    maps: dict[str, ArchitectureMap],
-    slices: Iterable[dict[str, tuple[int, int]]],
-) -> Iterator[_Entry]:
-    """The father's tensors, with the layers of the slices in the place of his own."""
-    by_layer: dict[str, dict[int, list[_Entry]]] = {}
-    for name, parent in maps.items():
-        layers = by_layer.setdefault(name, {})
-        for entry in _entries(parent):
-            if entry.layer is not None:
-                layers.setdefault(entry.layer, []).append(entry)
-    stacked = False
-    for entry in entries:
-        if entry.layer is None:
-            yield entry
-            continue
-        if stacked:
-            continue
-        stacked = True
-        number = 0
-        for part in slices:
-            name = next(name for name in part if name in maps)
-            first, last = part[name]
-            for layer in range(first, last + 1):
-                if layer not in by_layer[name]:
-                    raise BadInputError(
-                        f"layers: {name} ({maps[name].checkpoint.location}) has no layer {layer}: it "
-                        f"has {maps[name].layers}, counted from 0"
-                    )
-                for own in by_layer[name][layer]:
-                    renamed = LAYER_NUMBER.sub(rf"\g<1>{number}", own.stored.name, count=1)
-                    yield replace(own, stored=replace(own.stored, name=renamed), layer=number)
-                number += 1
-
-
-def _stack_config(
-    config: dict[str, Any],
-    maps: dict[str, ArchitectureMap],
-    slices: tuple[dict[str, tuple[int, int]], ...],
-    location: str,
-) -> None:
-    text = config.get("text_config", config)
-    for key in UNSTACKABLE_KEYS:
-        if text.get(key):
-            raise BadInputError(
-                f"{location}/config.json: {key} speaks of layers by number, so the layers of this model "
-                "cannot be stacked"
-            )
-    for key in PER_LAYER_KEYS:
-        if isinstance(text.get(key), list):
-            values = []
-            for part in slices:
-                name = next(name for name in part if name in maps)
-                first, last = part[name]
-                own = maps[name].checkpoint.config
-                values += own.get("text_config", own).get(key, text[key])[first : last + 1]
-            text[key] = values
-    text["num_hidden_layers"] = sum(last - first + 1 for first, last in (
-        next(iter(part.values())) for part in slices
-    ))  # fmt: skip
-
-
-def _retyped(entries: list[_Entry], dtype: str | None, config: dict[str, Any]) -> Iterator[_Entry]:
+def _retyped(entries: list[Entry], dtype: str | None, config: dict[str, Any]) -> Iterator[Entry]:
     """With `dtype` in the place of the dtype of most of the weights, and no codes but values."""
     sizes: dict[str, int] = {}
     for entry in entries:
@@ -230,7 +133,7 @@ def _retyped(entries: list[_Entry], dtype: str | None, config: dict[str, Any]) -
     has_codes = any(name.startswith("F8") for name in sizes)
     wanted = dtype or ("BF16" if has_codes else main)
     if has_codes:
-        for holder in (config, config.get("text_config", {})):
+        for holder in (config, text_of(config)):
             holder.pop("quantization_config", None)
     if wanted in CONFIG_DTYPES and wanted != main:
         _set_config_dtype(config, CONFIG_DTYPES[wanted])
@@ -248,14 +151,14 @@ def _set_config_dtype(config: dict[str, Any], name: str) -> None:
         holder[key] = name
 
 
-def _with_rows(entry: _Entry, rows: int) -> _Entry:
+def _with_rows(entry: Entry, rows: int) -> Entry:
     if not is_token_indexed(entry.name) or not entry.stored.shape:
         return entry
     return replace(entry, stored=replace(entry.stored, shape=(rows, *entry.stored.shape[1:])))
 
 
-def _pack(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
-    groups: list[list[_Entry]] = [[]]
+def _pack(entries: list[Entry], limit: int) -> list[list[Entry]]:
+    groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
         own = _bytes(entry.stored)

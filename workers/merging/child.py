@@ -36,6 +36,8 @@ class PartReport:
     """Logical tensor -> parent -> how many elements of the child differ from it."""
     not_finite: dict[str, int] = field(default_factory=dict)
     """Logical tensor -> elements that are NaN or infinite, where there are any."""
+    not_finite_in_father: dict[str, int] = field(default_factory=dict)
+    """The same of the father's own values, where the child has any."""
 
 
 def write_parts(
@@ -91,17 +93,22 @@ def _fill_part(
 
 
 def _describe(run: Run, unit: MergeUnit, values: torch.Tensor, report: PartReport) -> None:
-    changed = report.changed.setdefault(unit.target.name, {})
-    for parent in run.merger.parents:
+    name = unit.target.name
+    changed = report.changed.setdefault(name, {})
+    broken = count_not_finite(_bytes(values).data, unit.target.dtype)
+    if broken:
+        report.not_finite[name] = report.not_finite.get(name, 0) + broken
+    for number, parent in enumerate(run.merger.parents):
         source = run.plan.source(parent, unit.target)
         if source is not None and (
             source.shape == unit.target.shape or run.plan.has_mapped_rows(unit.target)
         ):
             own = run.read(parent, unit.target, unit.first, unit.count)
             changed[parent] = changed.get(parent, 0) + count_changes(values, own)
-    broken = count_not_finite(_bytes(values).data, unit.target.dtype)
-    if broken:
-        report.not_finite[unit.target.name] = report.not_finite.get(unit.target.name, 0) + broken
+            if broken and number == 0:
+                fathers = int((~torch.isfinite(own.double())).sum())
+                found = report.not_finite_in_father
+                found[name] = found.get(name, 0) + fathers
 
 
 def count_changes(values: torch.Tensor, others: torch.Tensor) -> int:

@@ -203,10 +203,11 @@ class Run:
             return None
         uses_base = way.uses_base(self.recipe.base is not None)
         key: tuple[Any, ...] = (tensor.name, method.statistic, way.parents, uses_base)
-        cache = self.merger.statistics
+        cache = self._own_statistics
         if method.statistic_parameters:
-            own = [repr(values[name]) for name in method.statistic_parameters]
-            key, cache = (*key, *own), self._own_statistics
+            key = (*key, *(repr(values[name]) for name in method.statistic_parameters))
+        elif self.plan is self.merger.plan:  # in another form a name may stand for other tensors
+            cache = self.merger.statistics
         scan = cache.get(key, lambda: self._new_scan(tensor, way, method, values))
         try:
             return scan.result()
@@ -353,5 +354,8 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -
             raise
 
     with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(loop) for _ in range(threads)]:
-            future.result()
+        try:
+            for future in [pool.submit(loop) for _ in range(threads)]:
+                future.result()
+        finally:
+            stopped.set()  # an interrupt arrives here, not in the threads

@@ -45,13 +45,13 @@ class SharedScan:
                 break
             try:
                 found = self._scan(stretch)
+                with self._lock:
+                    self._found[stretch] = found
+                    self._fold()
             except BaseException as error:
                 self._error = error
                 self._done.set()
                 raise
-            with self._lock:
-                self._found[stretch] = found
-                self._fold()
         if self._error is not None:
             raise self._error
         return self._fact
