@@ -1,8 +1,9 @@
 """`make bench-merge`: what writing a merged child costs, beside mergekit and beside `cp`.
 
 Whole process against whole process, on the same disk, one after the other in every round, so that a busy
-minute of the machine hits all of them: the ratios mean more than the seconds. `cp` goes first and leaves
-the parents in the page cache. mergekit is left out where `make .venv-mergekit/installed` was not run.
+minute of the machine hits all of them: the ratios mean more than the seconds. A run before the rounds is
+looked at for its memory, which slows it down, and leaves the parents in the page cache. mergekit is left
+out where `make .venv-mergekit/installed` was not run.
 
     python -m tests.benchmarks.merge [--folder FOLDER] [--rounds 3] [--merges dense/ties experts/linear]
 """
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +41,17 @@ TUNED: dict[str, dict[str, float]] = {
 MERGES = (*(f"dense/{method}" for method in TUNED), "experts/linear")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one process used: seconds, and peaks of resident memory in bytes."""
+@dataclass
+class Costs:
+    """What a tool used for a merge: seconds of each round, and peaks of resident bytes.
 
-    wall: float
-    processor: float
+    Pages that processes of one tool share are counted once.
+    """
+
     anonymous: int
     mapped: int
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
 
 
 def main() -> None:
@@ -75,17 +81,25 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(
     merges: list[str], families: dict[str, list[Path]], work: Path, rounds: int
-) -> dict[str, dict[str, list[Cost]]]:
-    """Merge -> tool -> what each round cost."""
-    costs: dict[str, dict[str, list[Cost]]] = {}
-    for turn in range(rounds):
+) -> dict[str, dict[str, Costs]]:
+    """Merge -> tool -> what it cost."""
+    costs: dict[str, dict[str, Costs]] = {}
+    for turn in range(rounds + 1):
         for merge in merges:
             family, method = merge.split("/")
             models = families[family][:2] if method == "slerp" else families[family]
             for tool, command in _commands(method, models, work).items():
-                cost = _run(command, work)
-                costs.setdefault(merge, {}).setdefault(tool, []).append(cost)
-                print(f"round {turn + 1}: {merge} {tool} {cost.wall:.2f} s", file=sys.stderr)
+                with _started(command, work) as process:
+                    if turn == 0:
+                        costs.setdefault(merge, {})[tool] = Costs(*_peaks(process))
+                        continue
+                    started = time.monotonic()
+                    _, status, usage = os.wait4(process.pid, 0)
+                    wall = time.monotonic() - started
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                costs[merge][tool].wall.append(wall)
+                costs[merge][tool].processor.append(usage.ru_utime + usage.ru_stime)
+                print(f"round {turn}: {merge} {tool} {wall:.2f} s", file=sys.stderr)
     return costs
 
 
@@ -116,59 +130,46 @@ def _config(method: str, models: list[Path]) -> dict[str, Any]:
     return config | ({"parameters": {"t": 0.4}} if method == "slerp" else {})
 
 
-def _run(command: list[str], work: Path) -> Cost:
-    """Run it to its end, look at its memory on the way, and remove what it wrote."""
+@contextmanager
+def _started(command: list[str], work: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The running command, which must have succeeded at the end; what it wrote is removed then."""
     child, log = work / "child", work / "log"
     if command[0] == "cp":
         child.mkdir()
     os.sync()  # what the last one left to be written is not this one's
     with log.open("wb") as output:
-        started = time.monotonic()
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
-        anonymous = mapped = 0
         try:
-            while True:
-                finished, status, usage = os.wait4(process.pid, os.WNOHANG)
-                if finished:
-                    break
-                sizes = _resident(process.pid)
-                anonymous, mapped = max(anonymous, sizes[0]), max(mapped, sizes[1])
-                time.sleep(SAMPLE_SECONDS)
-        except KeyboardInterrupt:
+            yield process
+        except BaseException:
             process.kill()
             raise
-        wall = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.wait():
         sys.exit(f"{' '.join(command)}\n{log.read_text()[-4000:]}")
     shutil.rmtree(child)
-    return Cost(wall, usage.ru_utime + usage.ru_stime, anonymous, mapped)
 
 
-def _resident(pid: int) -> tuple[int, int]:
-    """Resident bytes of a process and its children now: anonymous, and of mapped files.
-
-    What they share is counted once.
-    """
+def _peaks(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """The most resident bytes of the process and its children until it ends: anonymous, and of files."""
     anonymous = mapped = 0
-    for process in _tree(pid):
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
-        except OSError:
-            continue  # it has ended
-        sizes = dict(line.split(":", 1) for line in lines)
-        anonymous += _kilobytes(sizes, "Pss_Anon")
-        mapped += _kilobytes(sizes, "Pss_File")
-    return 1024 * anonymous, 1024 * mapped
-
-
-def _kilobytes(sizes: dict[str, str], name: str) -> int:
-    return int(sizes[name].split()[0]) if name in sizes else 0
+    while process.poll() is None:
+        sizes = Counter[str]()
+        for pid in _tree(process.pid):
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue  # it has ended
+            for name, size in (line.split()[:2] for line in lines if line.startswith("Pss_")):
+                sizes[name] += 1024 * int(size)
+        anonymous = max(anonymous, sizes["Pss_Anon:"] + sizes["Pss_Shmem:"])
+        mapped = max(mapped, sizes["Pss_File:"])
+        time.sleep(SAMPLE_SECONDS)
+    return anonymous, mapped
 
 
 def _tree(pid: int) -> list[int]:
@@ -182,34 +183,29 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _table(costs: dict[str, dict[str, list[Cost]]]) -> str:
+def _table(costs: dict[str, dict[str, Costs]]) -> str:
     """The best round of each, as markdown."""
     lines = [
         "| merge | tool | wall s (every round) | CPU s | anonymous MB | mapped MB | x cp | x mergekit |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for merge, tools in costs.items():
-        copy, *_ = (_best(rounds, lambda cost: cost.wall) for rounds in tools.values())
-        peer = _best(tools["mergekit"], lambda cost: cost.wall) if "mergekit" in tools else None
-        for tool, rounds in tools.items():
-            wall = _best(rounds, lambda cost: cost.wall)
-            every = ", ".join(f"{cost.wall:.2f}" for cost in rounds)
+        copy, *_ = tools.values()
+        for tool, cost in tools.items():
+            wall = min(cost.wall)
+            faster = f"{min(tools['mergekit'].wall) / wall:.1f}" if "mergekit" in tools else ""
             cells = [
                 merge,
                 tool,
-                f"**{wall:.2f}** ({every})",
-                f"{_best(rounds, lambda cost: cost.processor):.2f}",
-                f"{max(cost.anonymous for cost in rounds) / 1e6:.0f}",
-                f"{max(cost.mapped for cost in rounds) / 1e6:.0f}",
-                f"{wall / copy:.1f}",
-                f"{peer / wall:.1f}" if peer else "",
+                f"**{wall:.2f}** ({', '.join(f'{seconds:.2f}' for seconds in cost.wall)})",
+                f"{min(cost.processor):.2f}",
+                f"{cost.anonymous / 1e6:.0f}",
+                f"{cost.mapped / 1e6:.0f}",
+                f"{wall / min(copy.wall):.1f}",
+                faster,
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _best(rounds: list[Cost], of: Callable[[Cost], float]) -> float:
-    return min(map(of, rounds))
 
 
 if __name__ == "__main__":
