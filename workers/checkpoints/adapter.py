@@ -20,6 +20,7 @@ from workers.checkpoints.checkpoint import Checkpoint, open_weight_file, read_js
 from workers.checkpoints.quantization import FLOAT_DTYPES
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
+from workers.storage import Store
 from workers.storage.locations import find_store
 
 if TYPE_CHECKING:
@@ -104,7 +105,11 @@ def open_adapter(location: str) -> Adapter:
     Reads `adapter_config.json` and the header of the weights, no tensor. Raises `BadInputError` naming
     the file, and the key or tensor, for anything that is missing, damaged or not understood.
     """
-    store = find_store(location)
+    return open_adapter_files(find_store(location))
+
+
+def open_adapter_files(store: Store) -> Adapter:
+    """Open the adapter that `store` holds; see `open_adapter`."""
     found = {info.key: info for info in store.list_objects() if "/" not in info.key}
     if CONFIG_FILE not in found:
         raise BadInputError(f"{store.uri}: no {CONFIG_FILE}: not a LoRA adapter in PEFT's format")
