@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from workers.checkpoints.checkpoint import Checkpoint, open_weight_file, read_js
 from workers.checkpoints.quantization import FLOAT_DTYPES
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
+from workers.storage import Store
 from workers.storage.locations import find_store
 
 if TYPE_CHECKING:
@@ -104,7 +106,11 @@ def open_adapter(location: str) -> Adapter:
     Reads `adapter_config.json` and the header of the weights, no tensor. Raises `BadInputError` naming
     the file, and the key or tensor, for anything that is missing, damaged or not understood.
     """
-    store = find_store(location)
+    return open_adapter_files(find_store(location))
+
+
+def open_adapter_files(store: Store) -> Adapter:
+    """Open the adapter that `store` holds; see `open_adapter`."""
     found = {info.key: info for info in store.list_objects() if "/" not in info.key}
     if CONFIG_FILE not in found:
         raise BadInputError(f"{store.uri}: no {CONFIG_FILE}: not a LoRA adapter in PEFT's format")
@@ -301,19 +307,23 @@ class _Scaling:
                 (re.compile(rf"(.*\.)?({pattern})"), parse(f"{key}.{pattern}", value))
                 for pattern, value in table.items()
             ]
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise self._refusal(key, f"a key is no regular expression ({error})") from error
 
     def _whole(self, key: str, value: Any) -> int:
-        if type(value) is not int or value < 1:
-            raise BadInputError(f"{self._file}: {key} is {value!r}, not a rank of at least 1")
+        if type(value) is not int or not 1 <= value < 1 << 31:
+            raise BadInputError(
+                f"{self._file}: {key} is {reprlib.repr(value)}, not a rank of at least 1"
+            )
         return value
 
     def _number(self, key: str, value: Any) -> float:
         # A whole number may be too large for a float.
         if type(value) not in (int, float) or not abs(value) < 1e30:
-            raise BadInputError(f"{self._file}: {key} is {value!r}, not a finite number")
+            raise BadInputError(
+                f"{self._file}: {key} is {reprlib.repr(value)}, not a finite number"
+            )
         return float(value)
 
     def _refusal(self, key: str, reason: str) -> BadInputError:
-        return BadInputError(f"{self._file}: {key} is {self._config.get(key)!r}: {reason}")
+        return BadInputError(f"{self._file}: {key} is {reprlib.repr(self._config.get(key))}: {reason}")

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from workers.checkpoints.adapter import Adapter, AdapterChange, apply_adapter
@@ -80,9 +81,12 @@ INSIDE_LAYERS = (
     ("embedding", re.compile(r"(per_layer_input_gate|per_layer_projection)\.")),
 )
 
-LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-EXPERT = re.compile(r"(?:mlp\.)?experts\.(\d+)\.")
+LAYER = re.compile(r"layers\.([0-9]{1,6})\.(.+)")
+EXPERT = re.compile(r"(?:mlp\.)?experts\.([0-9]{1,6})\.")
 FUSED_EXPERTS = re.compile(r"(?:mlp\.)?experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
+
+MOST_TENSORS = 1 << 19
+"""More logical tensors than any model has; a small file could claim any number of tiny experts."""
 
 TRANSPOSED_FUSED_EXPERTS = {
     "gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text",
@@ -147,7 +151,12 @@ class ArchitectureMap:
         self.quantization = quantization_name(checkpoint, scales)
         """How the weights are quantized, for people; None if they are not."""
         weights = (e for e in checkpoint.tensors.values() if e.name not in self.scales)
-        self.tensors = tuple(name_tensors(weights, text_config, scales))
+        self.tensors = tuple(islice(name_tensors(weights, text_config, scales), MOST_TENSORS + 1))
+        if len(self.tensors) > MOST_TENSORS:
+            raise BadInputError(
+                f"{checkpoint.location}: tensor {self.tensors[-1].stored!r} holds more experts than fit "
+                f"into {MOST_TENSORS} matrices of a whole model: the file is damaged"
+            )
         _check_unique(self.tensors, checkpoint.location)
         if checkpoint.adapter is not None:
             self.tensors = self._adapted(checkpoint.adapter, text_config)
@@ -305,8 +314,8 @@ def _text_config(checkpoint: Stored) -> dict[str, Any]:
     """The language model's part of the configuration, what is read of it checked."""
     config = checkpoint.config
     text = config.get("text_config") or config
-    layers = text.get("num_hidden_layers") if isinstance(text, dict) else text
-    if layers is not None and type(layers) is not int:
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    if not isinstance(text, dict) or (layers is not None and type(layers) is not int):
         raise BadInputError(
             f"{checkpoint.place}/config.json: text_config must be an object, and num_hidden_layers "
             "a whole number"

@@ -154,7 +154,11 @@ def open_folder(location: str) -> Checkpoint:
     Reads headers, index and `config.json`, no tensor. Raises `BadInputError` naming the file, and the
     tensor where there is one, for anything that is missing, damaged or contradictory.
     """
-    store = find_store(location)
+    return open_files(find_store(location))
+
+
+def open_files(store: Store) -> Checkpoint:
+    """Open the checkpoint that `store` holds; see `open_folder`."""
     found = {info.key: info for info in store.list_objects() if "/" not in info.key}
     if not found:
         raise BadInputError(f"{store.uri}: no checkpoint here: the folder is empty or not there")

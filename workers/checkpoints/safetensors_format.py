@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,12 @@ BITS_PER_ELEMENT = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+LARGEST_SIZE = (1 << 64) - 1
+"""What the reference implementation can count, in elements."""
+
+MOST_DIMENSIONS = 64
+"""What torch and numpy can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +129,33 @@ def _parse_entry(name: str, value: Any, file: str, data_start: int) -> TensorEnt
     if not _is_text(name):
         raise BadInputError(f"{file}: tensor {name!r} has a name that is not valid Unicode")
     if not isinstance(dtype, str) or dtype not in BITS_PER_ELEMENT:
-        raise BadInputError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
+        shown = reprlib.repr(dtype)
+        raise BadInputError(f"{file}: tensor {name!r} has the unknown dtype {shown}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise BadInputError(f"{file}: tensor {name!r} has a malformed shape or data_offsets")
     start, stop = offsets
-    wanted = math.prod(shape) * BITS_PER_ELEMENT[dtype] // 8
+    wanted = _elements(shape) * BITS_PER_ELEMENT[dtype] // 8
+    if wanted > LARGEST_SIZE or len(shape) > MOST_DIMENSIONS:
+        raise BadInputError(
+            f"{file}: tensor {name!r} has the shape {reprlib.repr(shape)}, which no memory holds: the "
+            "header is damaged"
+        )
     if stop - start != wanted:
         raise BadInputError(
             f"{file}: tensor {name!r} of dtype {dtype} and shape {shape} needs {wanted} bytes, "
             f"its data_offsets span {stop - start}"
         )
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _elements(shape: list[int]) -> int:
+    """Their product, or some number over `LARGEST_SIZE` as soon as it is that large."""
+    product = 1
+    for size in shape:
+        product *= size
+        if product > LARGEST_SIZE:
+            break
+    return product
 
 
 def _are_sizes(values: Any) -> bool:
