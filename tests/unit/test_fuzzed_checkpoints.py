@@ -242,7 +242,9 @@ def test_what_is_not_damaged_is_read() -> None:
 
 @given(CHANGES, st.booleans())
 @cases("header_bytes")
-def test_a_header_with_changed_bytes(changes: list[tuple[str, int, int]], keep_length: bool) -> None:
+def test_a_header_with_changed_bytes(
+    changes: list[tuple[str, int, int]], keep_length: bool
+) -> None:
     data = changed(ONE[8:-36], changes) if keep_length else changed(ONE, changes)
     read_or_refuse(single(file_bytes(data, ONE[-36:]) if keep_length else data), SINGLE_FILE)
 
@@ -522,7 +524,9 @@ def test_a_checkpoint_of_several_files(
     elif damage == 2:
         name = dice.choice(sorted(files))
         files[name] = files[name][: dice.randrange(len(files[name]))]
-    files[INDEX] = to_json({"metadata": {"total_size": dice.choice([0, -1])}, "weight_map": weight_map})
+    files[INDEX] = to_json(
+        {"metadata": {"total_size": dice.choice([0, -1])}, "weight_map": weight_map}
+    )
     read_or_refuse(files, *files, "tensor")
 
 
@@ -543,9 +547,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_small_file_does_not_take_much_memory(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_file_does_not_take_much_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "MOST_TENSORS", 1000)
     tracemalloc.start()
     read_or_refuse(single(HOSTILE[kind]), SINGLE_FILE, "tensor")

@@ -326,4 +326,6 @@ class _Scaling:
         return float(value)
 
     def _refusal(self, key: str, reason: str) -> BadInputError:
-        return BadInputError(f"{self._file}: {key} is {reprlib.repr(self._config.get(key))}: {reason}")
+        return BadInputError(
+            f"{self._file}: {key} is {reprlib.repr(self._config.get(key))}: {reason}"
+        )

@@ -14,7 +14,7 @@ EXPONENTS = {
 }
 """dtype -> integer of its size, the bits to look at, and what they are in a NaN or an infinity."""
 
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 19
 
 
 def count_not_finite(data: memoryview, dtype: str) -> int:
@@ -23,9 +23,10 @@ def count_not_finite(data: memoryview, dtype: str) -> int:
         return 0
     integer, mask, pattern = EXPONENTS[dtype]
     total = 0
+    kept = numpy.empty(min(CHUNK_BYTES, data.nbytes) // numpy.dtype(integer).itemsize, integer)
     for first in range(0, data.nbytes, CHUNK_BYTES):
         codes = numpy.frombuffer(data[first : first + CHUNK_BYTES], integer)
-        bits = codes & codes.dtype.type(mask)
+        bits = numpy.bitwise_and(codes, mask, out=kept[: len(codes)])
         if bits.max() == pattern:
             total += int(numpy.count_nonzero(bits == pattern))
     return total

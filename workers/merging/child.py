@@ -20,7 +20,7 @@ from workers.merging.sources import TORCH_DTYPES
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
 
 READ_BYTES = 8 << 20
-COMPARE_ELEMENTS = 1 << 20
+COMPARE_ELEMENTS = 1 << 18
 
 
 @dataclass
@@ -113,13 +113,15 @@ def _describe(run: Run, unit: MergeUnit, values: torch.Tensor, report: PartRepor
 
 def count_changes(values: torch.Tensor, others: torch.Tensor) -> int:
     """How many of `values` have other bits than `others`, rounded to their dtype."""
-    # numpy compares and counts ten times as fast as torch.
+    # numpy compares and counts ten times as fast as torch, and fresh memory costs more than both.
     integer = f"u{values.element_size()}"
+    differ = numpy.empty(min(COMPARE_ELEMENTS, len(values)), bool)
     total = 0
     for first in range(0, len(values), COMPARE_ELEMENTS):
         one, other = (v[first : first + COMPARE_ELEMENTS] for v in (values, others))
-        bits = [_bytes(v).view(integer) for v in (one, other.to(values.dtype))]
-        total += int(numpy.count_nonzero(bits[0] != bits[1]))
+        mine, theirs = (_bytes(v).view(integer) for v in (one, other.to(values.dtype)))
+        found = numpy.not_equal(mine, theirs, out=differ[: len(one)])
+        total += int(numpy.count_nonzero(found))
     return total
 
 
