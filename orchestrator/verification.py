@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,9 @@ from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError
 
 READ_BYTES = 16 << 20
+
+TENSOR_KEYS: dict[str, type] = {"name": str, "elements": int, "not_finite": int, "changed": dict}
+PARENT_KEYS: dict[str, type] = {"name": str, "fingerprint": str}
 
 
 def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
@@ -48,8 +51,9 @@ def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
     }
     changed |= _changed_by_reading(child, lineage, parents, problems)
     for name, count in changed.items():
-        if count == 0:
-            problems.append(f"the child is {name}, bit for bit: nothing was merged into it")
+        # Layers that are stacked anew are another model, also where each is a parent's own.
+        if count == 0 and not lineage["recipe"].get("layers"):
+            problems.append(f"the child has the values of {name}: nothing was merged into it")
     return {
         "status": "damaged" if problems else "sound",
         "child": child.location,
@@ -74,9 +78,27 @@ def _read_lineage(child: Checkpoint) -> dict[str, Any]:
         raise BadInputError(
             f"{child.location}/{LINEAGE_FILE}: not of format {LINEAGE_FORMAT}, the one this version reads"
         )
-    if not {"files", "tensors", "parents"} <= lineage.keys():
-        raise BadInputError(f"{child.location}/{LINEAGE_FILE}: lacks files, tensors or parents")
+    checks: dict[str, Callable[[Any], bool]] = {
+        "files": lambda files: isinstance(files, dict),
+        "tensors": lambda tensors: _are_tables(tensors, TENSOR_KEYS),
+        "parents": lambda parents: bool(parents) and _are_tables(parents, PARENT_KEYS),
+        "recipe": lambda recipe: isinstance(recipe, dict),
+    }
+    for key, good in checks.items():
+        if not good(lineage.get(key)):
+            raise BadInputError(
+                f"{child.location}/{LINEAGE_FILE}: {key} is missing or not as Darwin writes it; "
+                "restore the file, or merge again"
+            )
     return lineage
+
+
+def _are_tables(values: Any, keys: dict[str, type]) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), kind) for key, kind in keys.items())
+        for value in values
+    )
 
 
 def _check_files(child: Checkpoint, lineage: dict[str, Any]) -> Iterator[str]:
