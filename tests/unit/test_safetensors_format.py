@@ -164,9 +164,13 @@ def test_offsets_must_be_those_of_the_bytes(offsets: list[int]) -> None:
     refuse(one_tensor(data_offsets=offsets), "'t'")
 
 
-@pytest.mark.parametrize("shape", [[], [1], [3], [1, 3], [2, 2], [0], [4, 0], [2**62, 4]])
+@pytest.mark.parametrize("shape", [[], [1], [3], [1, 3], [2, 2], [0], [4, 0], [2**40, 4]])
 def test_the_span_must_be_that_of_dtype_and_shape(shape: list[int]) -> None:
     refuse(one_tensor(8, shape=shape, data_offsets=[0, 8]), "'t'", "F32", str(shape), "span 8")
+
+
+def test_a_shape_beyond_all_memory_is_refused() -> None:
+    refuse(one_tensor(8, shape=[2**62, 4], data_offsets=[0, 8]), "'t'", "F32", "memory")
 
 
 @pytest.mark.parametrize("dtype", ["F12", "f32", "", "F4", None, 32, ["F32"], {"F32": 1}])

@@ -137,8 +137,8 @@ def _parse_entry(name: str, value: Any, file: str, data_start: int) -> TensorEnt
     wanted = _elements(shape) * BITS_PER_ELEMENT[dtype] // 8
     if wanted > LARGEST_SIZE or len(shape) > MOST_DIMENSIONS:
         raise BadInputError(
-            f"{file}: tensor {name!r} has the shape {reprlib.repr(shape)}, which no memory holds: the "
-            "header is damaged"
+            f"{file}: tensor {name!r} of dtype {dtype} and shape {reprlib.repr(shape)} needs more than any "
+            "memory holds: the header is damaged"
         )
     if stop - start != wanted:
         raise BadInputError(
