@@ -8,8 +8,11 @@ published. A part that was written but not recorded is written again, with the s
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -72,7 +75,7 @@ class LocalCalls:
             min(self._processes, len(arguments)),
             get_context("fork"),
             _begin_process,
-            (self._worker,),
+            (self._worker, os.getpid()),
         )
         try:
             futures = {
@@ -92,9 +95,17 @@ class LocalCalls:
 _own: dict[str, MergeWorker] = {}
 
 
-def _begin_process(worker: MergeWorker) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and ends us
+def _begin_process(worker: MergeWorker, driver: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver takes it, and ends us
+    threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
     _own["worker"] = worker
+
+
+def _end_with(driver: int) -> None:
+    """End this process when the driver was killed: the pool itself would wait for more work for ever."""
+    while os.getppid() == driver:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _call(method: str, given: tuple[Any, ...]) -> Any:

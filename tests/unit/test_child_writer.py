@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +336,43 @@ def test_what_is_told_of_a_child_may_be_told_anew(sharded: list[Path], tmp_path:
     for lineage in (b"{}", b"[]", b"[]"):
         publish_companions(father, layout_of(father), target, {"lineage.json": lineage})
         assert (tmp_path / "child" / "lineage.json").read_bytes() == lineage
+
+
+DRIVER = """
+import os, pathlib, sys, time
+from orchestrator.child_writer import LocalCalls
+
+class Worker:
+    def work(self, number):
+        pathlib.Path(sys.argv[1], str(number)).write_text(str(os.getpid()))
+        time.sleep(600)
+
+list(LocalCalls(Worker(), 2).each("work", [(0,), (1,)]))
+"""
+
+
+def test_processes_end_with_the_driver(tmp_path: Path) -> None:
+    """Also if that is killed: they would wait for it for ever, with the parents' memory."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)])
+    try:
+        await_true(lambda: len([p for p in tmp_path.iterdir() if p.read_text()]) == 2)
+    finally:
+        driver.kill()
+        driver.wait()
+    processes = [int(file.read_text()) for file in tmp_path.iterdir()]
+    assert driver.pid not in processes
+    await_true(lambda: not any(map(is_running, processes)))
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

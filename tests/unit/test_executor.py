@@ -28,14 +28,16 @@ from tests.checkpoint_files import (
     write_checkpoint,
     write_weights,
 )
-from workers.checkpoints import ArchitectureMap, LogicalTensor, open_checkpoint
+from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import METHODS, MergeMethod, Rule, Selector
+from workers.merging import executor as executor_module
 from workers.merging import parts as parts_module
 from workers.merging import plan as plan_module
 from workers.merging.executor import Merger
 from workers.merging.methods import Slice
 from workers.merging.plan import CHUNK_ELEMENTS, UNIT_BYTES, Plan
+from workers.merging.sources import TORCH_DTYPES
 from workers.storage.folder import FolderStore
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -413,3 +415,38 @@ def test_statistics_are_taken_once(parents: dict[str, Path]) -> None:
         run(merger, way)
         counts.append(stores["a"].count - before)
     assert counts == [2 * size, size]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "passthrough"])
+def test_remote_parents_are_read_in_large_pieces_and_once(
+    method: str, parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of its own for each cache-sized chunk would wait for the store most of the time."""
+    monkeypatch.setattr(executor_module, "CHUNK_ELEMENTS", 50)
+    monkeypatch.setattr(executor_module, "STATISTIC_CHUNK_ELEMENTS", 50)
+    reads: list[tuple[str, int, int]] = []
+
+    class CountingStore(RemoteStore):
+        def read_into(self, key: str, start: int, buffer: Any, version: Any = None) -> None:
+            reads.append((self.uri + key, start, buffer.nbytes))
+            super().read_into(key, start, buffer, version)
+
+    def opened(name: str) -> Checkpoint:
+        folder = parents[name]
+        return replace(open_checkpoint(str(folder)), store=CountingStore(folder))
+
+    merger = Merger({"a": opened("a"), "b": opened("b")}, opened("c"))
+    given = {
+        "linear": {"weight": 0.5},
+        "ties": {"weight": 0.5, "density": 0.5},
+        "passthrough": {"source": "b"},
+    }[method]
+    where = Selector(names=(UP.removeprefix("model."),))
+    recipe = recipe_for(merger, rule(method, where, **given))
+    (up,) = (t for t in merger.plan.child.tensors if where.matches(t))
+    reads.clear()
+    values = torch.empty(up.elements, dtype=TORCH_DTYPES[up.dtype])
+    merger.realize(recipe, {up.name: values})
+    scans = 2 if method == "ties" else 1
+    inputs = {"linear": 2, "ties": 3, "passthrough": 1}[method]
+    assert len(reads) == len(set(reads)) * scans == inputs * scans

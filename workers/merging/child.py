@@ -49,7 +49,8 @@ def write_parts(
 ) -> list[PartReport]:
     """Merge `parts` and write them into the open `uploads` (file -> id) of `target`.
 
-    Memory: for each thread a part, and of each parent a unit if it is read from a remote store.
+    Memory: for each thread a part, and the values of a unit of each parent that is read from a remote
+    store.
     """
     reports: list[PartReport] = []
     headers = {file.name: file.header.raw for file in run.plan.layout.weight_files}

@@ -120,6 +120,7 @@ class Run:
         self._own_statistics = StatisticCache(RECENT_STATISTICS)
         self._token_rows: dict[str, TokenRows] = {}
         self._lock = threading.Lock()
+        self._held = threading.local()
 
     def way(self, target: LogicalTensor) -> Assignment:
         """How the values of `target` are made."""
@@ -159,6 +160,7 @@ class Run:
     ) -> Iterable[tuple[int, int, Slice]]:
         """(first element, elements, slice) of what the method must see to merge a unit."""
         statistic = self._statistic(tensor, way)
+        self._hold(tensor, way, first, count)
         for start, size, shape in _cut(tensor, way.grain(tensor), first, count, CHUNK_ELEMENTS):
             yield start, size, self._load(tensor, way, start, size, shape, statistic)
 
@@ -172,8 +174,8 @@ class Run:
         statistic: Any,
     ) -> Slice:
         """Parents, base and an output as fp32 in this thread's reused buffers."""
-        uses_base = way.uses_base(self.recipe.base is not None)
-        names = [*way.parents, *([BASE] if uses_base else [])]
+        names = self._inputs(way)
+        uses_base = BASE in names
         buffers = self.merger.buffers.take(
             len(names) + 1, count, keep=way.grain(tensor) != "matrix"
         )
@@ -229,14 +231,36 @@ class Run:
             statistic: Statistic = make(values)
             first = stretch * step
             count = min(step, tensor.elements - first)
+            self._hold(tensor, way, first, count)
             for start, size, shape in _cut(tensor, grain, first, count, STATISTIC_CHUNK_ELEMENTS):
                 statistic.update(self._load(tensor, way, start, size, shape, None))
             return statistic
 
         return SharedScan(max(1, -(-tensor.elements // step)), scan)
 
+    def _inputs(self, way: Assignment) -> list[str]:
+        """Parents, and the base if it is used."""
+        return [*way.parents, *([BASE] if way.uses_base(self.recipe.base is not None) else [])]
+
+    def _hold(self, tensor: LogicalTensor, way: Assignment, first: int, count: int) -> None:
+        """Read from remote stores at once what this thread will work on chunk by chunk."""
+        self._held.values = held = {}
+        for name in self._inputs(way):
+            if self.merger.sources[name].is_remote:
+                held[name] = tensor.name, first, self._read(name, tensor, first, count)
+
     def read(self, name: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
         """Elements of the child's `tensor` as a parent, or the base, has them: flat, in its dtype."""
+        held = getattr(self._held, "values", {}).get(name)
+        if held is not None:
+            held_tensor, begin, values = held
+            if held_tensor == tensor.name and begin <= first <= first + count <= begin + len(
+                values
+            ):
+                return cast(torch.Tensor, values[first - begin : first - begin + count])
+        return self._read(name, tensor, first, count)
+
+    def _read(self, name: str, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
         if self.plan.has_mapped_rows(tensor):
             return self._rows_of(tensor).read(name, first, count)
         own = self.plan.source(name, tensor)

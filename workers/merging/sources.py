@@ -43,9 +43,14 @@ class Source:
         # A factor is small, and is needed again for each part of its weight.
         self._factor = lru_cache(maxsize=8)(self._read_factor)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether each read is a request to a store."""
+        return self._reader.checkpoint.folder is None
+
     def is_view(self, tensor: LogicalTensor) -> bool:
         """Whether reading it costs nothing, however much: all of it is mapped, and nothing computed."""
-        return self._reader.checkpoint.folder is not None and not tensor.is_computed
+        return not self.is_remote and not tensor.is_computed
 
     def read(self, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
         """Elements `first` to `first + count` of a logical tensor, flat, as `tensor.values_dtype`.

@@ -14,6 +14,7 @@ key that are committed within milliseconds both may succeed there; later ones ar
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -77,9 +78,19 @@ class S3Store(Store):
         """`client`: a boto3 S3 client to use in place of the one that the environment describes."""
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
-        self._client = client or client_of_environment()
+        self._given = client
+        self._own = os.getpid(), client or client_of_environment()
         self._policy = policy or RetryPolicy()
         self.uri = f"s3://{bucket}/{prefix}".removesuffix("/")
+
+    @property
+    def _client(self) -> Any:
+        """This process's: in a fork, the connections of the process that it comes from are still its."""
+        process, client = self._own
+        if process != os.getpid():
+            client = self._given or client_of_environment()
+            self._own = os.getpid(), client
+        return client
 
     def read(self, key: str) -> bytes:
         return self.read_with_version(key)[0]
@@ -282,9 +293,11 @@ class S3Store(Store):
 
     def substore(self, prefix: str) -> S3Store:
         prefix = check_key(prefix.removesuffix("/"))
-        return S3Store(
+        store = S3Store(
             self._bucket, self._prefix + prefix, client=self._client, policy=self._policy
         )
+        store._given = self._given
+        return store
 
     def _list_unordered(self, prefix: str) -> Iterator[ObjectInfo]:
         full_prefix = self._prefix + check_prefix(prefix)

@@ -134,14 +134,15 @@ def _text(error: Exception) -> str:
 def client_of_environment() -> Any:
     """The boto3 client that the environment and the AWS configuration files describe."""
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    return _make_client(tuple(sorted(aws.items())))
+    return _make_client(os.getpid(), tuple(sorted(aws.items())))
 
 
 @lru_cache(maxsize=8)
-def _make_client(environment: tuple[tuple[str, str], ...]) -> Any:
-    """One client, and so one pool of connections, for all stores of the same environment.
+def _make_client(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """One client, and so one pool of connections, for all stores of a process and environment.
 
-    Making one takes 100 ms. `environment` is what boto3 reads by itself, here the cache's key only.
+    Making one takes 100 ms. `environment` is what boto3 reads by itself. Both are here only as the
+    cache's key: what is forked must not use the connections of the process that it comes from.
     """
     core = botocore.session.get_session()
     session = boto3.session.Session(botocore_session=core)
