@@ -279,7 +279,16 @@ class ChildWriter:
                     f"{self.target.uri}/{name}: a file that this merge has not written is in the way; "
                     "remove the folder or choose another"
                 )
-        self._uploads |= {name: self.target.begin_parts(name, sizes[name]) for name in files}
+        begun: dict[str, str] = {}
+        try:
+            for name in files:
+                begun[name] = self.target.begin_parts(name, sizes[name])
+        except BaseException:
+            # No record speaks of them, so they would fill the store unseen.
+            for name, upload in begun.items():
+                self.target.abandon_parts(name, upload)
+            raise
+        self._uploads |= begun
         manifest = {"format": FORMAT, "recipe": self.recipe.id, "uploads": self._uploads}
         self.target.write(MANIFEST, json.dumps(manifest).encode())
 

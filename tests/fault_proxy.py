@@ -7,15 +7,17 @@
         assert len(proxy.requests) == 5
 
 Faults are taken in the order in which they were injected, each by the next requests whose first
-line starts with its `only`. A request that no fault is left for passes through.
+line starts with its `only`. A request that no fault is left for passes through, or meets one of
+those that `proxy.trouble(...)` named, so often as that said.
 """
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedRWPair
@@ -118,6 +120,29 @@ def delay(seconds: float) -> Fault:
     return run
 
 
+def wrong_length(by: int) -> Fault:
+    """Announce a body that is `by` bytes longer than it is; the connection closes in good order.
+
+    With a negative number a range is announced shorter, though its `Content-Range` is right. Other
+    answers pass as they are then: nobody could know.
+    """
+
+    def run(exchange: Exchange) -> None:
+        answer = exchange.pass_request()
+        length = _length(answer)
+        is_head = exchange.head[0].startswith(b"HEAD")
+        if is_head or length + by <= 0 or (by < 0 and not _has(exchange.head, b"range:")):
+            exchange.pass_answer(answer)
+            return
+        lines = [line for line in answer if not line.lower().startswith(b"content-length:")]
+        lines.insert(1, b"Content-Length: %d\r\n" % (length + by))
+        _write(exchange.client, b"".join(lines))
+        _copy_bytes(exchange.server, exchange.client, length)
+        raise ConnectionError
+
+    return run
+
+
 class FaultProxy:
     """Listens on a free port of 127.0.0.1 from `__enter__` to `__exit__`."""
 
@@ -129,22 +154,32 @@ class FaultProxy:
         self._server = (parts.hostname, parts.port)
         self._lock = threading.Lock()
         self._faults: list[tuple[bytes, Fault]] = []
+        self._trouble: tuple[float, Sequence[Fault]] = (0.0, ())
+        self._dice = random.Random(0)
         self._sockets: set[socket.socket] = set()
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.requests: list[str] = []
         """The first lines of the requests so far, those that met a fault included."""
+        self.troubled = 0
+        """How many of them met a fault that `trouble` named."""
 
     def inject(self, fault: Fault, *, times: int = 1, only: str = "") -> None:
         """Let the next `times` requests whose first line starts with `only` meet `fault`."""
         with self._lock:
             self._faults.extend([(only.encode(), fault)] * times)
 
+    def trouble(self, share: float, *faults: Fault) -> None:
+        """Let that share of the requests, drawn at random, meet one of `faults` from now on."""
+        with self._lock:
+            self._trouble = share, faults
+
     def heal(self) -> None:
         """Forget the faults that no request has met yet."""
         with self._lock:
             self._faults.clear()
+            self._trouble = 0.0, ()
 
     @property
     def faults_left(self) -> int:
@@ -203,6 +238,10 @@ class FaultProxy:
                 if request_line.startswith(only):
                     del self._faults[position]
                     return fault
+            share, faults = self._trouble
+            if self._dice.random() < share:
+                self.troubled += 1
+                return self._dice.choice(faults)
         return None
 
 
@@ -234,10 +273,16 @@ def _copy_body(
     if _has(head, b"transfer-encoding: chunked"):
         _copy_chunks(source, target)
         return
+    length = _length(head)
+    _copy_bytes(source, target, length if most_bytes is None else min(length, most_bytes))
+
+
+def _length(head: list[bytes]) -> int:
     lengths = [line for line in head if line.lower().startswith(b"content-length:")]
-    left = int(lengths[0].split(b":")[1]) if lengths else 0
-    if most_bytes is not None:
-        left = min(left, most_bytes)
+    return int(lengths[0].split(b":")[1]) if lengths else 0
+
+
+def _copy_bytes(source: BufferedRWPair, target: BufferedRWPair | None, left: int) -> None:
     while left:
         block = source.read(min(left, _BLOCK_BYTES))
         if not block:

@@ -321,12 +321,18 @@ def test_faults_of_writes_that_pass_do_no_harm(
 
 @pytest.mark.parametrize("operation", [list_all, upload_another])
 @pytest.mark.parametrize("after_bytes", [0, 50])
+@pytest.mark.parametrize("cleanly", [True, False])
 def test_a_cut_document_is_asked_for_again(
-    store: Store, faulty: S3Store, proxy: FaultProxy, operation: Any, after_bytes: int
+    store: Store,
+    faulty: S3Store,
+    proxy: FaultProxy,
+    operation: Any,
+    after_bytes: int,
+    cleanly: bool,
 ) -> None:
     store.write("object", CONTENT)
     for verb in ("GET", "POST"):
-        proxy.inject(cut_answer(after_bytes, cleanly=True), only=verb)
+        proxy.inject(cut_answer(after_bytes, cleanly), only=verb)
     assert operation(faulty)
 
 

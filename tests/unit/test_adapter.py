@@ -378,6 +378,8 @@ def refuse(
         ({"rank_pattern": {"q_proj": 2}}, "factor of the rank 2"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj is 'x'"),
         ({"rank_pattern": {"(": 4}}, "regular expression"),
+        ({"rank_pattern": {"a{99999999999}": 4}}, "regular expression"),
+        ({"r": 10**400}, "r is 1000.*not a rank"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ],

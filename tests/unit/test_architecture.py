@@ -17,6 +17,7 @@ from workers.checkpoints import (
     COMPONENTS,
     ArchitectureMap,
     LogicalTensor,
+    architecture,
     open_checkpoint,
 )
 from workers.errors import BadInputError
@@ -330,6 +331,7 @@ def test_two_stored_tensors_of_one_name_are_refused(one: str, two: str) -> None:
     [
         {"text_config": "llama"},
         {"text_config": ["llama"]},
+        {"text_config": 5},
         {"num_hidden_layers": "4"},
         {"num_hidden_layers": 4.0},
         {"num_hidden_layers": True},
@@ -467,3 +469,19 @@ def test_models_that_transformers_writes_have_no_unknown_tensor(
     assert found.unknown == []
     assert found.layers == 4
     assert found.experts == (4 if "expert" in components else 0)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "1234567", "²", "٣"])
+@pytest.mark.parametrize("name", ["layers.{}.mlp.up_proj.weight", "model.layers.{}.norm.weight"])
+def test_a_layer_of_no_number_that_a_model_has_is_unknown(name: str, number: str) -> None:
+    (tensor,) = ArchitectureMap(described({name.format(number): (2, 2)}, {})).tensors
+    assert (tensor.component, tensor.layer) == ("unknown", None)
+
+
+def test_more_experts_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a megabyte could claim a million of them."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    monkeypatch.setattr(architecture, "MOST_TENSORS", 10)
+    assert len(ArchitectureMap(described({name: (5, 2, 1)}, {})).tensors) == 10
+    with pytest.raises(BadInputError, match=f"/nowhere.*{name}.*more experts"):
+        ArchitectureMap(described({name: (6, 2, 1)}, {}))

@@ -275,6 +275,28 @@ def test_bytes_that_change_after_they_were_written_are_found(
         write_weights(merger, recipe_for(merger), store)
 
 
+class SmallDisk(FolderStore):
+    """Has room for one file."""
+
+    def begin_parts(self, key: str, size: int) -> str:
+        if self.unfinished():
+            raise StorageError(f"{key}: cannot make room")
+        return super().begin_parts(key, size)
+
+    def unfinished(self) -> list[Path]:
+        return list(Path(self.uri).glob(".model-*"))
+
+
+def test_files_that_could_not_all_be_begun_do_not_go_on_filling_the_disk(
+    sharded: list[Path], tmp_path: Path
+) -> None:
+    merger = open_merger({"a": sharded[0], "b": sharded[1]})
+    store = SmallDisk(tmp_path / "child")
+    with pytest.raises(StorageError, match="cannot make room"):
+        write_weights(merger, recipe_for(merger, rule("linear", weight=0.5)), store)
+    assert not store.unfinished()
+
+
 def test_the_report_holds_each_files_hash(sharded: list[Path], tmp_path: Path) -> None:
     merger = open_merger({"a": sharded[1]})
     report = write_weights(merger, recipe_for(merger), FolderStore(tmp_path / "child"))

@@ -1,8 +1,8 @@
 """Damaged and hostile checkpoints: each is read as the safetensors library reads it, or refused by name.
 
-Over 10,000 generated cases in this file (`CASES`), the same ones in every run: headers, indexes,
+11,000 generated cases in this file (`CASES`), the same ones in every run: headers, indexes,
 configurations, adapters, and whole checkpoints of several files. None may end in any other exception
-than `BadInputError`, and that names the file. Everything is in memory, at about 2 ms a case.
+than `BadInputError`, and that names the file. Everything is in memory, at 2.4 ms of one core a case.
 """
 
 from __future__ import annotations
@@ -99,13 +99,16 @@ def read_or_refuse(files: dict[str, bytes], *words: str) -> Checkpoint | None:
     A refusal must name the place, and one of `words` if there are any.
     """
     store = MemoryStore(files)
+    refusal = ""
     try:
         opened = open_files(store)
         read = list(_logical_values(opened))
     except BadInputError as error:
-        assert store.uri in str(error)
-        assert not words or any(word in str(error) for word in words), error
-        assert len(str(error)) < 10_000, "a message that nobody can read"
+        refusal = str(error)
+    if refusal:
+        assert store.uri in refusal
+        assert not words or any(word in refusal for word in words), refusal
+        assert len(refusal) < 10_000, "a message that nobody can read"
         return None
     reader = CheckpointReader(opened)
     found = {
@@ -392,15 +395,17 @@ CONFIG_KEYS = {
             | {"text_config": st.one_of(ODD, st.fixed_dictionaries({}, optional=CONFIG_KEYS))},
         ),
         TREES,
-    )
+    ),
+    st.booleans(),
 )
 @cases("config")
-def test_a_configuration_that_is_damaged(damage: Any) -> None:
-    files = sharded()
+def test_a_configuration_that_is_damaged(damage: Any, has_scales: bool) -> None:
+    """Without block scales nearly anything may stand in it."""
+    files = sharded() if has_scales else single(ONE)
     if _is_changes(damage):
         files["config.json"] = changed(files["config.json"], damage)
     else:
-        quantized = isinstance(damage, dict) and "model_type" in damage
+        quantized = has_scales and isinstance(damage, dict) and "model_type" in damage
         files["config.json"] = to_json(QUANTIZED | damage if quantized else damage)
     opened = read_or_refuse(files, "config.json", "tensor")
     if opened is not None:
@@ -408,6 +413,7 @@ def test_a_configuration_that_is_damaged(damage: Any) -> None:
         found = ArchitectureMap.of(opened)
         assert isinstance(found.ties_head, bool)
         assert found.layers <= 1
+        assert found.quantization is None or isinstance(found.quantization, str)
 
 
 # -- adapters --------------------------------------------------------------------------------------
@@ -464,10 +470,13 @@ def test_an_adapter_that_is_damaged(damage: Any, weights: Any) -> None:
         config = to_json(ADAPTER | damage if isinstance(damage, dict) else damage)
     files = {CONFIG_FILE: config, WEIGHTS_FILE: changed(FACTORS, weights) if weights else FACTORS}
     store = MemoryStore(files)
+    refusal = ""
     try:
         opened = open_adapter_files(store)
     except BadInputError as error:
-        assert CONFIG_FILE in str(error) or WEIGHTS_FILE in str(error), error
+        refusal = str(error)
+    if refusal:
+        assert CONFIG_FILE in refusal or WEIGHTS_FILE in refusal, refusal
         return
     reader = CheckpointReader(opened.weights)
     found = {

@@ -157,6 +157,18 @@ def test_sizes_are_whole_numbers(wrong: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "shape", [[10**18] * 300, [2**63, 2], [2**63, 2, 0], [2**63], [0] * 65, [1] * 100_000]
+)
+def test_a_shape_that_no_memory_holds_is_refused_in_few_words(shape: list[int]) -> None:
+    """The product of 300 sizes has more digits than Python prints."""
+    with pytest.raises(
+        BadInputError, match=r"'t' of dtype F32 and shape .* needs more than any memory holds"
+    ) as caught:
+        parse(one_tensor(shape=shape))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
     "offsets",
     [[], [0], [0, 4, 4], [4, 0], [0, 5], [0, 3], [0, 8], [-4, 0], [1, 5], [4, 8], [0, 2**63]],
 )

@@ -33,6 +33,15 @@ STALE_PUT_SECONDS = 600.0
 UNFINISHED_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>upload|put)-unfinished")
 """Two kinds: an upload of NAME in parts, and the `put` of a small object in one call."""
 
+ADVICE = {
+    errno.ENOSPC: "make room on that disk, then begin again",
+    errno.EDQUOT: "make room on that disk, then begin again",
+    errno.EROFS: "choose another place, or make this one writable",
+    errno.ENOTDIR: "a file is in the way of a folder: choose another place",
+    errno.EACCES: "check who may read and write there",
+}
+"""What to do about what the operating system says."""
+
 
 def is_own_name(name: str) -> bool:
     """Whether a file of this name is no object, but serves the writing of some."""
@@ -123,9 +132,8 @@ def allocate(path: str, temporary: str, size: int) -> None:
             os.posix_fallocate(file, 0, size)
     except OSError as error:
         remove_file(temporary)
-        raise StorageError(
-            f"{path}: cannot make room for its {size} bytes: {error.strerror}"
-        ) from error
+        reason = _with_advice(error)
+        raise StorageError(f"{path}: cannot make room for its {size} bytes: {reason}") from error
     finally:
         os.close(file)
 
@@ -281,4 +289,9 @@ def write_errors(path: str) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}") from error
+        raise StorageError(f"{path}: {_with_advice(error)}") from error
+
+
+def _with_advice(error: OSError) -> str:
+    advice = ADVICE.get(error.errno or 0)
+    return f"{error.strerror or error}" + (f": {advice}" if advice else "")

@@ -23,6 +23,7 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from workers.errors import BadInputError
 from workers.storage.store import ObjectNotFoundError, PreconditionFailedError, StorageError
@@ -59,6 +60,7 @@ _PASSING_ERRORS = (
     IncompleteReadError,
     FlexibleChecksumError,
     ResponseParserError,
+    HTTPError,  # botocore lets urllib3's own errors through where a document breaks off
 )
 
 
