@@ -30,7 +30,7 @@ from tests.checkpoint_files import (
     write_checkpoint,
 )
 from tests.families import write_model
-from workers.checkpoints import ArchitectureMap, open_checkpoint
+from workers.checkpoints import ArchitectureMap, Form, open_checkpoint
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
 from workers.evaluation.transformers_engine import TransformersEngine
@@ -495,3 +495,20 @@ def test_inspect_shows_the_quantization(family: dict[str, Path]) -> None:
     console.print(render_checkpoint(overview))
     assert "quantized: fp8, blocks of 32 x 32, 2 scale tensors" in console.export_text()
     assert checkpoint_overview(str(family["fp8"] / "a"))["quantization"] is None
+
+
+@pytest.mark.parametrize(("dtype", "up", "norm"), [(None, "BF16", "F32"), ("F16", "F16", "F16")])
+def test_only_codes_get_another_dtype_unless_one_is_asked_for(
+    dtype: str | None, up: str, norm: str, tmp_path: Path
+) -> None:
+    """Values that are not quantized stay as they are, also where they are the most of the model."""
+    tensors = {
+        UP: codes((4, 4)),
+        f"{UP}_scale_inv": torch.ones(1, 1),
+        Q: torch.randn(32, 4),
+        NORM: torch.randn(4),
+    }
+    father = write_checkpoint(tmp_path / "a", tensors, config=fp8_config())
+    merger = open_merger({"a": father}, form=Form(dtype=dtype))
+    found = {t.stored: t.dtype for t in merger.plan.child.tensors}
+    assert found == {UP: up, Q: norm, NORM: norm}

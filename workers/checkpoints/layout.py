@@ -121,7 +121,7 @@ def child_layout(
 
 
 def _retyped(entries: list[Entry], dtype: str | None, config: dict[str, Any]) -> Iterator[Entry]:
-    """With `dtype` in the place of the dtype of most of the weights, and no codes but values."""
+    """With `dtype` in the place of that of most of the weights, and it or BF16 in the place of codes."""
     sizes: dict[str, int] = {}
     for entry in entries:
         if entry.stored.dtype in (*CONFIG_DTYPES, "F64") or entry.stored.dtype.startswith("F8"):
@@ -129,18 +129,17 @@ def _retyped(entries: list[Entry], dtype: str | None, config: dict[str, Any]) ->
     if not sizes:
         yield from entries
         return
-    main = max(sizes, key=lambda name: sizes[name])
-    has_codes = any(name.startswith("F8") for name in sizes)
-    wanted = dtype or ("BF16" if has_codes else main)
-    if has_codes:
+    codes = {name for name in sizes if name.startswith("F8")}
+    main = max(sizes.keys() - codes, key=lambda name: sizes[name], default="BF16")
+    if codes:
         for holder in (config, text_of(config)):
             holder.pop("quantization_config", None)
-    if wanted in CONFIG_DTYPES and wanted != main:
+    wanted = dtype or ("BF16" if codes else main)
+    if wanted in CONFIG_DTYPES and (codes or wanted != main):
         _set_config_dtype(config, CONFIG_DTYPES[wanted])
     for entry in entries:
-        is_code = entry.stored.dtype.startswith("F8")
         # What the father keeps in more digits than the rest (A_log) he does for a reason.
-        change = is_code or entry.stored.dtype == main
+        change = entry.stored.dtype in codes or (dtype and entry.stored.dtype == main)
         yield replace(entry, stored=replace(entry.stored, dtype=wanted)) if change else entry
 
 
