@@ -130,7 +130,8 @@ def _retyped(entries: list[Entry], dtype: str | None, config: dict[str, Any]) ->
         yield from entries
         return
     codes = {name for name in sizes if name.startswith("F8")}
-    main = max(sizes.keys() - codes, key=lambda name: sizes[name], default="BF16")
+    plain = [name for name in sizes if name not in codes]
+    main = max(plain, key=lambda name: sizes[name], default="BF16")
     if codes:
         for holder in (config, text_of(config)):
             holder.pop("quantization_config", None)
