@@ -116,6 +116,22 @@ def test_gradients_run_over_the_stacked_layers(
         assert torch.equal(child[key.format(number)], expected), number
 
 
+def test_a_gradient_ends_at_the_last_layer_that_there_is(
+    families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    """A range that reaches beyond the model is for the layers that it has."""
+    parents = {name: families["qwen3"][name] for name in "ab"}
+    children = [
+        child_of(
+            parents,
+            tmp_path / str(last),
+            rule("linear", Selector(layers=(1, last)), weight={"a": [1.0, 0.0], "b": [0.0, 1.0]}),
+        )
+        for last in (3, 99)
+    ]
+    assert_same_bits(*map(read_tensors, children))
+
+
 def test_layers_that_are_not_there_are_refused(families: dict[str, dict[str, Path]]) -> None:
     merger = open_merger({name: families["qwen3"][name] for name in "ab"})
     for layers, message in (

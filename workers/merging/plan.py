@@ -224,6 +224,7 @@ class Plan:
         if tensor.layer is None:
             return 0.0 if tensor.component == "embedding" else 1.0
         first, last = where.layers or (0, self.child.layers - 1)
+        last = min(last, self.child.layers - 1)
         return (tensor.layer - first) / (last - first) if last > first else 0.0
 
     def _check_inputs(self, tensor: LogicalTensor, way: Assignment, has_base: bool) -> None:
