@@ -175,7 +175,9 @@ class Campaign:
             parents=parents,
             base=base,
             fingerprints={
-                reference.name: reference.fingerprint for reference in self.inputs.references
+                reference.name: reference.fingerprint
+                for reference in (*self.inputs.references, self.inputs.base_reference)
+                if reference is not None
             },
             threads=max(1, int(self.config.workers.cpus)),
             tasks=self.inputs.tasks,
