@@ -177,7 +177,7 @@ class Pool:
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call the workers' `method` with each of `arguments`; (number, result) as they come.
 
-        A call that fails is made again, on another worker where there is one. Raises a worker's
+        A call that fails is made again, after those that wait, by whichever worker is idle. Raises a worker's
         `BadInputError` as it is, and its `StorageError` or a `PoolError` after the last attempt.
         """
         import ray

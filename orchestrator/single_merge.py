@@ -32,7 +32,7 @@ def merge_recipe(
     """Write the child of a recipe file into the place `out`; what was written.
 
     With `workers`, parts of it are merged by actors on the Ray cluster at `address`, or on this
-    machine; else by threads of this process. A merge that was interrupted goes on at the parts that are
+    machine; else by processes of this one. A merge that was interrupted goes on at the parts that are
     missing. Raises `BadInputError` for a recipe that cannot work and for a place that holds anything
     else.
     """
