@@ -7,109 +7,34 @@ published. A part that was written but not recorded is written again, with the s
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import secrets
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from typing import Any, Protocol
+from typing import Any
 
-from orchestrator.lineage import LINEAGE_FILE
-from workers.actors import MergeWorker
+from orchestrator.calls import Calls
+from orchestrator.lineage import LINEAGE_FILE, package_version
 from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
 from workers.merging.plan import Plan, form_of
-from workers.storage import ObjectNotFoundError, StorageError, Store
+from workers.storage import (
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    Store,
+)
 
 PROGRESS = "merge-in-progress"
 MANIFEST = f"{PROGRESS}/manifest.json"
-FORMAT = 1
+TENSOR_BYTES = 128 << 20
+"""Parts of one tensor are given to one worker together, up to so many."""
 
 RECORD_BYTES = 256 << 20
 """So much is written between two records, or a sixteenth of a small child: what a crash may cost."""
-
-
-class Calls(Protocol):
-    """Workers that take calls: threads of this process, or actors of a pool."""
-
-    def group_bytes(self, total: int) -> int:
-        """About as much of `total` is given to a worker at once."""
-
-    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Call the workers' `method` with each of `arguments`; (number, result) as they come."""
-
-
-class LocalCalls:
-    """Calls to one worker object: in this process, or in copies of it that share its memory.
-
-    Processes, not threads: a merge is many short operations, and threads would spend as much time on
-    handing Python's lock to one another.
-    """
-
-    def __init__(self, worker: MergeWorker, processes: int = 1) -> None:
-        self._worker = worker
-        self._processes = processes
-
-    def group_bytes(self, total: int) -> int:
-        """See `Calls.group_bytes`: each part by itself."""
-        return 1
-
-    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """See `Calls.each`. Raises `StorageError` if a process dies."""
-        if self._processes == 1 or len(arguments) < 2:
-            for number, given in enumerate(arguments):
-                yield number, getattr(self._worker, method)(*given)
-            return
-        import torch
-
-        torch.set_num_threads(1)
-        pool = ProcessPoolExecutor(
-            min(self._processes, len(arguments)),
-            get_context("fork"),
-            _begin_process,
-            (self._worker, os.getpid()),
-        )
-        try:
-            futures = {
-                pool.submit(_call, method, given): number for number, given in enumerate(arguments)
-            }
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise StorageError(
-                "a process of the merge was ended from outside, perhaps for want of memory, or because a "
-                "parent's file was cut short; run the same command again to go on"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_own: dict[str, MergeWorker] = {}
-
-
-def _begin_process(worker: MergeWorker, driver: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver takes it, and ends us
-    threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
-    _own["worker"] = worker
-
-
-def _end_with(driver: int) -> None:
-    """End this process when the driver was killed: the pool itself would wait for more work for ever."""
-    while os.getppid() == driver:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def _call(method: str, given: tuple[Any, ...]) -> Any:
-    return getattr(_own["worker"], method)(*given)
 
 
 @dataclass
@@ -233,12 +158,21 @@ class ChildWriter:
             manifest = json.loads(self.target.read(MANIFEST))
         except ObjectNotFoundError:
             self.target.discard_unfinished("")
-            self._begin([file.name for file in self.plan.layout.weight_files])
-            return
-        if (manifest["format"], manifest["recipe"]) != (FORMAT, self.recipe.id):
+            try:
+                self._begin([file.name for file in self.plan.layout.weight_files])
+                return
+            except PreconditionFailedError:
+                # Somebody else has just begun the same merge: both go on with it.
+                manifest = json.loads(self.target.read(MANIFEST))
+        if manifest["recipe"] != self.recipe.id:
             raise BadInputError(
                 f"{self.target.uri}: holds the unfinished merge of another recipe "
                 f"({manifest['recipe'][:12]}); remove the folder or choose another"
+            )
+        if manifest["cut"] != self._cut:
+            raise BadInputError(
+                f"{self.target.uri}: holds a merge that another version of Darwin began; finish it with "
+                "that one, or remove the folder"
             )
         self._uploads = manifest["uploads"]
         reports: list[dict[str, Any]] = []
@@ -283,14 +217,29 @@ class ChildWriter:
         try:
             for name in files:
                 begun[name] = self.target.begin_parts(name, sizes[name])
+            self._announce(begun)
         except BaseException:
             # No record speaks of them, so they would fill the store unseen.
             for name, upload in begun.items():
                 self.target.abandon_parts(name, upload)
             raise
-        self._uploads |= begun
-        manifest = {"format": FORMAT, "recipe": self.recipe.id, "uploads": self._uploads}
-        self.target.write(MANIFEST, json.dumps(manifest).encode())
+
+    def _announce(self, begun: dict[str, str]) -> None:
+        """Write the manifest; the first one only if there is none."""
+        uploads = self._uploads | begun
+        manifest = {"recipe": self.recipe.id, "cut": self._cut, "uploads": uploads}
+        data = json.dumps(manifest).encode()
+        if self._uploads:
+            self.target.write(MANIFEST, data)
+        else:
+            self.target.create(MANIFEST, data)
+        self._uploads = uploads
+
+    @property
+    def _cut(self) -> str:
+        """What must be the same for parts of two tries to make one child."""
+        parts = [(part.file, part.number, part.stop) for part in self.parts]
+        return hashlib.sha256(repr((package_version(), parts)).encode()).hexdigest()
 
     def _record(self, content: dict[str, Any]) -> None:
         self.target.create(f"{PROGRESS}/{secrets.token_hex(8)}.json", json.dumps(content).encode())
@@ -301,7 +250,9 @@ class ChildWriter:
         size = group_bytes
         for part in self.parts:
             if part.key not in self._written and part.file not in self._files:
-                if size >= group_bytes:
+                # The rest of a tensor goes to the same worker: it knows its statistics by then.
+                goes_on = bool(part.units) and part.units[0].first > 0
+                if size >= (max(group_bytes, TENSOR_BYTES) if goes_on else group_bytes):
                     groups.append([])
                     size = 0
                 groups[-1].append(part.key)
@@ -324,8 +275,7 @@ class ChildWriter:
             given.append((self.target.uri, name, self._uploads[name], checked, receipts))
         for number, digest in calls.each("publish_file", given):
             self._files[files[number]] = digest
-        if files:
-            self._record({"files": self._files})
+            self._record({"files": {files[number]: digest}})
 
     def _report(self) -> ChildReport:
         changed: dict[str, dict[str, int]] = {}

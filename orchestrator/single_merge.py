@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.child_writer import PROGRESS, Calls, ChildWriter, LocalCalls
+from orchestrator.calls import Calls, LocalCalls
+from orchestrator.child_writer import PROGRESS, ChildWriter
 from orchestrator.config import WorkersConfig
 from orchestrator.lineage import (
     LINEAGE_FILE,
@@ -22,8 +23,12 @@ from orchestrator.pool import Pool
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import RecipeFile, load_recipe_file
 from workers.actors import MergeSpec, MergeWorker
+from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
+
+MOST_PROCESSES = 16
+"""Of a merge on one machine: beyond, the disk is the limit, and each takes memory."""
 
 
 def merge_recipe(
@@ -50,15 +55,8 @@ def merge_recipe(
     lineage = {
         "format": LINEAGE_FORMAT,
         "software": {"darwin": package_version()},
-        "parents": [
-            {
-                "name": name,
-                "fingerprint": parent.fingerprint,
-                "license": licence_of(parent),
-                **hub_source(parent),
-            }
-            for name, parent in loaded.parents.items()
-        ],
+        "parents": [{"name": name, **_source(parent)} for name, parent in loaded.parents.items()],
+        "base": _source(loaded.base) if loaded.base else None,
         "recipe_id": loaded.recipe.id,
         "recipe": loaded.recipe.to_dict(),
         **report.to_dict(),
@@ -70,6 +68,14 @@ def merge_recipe(
         "recipe_id": loaded.recipe.id,
         "tensors": len(writer.plan.layout.tensors),
         "bytes": writer.plan.layout.total_bytes,
+    }
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "fingerprint": checkpoint.fingerprint,
+        "license": licence_of(checkpoint),
+        **hub_source(checkpoint),
     }
 
 
@@ -100,4 +106,5 @@ def _calls(
         return
     worker = MergeWorker(spec)
     worker.parents, worker.base = loaded.parents, loaded.base
-    yield LocalCalls(worker, os.cpu_count() or 1)
+    worker.start(loaded.recipe)  # once, before the processes share it
+    yield LocalCalls(worker, min(len(os.sched_getaffinity(0)), MOST_PROCESSES))

@@ -32,7 +32,7 @@ def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
     child = open_checkpoint(location)
     lineage = _read_lineage(child)
     problems = [*_check_files(child, lineage), *_check_tensors(child, lineage)]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         found = list(threads.map(lambda file: _read_file(child, file), child.weight_files))
     not_finite: dict[str, int] = {}
     for file, (digest, broken) in zip(child.weight_files, found, strict=True):

@@ -16,7 +16,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from orchestrator.child_writer import ChildReport, ChildWriter, LocalCalls
+from orchestrator.calls import LocalCalls
+from orchestrator.child_writer import ChildReport, ChildWriter
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import (
     Checkpoint,

@@ -98,9 +98,12 @@ class MergeWorker:
         keys: list[tuple[str, int]],
     ) -> list[PartReport]:
         """Merge these parts of the recipe's child and write them into the open uploads."""
+        import torch
+
         from workers.merging.child import write_parts
 
-        run, parts = self._start(Recipe.from_dict(recipe))
+        run, parts = self.start(Recipe.from_dict(recipe))
+        torch.set_num_threads(1)  # a merge brings its own
         wanted = [parts[key[0], key[1]] for key in keys]
         return write_parts(run, wanted, self.store(target), uploads, self.spec.threads)
 
@@ -116,7 +119,8 @@ class MergeWorker:
 
         return hash_file(self.store(target), file)
 
-    def _start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
+    def start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
+        """The recipe's run over the opened parents, and the parts of its child by their keys."""
         from workers.merging.executor import Merger
         from workers.merging.plan import form_of
 

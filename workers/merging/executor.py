@@ -13,6 +13,7 @@ import torch
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.layout import Form
 from workers.errors import BadInputError
+from workers.merging.buffers import Buffers
 from workers.merging.masks import keep_mask
 from workers.merging.methods import Grain, MergeMethod, Slice, Statistic
 from workers.merging.methods.method import Values
@@ -313,46 +314,6 @@ def _cut(
     for start in range(0 if grain == "matrix" else first - first % columns, last, step):
         size = min(step, last - start)
         yield start, size, (size // columns, columns)
-
-
-class Buffers:
-    """fp32 buffers of each thread, used again and again: fresh memory costs more than the arithmetic."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._own = threading.local()
-
-    def take(self, number: int, elements: int, keep: bool = True) -> list[torch.Tensor]:
-        """`number` flat buffers. Those of whole matrices are not kept."""
-        if not keep:
-            return [self._new(elements) for _ in range(number)]
-        return [self._get("loaded", index, elements) for index in range(number)]
-
-    def bytes(self, size: int) -> torch.Tensor:
-        """The thread's buffer for what it writes: uint8, in memory of the CPU."""
-        kept: Any = self._own.__dict__
-        buffer = kept.get("bytes")
-        if buffer is None or len(buffer) < size:
-            buffer = kept["bytes"] = torch.empty(size, dtype=torch.uint8)
-        return cast(torch.Tensor, buffer[:size])
-
-    def scratch(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
-        """The thread's spare buffer of that number."""
-        return self._get("scratch", index, torch.Size(shape).numel()).view(shape)
-
-    def mask(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """The thread's buffer for the mask that was drawn last."""
-        return self._get("mask", 0, torch.Size(shape).numel()).view(shape)
-
-    def _get(self, kind: str, index: int, elements: int) -> torch.Tensor:
-        kept: Any = self._own.__dict__
-        buffer = kept.get((kind, index))
-        if buffer is None or len(buffer) < elements:
-            buffer = kept[kind, index] = self._new(max(elements, CHUNK_ELEMENTS))
-        return cast(torch.Tensor, buffer[:elements])
-
-    def _new(self, elements: int) -> torch.Tensor:
-        return torch.empty(elements, dtype=torch.float32, device=self._device)
 
 
 def in_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> None:
