@@ -165,6 +165,7 @@ def publish_file(
             target.read_into(file, first, piece)
             digest.update(piece)
             checksum = checksums.crc64nvme(piece, checksum)
+        target.forget(file)
         if checksum != expected:
             raise StorageError(
                 f"{target.uri}/{file}: bytes {start} to {stop} are not what was written: the store "

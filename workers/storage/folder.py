@@ -120,6 +120,11 @@ class FolderStore(Store):
             shutil.rmtree(path)
             sync_folder(os.path.dirname(path))
 
+    def forget(self, key: str) -> None:
+        path = self._path(key)
+        with read_errors(path), open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def begin_parts(self, key: str, size: int) -> str:
         path = self._path(key)
         temporary = temporary_name(path, "upload")

@@ -112,6 +112,9 @@ class Store(ABC):
     def delete_folder(self, folder: str) -> None:
         """Remove every object under `folder`, and where folders exist, the folder itself."""
 
+    def forget(self, key: str) -> None:  # noqa: B027 - most stores keep nothing
+        """A hint: what was read of the object will not be read again soon, so no cache need keep it."""
+
     @abstractmethod
     def begin_parts(self, key: str, size: int) -> str:
         """Start an object of exactly `size` bytes that is written in parts; the upload's id.
