@@ -91,7 +91,7 @@ def merge(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or s3://bucket/prefix.")],
     workers: Annotated[
-        int, typer.Option(help="Split the work over so many Ray workers; 0: this process alone.")
+        int, typer.Option(help="Split the work over so many Ray workers; 0: over processes here.")
     ] = 0,
     cpus: Annotated[float, typer.Option(help="CPUs, hence threads, of each worker.")] = 1,
     address: Annotated[

@@ -154,7 +154,8 @@ def weighted_shares(
         place = tuple(tensor[key] for key in keys)
         elements[place] = elements.get(place, 0) + tensor["elements"]
         total = totals.setdefault(place, dict.fromkeys(parents, 0.0))
-        for parent, share in parent_shares(tensor["parameters"], parents).items():
+        shares = parent_shares(tensor["method"], tensor["parameters"], parents)
+        for parent, share in shares.items():
             total[parent] += share * tensor["elements"]
     return {
         place: {parent: value / max(elements[place], 1) for parent, value in total.items()}

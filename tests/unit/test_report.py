@@ -345,9 +345,12 @@ def test_larger_budget_is_unfinished(tmp_path: Path) -> None:
 
 def test_shares_are_weighted_by_elements() -> None:
     tensors = [
-        {"component": "mlp", "elements": 300, "parameters": {"weight": {"a": 1.0, "b": -1.0}}},
-        {"component": "mlp", "elements": 100, "parameters": {"source": "a"}},
-        {"component": "norm", "elements": 10, "parameters": {"t": 0.25}},
+        {"component": component, "elements": elements, "method": method, "parameters": parameters}
+        for component, elements, method, parameters in (
+            ("mlp", 300, "linear", {"weight": {"a": 1.0, "b": -1.0}}),
+            ("mlp", 100, "passthrough", {"source": "a"}),
+            ("norm", 10, "slerp", {"t": 0.25}),
+        )
     ]
     assert weighted_shares(tensors, ["a", "b"], "component") == {
         ("mlp",): {"a": 0.625, "b": 0.375},
