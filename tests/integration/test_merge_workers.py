@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from ray.cluster_utils import Cluster
 
 from orchestrator.child_writer import MANIFEST, PROGRESS
 from tests.campaigns import digests, run_darwin, start_darwin, wait_for
@@ -23,20 +24,23 @@ from workers.storage import Store, open_store
 NODES = 4
 
 
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a Ray cluster of a head and four nodes with a CPU each."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "disabled")
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    opened = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.ray_cluster", str(NODES)],
+        env=os.environ | RAY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    for _ in range(NODES):
-        opened.add_node(num_cpus=1, object_store_memory=80 << 20)
-    yield opened.address
-    opened.shutdown()
-    patch.undo()
+    assert process.stdout is not None
+    address = next(line for line in process.stdout if ":" in line and " " not in line.strip())
+    yield address.strip()
+    process.communicate("")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,8 @@ def test_four_workers_make_what_one_makes(
     recipe = write_recipe(tmp_path / "recipe.yaml", places["s3"])
     target = f"{s3_location}/merge/child"
     command = ("merge", str(recipe), target, "--workers", "4", "--address", cluster)
-    process = start_darwin(*command)
+    environment = os.environ | RAY
+    process = start_darwin(*command, environment=environment)
     store = open_store(target)
     wait_for(lambda: len(merge_workers()) == 4 and has_manifest(store), process)
     os.kill(merge_workers()[0], signal.SIGKILL)
@@ -122,7 +127,7 @@ def test_four_workers_make_what_one_makes(
     assert before
     with pytest.raises(BadInputError):
         open_checkpoint(target)
-    assert run_darwin(*command)["child"] == target
+    assert run_darwin(*command, environment=environment)["child"] == target
     assert digests(target) == digests(str(alone))
     verified = run_darwin("verify", target, "--parent", places["s3"]["a"])
     assert verified["status"] == "sound"
@@ -134,7 +139,8 @@ def test_workers_fill_a_shared_folder(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", places["folder"])
     target = tmp_path / "child"
-    run_darwin("merge", str(recipe), str(target), "--workers", "2", "--address", cluster)
+    command = ("merge", str(recipe), str(target), "--workers", "2", "--address", cluster)
+    run_darwin(*command, environment=os.environ | RAY)
     assert digests(str(target)) == digests(str(alone))
 
 
