@@ -107,7 +107,7 @@ def test_calls_are_made_by_all_and_again_elsewhere(tmp_path: Path) -> None:
         results = dict(pool.each("long_call", [(value,) for value in range(7)]))
     assert results == {number: number + 1 for number in range(7)}
     assert len(list(tmp_path.glob("call-*"))) == 8
-    assert len(list(tmp_path.glob("start-*"))) == 3
+    assert len(list(tmp_path.glob("start-*"))) >= 2  # the others may be done before it is replaced
 
 
 def test_a_call_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
