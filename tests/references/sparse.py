@@ -26,13 +26,21 @@ def norm_by_bins(numbers: numpy.ndarray) -> float:
     return float(middles[numbers != 0].sum())
 
 
+def plain_norm(numbers: numpy.ndarray) -> float:
+    return float(numpy.abs(numbers).sum())
+
+
 def rescaled(
-    kept: numpy.ndarray, whole: numpy.ndarray, rescale: str, probability: Any
+    kept: numpy.ndarray,
+    whole: numpy.ndarray,
+    rescale: str,
+    probability: Any,
+    norm: Callable[[numpy.ndarray], float],
 ) -> numpy.ndarray:
     if rescale == "inverse_density":
         return kept / numpy.where(kept == 0, 1.0, probability)
-    left = norm_by_bins(kept)
-    return kept * (norm_by_bins(whole) / left) if rescale == "l1" and left else kept
+    left = norm(kept)
+    return kept * (norm(whole) / left) if rescale == "l1" and left else kept
 
 
 def trimmed(delta: numpy.ndarray, density: float) -> numpy.ndarray:
@@ -114,6 +122,7 @@ def sparse_then(consensus: Callable[..., numpy.ndarray], kind: str) -> Callable[
             # Rounded as fp32 is, for in which bin a magnitude lies is a matter of its last bit.
             delta, density = (x - base).astype("f4").astype("f8"), values["density"][name]
             probability: Any = density
+            norm = norm_by_bins
             if not delta.size or density == 1.0:
                 deltas[name] = delta
                 continue
@@ -122,12 +131,13 @@ def sparse_then(consensus: Callable[..., numpy.ndarray], kind: str) -> Callable[
             elif kind == "middle":
                 kept = middle(delta, density, values["gamma"][name])
             else:
+                norm = plain_norm
                 if kind == "rank":
                     probability = della_probabilities(
                         delta, density, values["epsilon"][name], values["shape"]
                     )
                 kept = dropped(delta, probability, name, seeded)
-            deltas[name] = rescaled(kept, delta, values["rescale"], probability)
+            deltas[name] = rescaled(kept, delta, values["rescale"], probability, norm)
         return consensus(deltas, base, values)
 
     return reference

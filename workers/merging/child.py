@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,12 +158,12 @@ def publish_file(
             "folder or choose another"
         )
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(READ_BYTES))
+    pieces = _read_ahead(target, file, [(start, stop) for start, stop, _ in parts])
     for start, stop, expected in parts:
         checksum = 0
         for first in range(start, stop, READ_BYTES):
-            piece = buffer[: min(READ_BYTES, stop - first)]
-            target.read_into(file, first, piece)
+            piece = next(pieces)
+            assert len(piece) == min(READ_BYTES, stop - first)
             digest.update(piece)
             checksum = checksums.crc64nvme(piece, checksum)
         target.forget(file)
@@ -177,13 +178,37 @@ def publish_file(
 def hash_file(target: Store, file: str) -> str:
     """The SHA-256 of a whole file."""
     digest = hashlib.sha256()
-    size = target.info(file).size
-    buffer = memoryview(bytearray(READ_BYTES))
-    for first in range(0, size, READ_BYTES):
-        piece = buffer[: min(READ_BYTES, size - first)]
-        target.read_into(file, first, piece)
+    for piece in _read_ahead(target, file, [(0, target.info(file).size)]):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _read_ahead(target: Store, file: str, stretches: list[tuple[int, int]]) -> Iterator[memoryview]:
+    """The bytes of these stretches, in pieces; each is valid until the next one is asked for.
+
+    A piece is read while the one before it is worked on, as both take about as long.
+    """
+    spans = [
+        (first, min(first + READ_BYTES, stop))
+        for start, stop in stretches
+        for first in range(start, stop, READ_BYTES)
+    ]
+    buffers = [memoryview(bytearray(READ_BYTES)) for _ in range(2)]
+
+    def read(number: int) -> memoryview:
+        start, stop = spans[number]
+        piece = buffers[number % 2][: stop - start]
+        target.read_into(file, start, piece)
+        return piece
+
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(read, 0) if spans else None
+        for number in range(len(spans)):
+            assert upcoming is not None
+            piece = upcoming.result()
+            if number + 1 < len(spans):
+                upcoming = reader.submit(read, number + 1)
+            yield piece
 
 
 def _size(target: Store, file: str) -> int | None:

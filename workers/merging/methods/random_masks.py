@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from workers.merging.methods.magnitudes import BinCounts
 from workers.merging.methods.method import Slice, Values
 
 if TYPE_CHECKING:
@@ -16,16 +16,25 @@ Probability = Callable[[Slice, "Tensor", Values, str], "float | Tensor"]
 may use scratch buffer 1."""
 
 
+STEPS = 24
+"""Magnitudes are summed as multiples of the largest one of their slice, rounded up to a power of 2, over
+2^STEPS."""
+
+LEAST_EXPONENT = -100
+"""Below 2^LEAST_EXPONENT a whole slice counts as nothing: 1 over its step would be no fp32 number."""
+
+
 class NormsLeft:
     """Per parent, the L1 norm of its task vector over that of what its very mask leaves of it.
 
-    From counts in magnitude bins, as the norms of `magnitudes.Magnitudes`: exact sums for any order.
+    In each slice magnitudes are rounded to whole multiples of a step, whose fp64 sums are exact: so they are
+    the same in any order of adding, as differs between processors. Slices lie on a fixed grid.
     """
 
     def __init__(self, values: Values, probability: Probability) -> None:
         self._values, self._probability = values, probability
-        self.whole: dict[str, BinCounts] = {}
-        self.left: dict[str, BinCounts] = {}
+        self.whole: dict[str, float] = {}
+        self.left: dict[str, float] = {}
 
     def update(self, piece: Slice) -> None:
         import torch
@@ -37,22 +46,25 @@ class NormsLeft:
             delta = parent.sub_(piece.base)
             probability = self._probability(piece, delta, self._values, name)
             mask = piece.keep_mask(name, probability)
-            left = torch.mul(delta, mask, out=piece.scratch(0))
-            self.left.setdefault(name, BinCounts()).add(left, piece.out)
-            self.whole.setdefault(name, BinCounts()).add(delta, piece.out)
+            steps = delta.abs_()
+            most = float(steps.max())
+            step = math.ldexp(1.0, max(math.frexp(most)[1], LEAST_EXPONENT) - STEPS)
+            steps.mul_(1.0 / step).round_()
+            for sums in (self.whole, self.left):
+                exact = float(steps.sum(dtype=torch.float64)) * step
+                sums[name] = sums.get(name, 0.0) + exact
+                steps.mul_(mask)
 
     def merge(self, other: NormsLeft) -> None:
         for own, others in ((self.whole, other.whole), (self.left, other.left)):
-            for name, counts in others.items():
-                own.setdefault(name, BinCounts()).merge(counts)
+            for name, norm in others.items():
+                own[name] = own.get(name, 0.0) + norm
 
     def finish(self) -> dict[str, float]:
-        ratios = {}
-        for name, counts in self.left.items():
-            left, whole = counts.finish(), self.whole[name].finish()
-            has_norm = left.total > 0 and left.norms[-1] > 0
-            ratios[name] = float(whole.norms[-1] / left.norms[-1]) if has_norm else 1.0
-        return ratios
+        return {
+            name: self.whole[name] / left if 0.0 < left < math.inf else 1.0
+            for name, left in self.left.items()
+        }
 
 
 def norms_left(probability: Probability) -> Callable[[Values], NormsLeft | None]:
