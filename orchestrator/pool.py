@@ -177,22 +177,26 @@ class Pool:
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call the workers' `method` with each of `arguments`; (number, result) as they come.
 
-        A call that fails is made again, after those that wait, by whichever worker is idle. Raises a worker's
-        `BadInputError` as it is, and its `StorageError` or a `PoolError` after the last attempt.
+        A call that fails is made again, after those that wait, by whichever worker is idle; a worker whose
+        store failed rests first, and one that hangs is replaced. Raises a worker's `BadInputError` as it is,
+        and its `StorageError` or a `PoolError` after the last attempt.
         """
         import ray
 
         waiting = deque(range(len(arguments)))
         failures: dict[int, list[str]] = {}
         running: dict[Any, tuple[_Worker, int]] = {}
+        rests: dict[int, float] = {}
         while waiting or running:
             self._wake()
+            now = time.monotonic()
             busy = {worker.number for worker, _ in running.values()}
+            busy |= {number for number, until in rests.items() if until > now}
             for worker in self._workers:
                 if waiting and worker.in_service and worker.number not in busy:
                     number = waiting.popleft()
                     call = getattr(worker.actor, method).remote(*arguments[number])
-                    running[call] = worker, number
+                    running[call], worker.since = (worker, number), now
             starting = {w.ready: w for w in self._workers if w.ready is not None}
             if not running and not starting:
                 time.sleep(BACK_OFF_SECONDS / 10)  # every place rests
@@ -206,11 +210,18 @@ class Pool:
                 try:
                     result = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    cause = _cause(error)
-                    self._handle_failed_call(worker, method, cause, failures.setdefault(number, []))
+                    known = failures.setdefault(number, [])
+                    self._handle_failed_call(worker, method, _cause(error), known)
                     waiting.append(number)
+                    rests[worker.number] = now + BACK_OFF_SECONDS * 2 ** len(known)
                 else:
                     yield number, result
+            for reference, (worker, number) in list(running.items()):
+                if time.monotonic() - worker.since > HUNG_SECONDS:
+                    del running[reference]
+                    hung = TimeoutError("the worker hangs")
+                    self._handle_failed_call(worker, method, hung, failures.setdefault(number, []))
+                    waiting.append(number)
 
     def _handle_failed_call(
         self, worker: _Worker, method: str, cause: Exception, failures: list[str]

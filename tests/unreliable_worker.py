@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class UnreliableWorker:
         if self._count("call") == 1:
             os._exit(1)
         return value + 1
+
+    def hung_call(self, value: int) -> int:
+        while self._count("call") == 1:
+            threading.Event().wait()
+        return value
 
     def fatal_call(self) -> None:
         os._exit(1)

@@ -110,6 +110,16 @@ def test_calls_are_made_by_all_and_again_elsewhere(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("start-*"))) >= 2  # the others may be done before it is replaced
 
 
+def test_a_worker_that_hangs_in_a_call_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.pool.HUNG_SECONDS", 1.0)
+    with make_pool(tmp_path, count=2) as pool:
+        results = dict(pool.each("hung_call", [(value,) for value in range(4)]))
+    assert results == {number: number for number in range(4)}
+    assert len(list(tmp_path.glob("call-*"))) == 5
+
+
 def test_a_call_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
     with make_pool(tmp_path, count=2) as pool, pytest.raises(PoolError, match="failed 3 times"):
         list(pool.each("fatal_call", [()]))
