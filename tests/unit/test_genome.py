@@ -28,7 +28,9 @@ KINDS = ["qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qw
 BASE = ParentReference("base", "0" * 64)
 PARENTS = tuple(ParentReference(name, name * 64) for name in "abc")
 SPACES = {
-    path.stem: yaml.safe_load(path.read_text()) for path in (SHIPPED / "genome").glob("*.yaml")
+    path.stem: data
+    for path in (SHIPPED / "genome").glob("*.yaml")
+    if (data := yaml.safe_load(path.read_text())).get("kind") != "ratio"
 }
 SPACES_AND_METHODS = [(space, method) for space, data in SPACES.items() for method in data["genes"]]
 
