@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -48,6 +48,8 @@ class GenomeSpace:
     seed: int
     genes: tuple[Gene, ...]
     removed: tuple[RemovedGene, ...] = ()
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Values of the genes that are removed."""
     to_prescribe: tuple[str, ...] = ()
 
     @property
@@ -72,6 +74,7 @@ class GenomeSpace:
     def decode(self, genome: dict[str, float]) -> Recipe:
         """The recipe of a genome. Components outside all groups stay the father's."""
         rules = []
+        genome = self.fixed | genome
         for region in self.regions:
             parameters = self._parameters(region, genome)
             for where, values in region.fixed:
@@ -133,10 +136,27 @@ def build_parameter_space(
         replace(region, fixed=_fixed(file, region, father)) for region in _regions(file, father)
     )
     genes: dict[str, Gene] = {}
+    removed: dict[str, RemovedGene] = {}
+    fixed: dict[str, float] = {}
     for family, region, parent in product(file.families, regions, parents):
         name = family.gene_name(parent.name, region.group, region.block)
-        genes[name] = Gene(name, family.low, family.high, family.start)
-    return GenomeSpace(method, regions, file.families, parents, base, seed, tuple(genes.values()))
+        is_base = base is not None and parent.fingerprint == base.fingerprint
+        if is_base and method.uses_base == "always" and "parent" in family.per:
+            reason = f"{parent.name} is the base: it has no changes"
+            removed[name], fixed[name] = RemovedGene(name, reason), family.start
+        else:
+            genes[name] = Gene(name, family.low, family.high, family.start)
+    return GenomeSpace(
+        method,
+        regions,
+        file.families,
+        parents,
+        base,
+        seed,
+        tuple(genes.values()),
+        tuple(removed.values()),
+        fixed,
+    )
 
 
 def _regions(file: SpaceFile, father: ArchitectureMap) -> tuple[Region, ...]:

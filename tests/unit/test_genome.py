@@ -137,6 +137,18 @@ def test_a_gene_without_axes_is_shared_by_all(
     assert found["layers.0.mlp.up_proj.weight"].values["weight"] == {"a": 0.25, "b": 0.25}
 
 
+def test_a_parent_that_is_the_base_has_no_genes(maps: dict[str, ArchitectureMap]) -> None:
+    """It has no changes to weigh or to drop; without a base every parent's weight counts."""
+    father = PARENTS[0]
+    for method in ("ties", "dare_linear", "task_arithmetic"):
+        space = make(maps["qwen3"], method=method, base=father)
+        assert {name.split(".")[1] for name in names(space)} == {"b"}
+        assert all("a is the base" in gene.reason for gene in space.removed)
+        whole = make(maps["qwen3"], method=method)
+        assert space.decode(start_genome(space)).rules == whole.decode(start_genome(whole)).rules
+    assert {name.split(".")[1] for name in names(make(maps["qwen3"], base=father))} == {"a", "b"}
+
+
 # -- blocks partition the layers -------------------------------------------------------------
 
 IN_LAYER = {
