@@ -21,7 +21,7 @@ from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
 from orchestrator.lineage import LINEAGE_FILE, build_lineage, lineage_bytes
 from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
-from orchestrator.prescribing import describe_space, recorded_or_scanned
+from orchestrator.prescribing import describe_space, notes_on_search, recorded_or_scanned
 from orchestrator.prescription import Prescription
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
@@ -229,10 +229,11 @@ class Campaign:
                 )
             )  # fmt: skip
             self._check_recipes()
+        described = describe_space(self.space, self.prescription)
         if self.prescription is not None or self.space.removed:
-            self._record_once("space", **describe_space(self.space, self.prescription))
-        for gene in self.space.removed:
-            self.watcher.stage(f"not searched: {gene.gene} ({gene.reason})")
+            self._record_once("space", **described)
+        for note in notes_on_search({"space": described}):
+            self.watcher.stage(note)
 
     # -- evaluating --------------------------------------------------------------------------
 
