@@ -13,15 +13,19 @@ from typing import Any, Protocol
 from orchestrator.card import build_card
 from orchestrator.child_writer import ChildWriter
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
-from orchestrator.genome import GenomeSpace, build_space
+from orchestrator.flat_fitness import FlatFitness, flat_fitness
+from orchestrator.genome import build_space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.judgement import Judgement, judge
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
 from orchestrator.lineage import LINEAGE_FILE, build_lineage, lineage_bytes
 from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
+from orchestrator.prescribing import describe_space, notes_on_search, recorded_or_scanned
+from orchestrator.prescription import Prescription
 from orchestrator.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
+from orchestrator.space import Space
 from orchestrator.state import CampaignState, Candidate, scored_record
 from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
@@ -53,21 +57,8 @@ class Campaign:
         self.watcher = watcher
         self.store: Store = open_store(config.store).substore(config.name)
         self.inputs: Inputs = open_inputs(config)
-        self.space: GenomeSpace = build_space(
-            config.genome,
-            self.inputs.father_map,
-            self.inputs.references,
-            self.inputs.base_reference,
-            config.seed,
-        )
         # Built here so that a bad configuration fails before anything is written.
-        self.optimizer = build_optimizer(
-            config.search.optimizer,
-            self.space.start,
-            config.search.step,
-            config.search.population,
-            config.seed,
-        )
+        self._enter_space(None)
         self.state = CampaignState(config.objective)
         self.recipes: dict[str, Recipe] = {}
         self.parent_recipes = {
@@ -76,9 +67,28 @@ class Campaign:
         }
         self._check_recipes()
         self.identity = self.inputs.identity(config) | {"genome": self.space.identity}
+        self.flat: FlatFitness | None = None
+        self.ended = ""
         self.pool: Pool | None = None
         self._ledger: Ledger | None = None
         self._lease: Lease | None = None
+
+    def _enter_space(self, prescription: Prescription | None) -> None:
+        """Make the genome space, as far as it can be without the prescription it may need."""
+        inputs, search = self.inputs, self.config.search
+        self.prescription = prescription
+        self.space: Space = build_space(
+            self.config.genome,
+            inputs.father_map,
+            inputs.references,
+            inputs.base_reference,
+            self.config.seed,
+            self.config.scan.scans,
+            prescription,
+        )
+        self.optimizer = build_optimizer(
+            search.optimizer, self.space.start, search.step, search.population, self.config.seed
+        )
 
     def _check_recipes(self) -> None:
         """Raise `BadInputError` now if what the search will ask cannot be merged from these parents."""
@@ -112,6 +122,7 @@ class Campaign:
                 + (f"; {done} candidates are scored already" if done else "")
             )
             with self._make_pool() as self.pool:
+                self._prescribe()
                 self._evaluate(self.parent_recipes.values(), "search")
                 self._search()
                 candidate = self._select()
@@ -207,6 +218,23 @@ class Campaign:
                 "environment that the campaign began with, or start one of another name"
             )
 
+    def _prescribe(self) -> None:
+        """Scan the parents if the genome space asks for it, and tell which genes will not be searched."""
+        assert self.pool is not None and self._ledger is not None
+        if self.space.to_prescribe:
+            self._enter_space(
+                recorded_or_scanned(
+                    self.config, self.inputs, self.space, self._ledger, self._record, self.pool,
+                    self.watcher.stage,
+                )
+            )  # fmt: skip
+            self._check_recipes()
+        described = describe_space(self.space, self.prescription)
+        if self.prescription is not None or self.space.removed:
+            self._record_once("space", **described)
+        for note in notes_on_search({"space": described}):
+            self.watcher.stage(note)
+
     # -- evaluating --------------------------------------------------------------------------
 
     def _know(self, recipe: Recipe) -> Recipe:
@@ -248,7 +276,9 @@ class Campaign:
         assert self.pool is not None and self._ledger is not None
         self.watcher.stage("search")
         started, idle = time.monotonic(), self.pool.idle_seconds
-        reason = self._run_generations()
+        self.ended = reason = self._run_generations()
+        if self.flat is not None:
+            self.watcher.stage(f"stopped: {reason}")
         seconds = time.monotonic() - started
         evaluations = self.state.evaluated(self.config.search.evaluations)
         if not any(record["kind"] == "searched" for record in self._ledger.since_begun()):
@@ -258,6 +288,7 @@ class Campaign:
                 reason=reason,
                 seconds=round(seconds, 3),
                 driver_seconds=round(seconds - (self.pool.idle_seconds - idle), 3),
+                **({"flat": self.flat.to_dict()} if self.flat else {}),
             )
 
     def _run_generations(self) -> str:
@@ -279,6 +310,9 @@ class Campaign:
             if len(candidates) < len(asked):
                 return "the budget is spent"
             self.optimizer.tell(points, self._fitness_for_tell(asked))
+            self.flat = flat_fitness(self.state, self.inputs.tasks, self.config.objective, budget)
+            if self.flat is not None:
+                return self.flat.reason
             new = {c.recipe_id for c in asked} - known
             stagnant = 0 if new else stagnant + 1
             known |= new
@@ -379,6 +413,11 @@ class Campaign:
             judgement,
             weights.to_dict(),
         )
+        lineage["search"] |= {
+            "space": describe_space(self.space, self.prescription),
+            "ended": self.ended,
+            "flat": self.flat.to_dict() if self.flat else None,
+        }
         files = {
             "README.md": build_card(lineage).encode(),
             LINEAGE_FILE: lineage_bytes(lineage),
@@ -393,6 +432,7 @@ class Campaign:
             child=folder,
             recipe_id=recipe.id,
             evaluations=self.state.evaluated(self.config.search.evaluations),
+            search_ended=self.ended,
             **judgement.to_dict(),
             report=REPORT_FILE,
         )

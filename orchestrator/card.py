@@ -9,6 +9,7 @@ import yaml
 
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.lineage import LINEAGE_FILE
+from orchestrator.prescribing import notes_on_search
 from orchestrator.statistics import format_p_value
 
 
@@ -51,6 +52,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         _comparison_table(lineage),
         "## How it was made\n",
         _making(lineage),
+        "".join(f"{note}\n" for note in notes_on_search(lineage["search"])),
         _tensor_table(lineage, names),
         "## Lineage\n",
         _parent_table(lineage),

@@ -54,6 +54,8 @@ def run(
     beaten = result["beaten"]
     _say(f"child    {result['child']}")
     _say(f"report   {result['report']}")
+    if "search_ended" in result:
+        _say(f"search   ended after {result['evaluations']} evaluations: {result['search_ended']}")
     _say(
         "held out "
         + ", ".join(f"{name} {value:.3f}" for name, value in result["holdout_fitness"].items())

@@ -58,10 +58,30 @@ class GenomeConfig:
     method: str = "task_arithmetic"
     genes: dict[str, GeneBounds] = field(default_factory=dict)
     """Overrides of the space's bounds, by parameter name."""
+    start: str | None = None
+    """One of the starts that a ratio space names; None is where its genes start by themselves."""
     blocks: int | None = None
     """Layer blocks of each group that the space cuts into blocks; None is the space's own number."""
     allow_degenerate: bool = False
     """Whether the method may run though too few parents differ from the base for it to mean anything."""
+
+
+@dataclass
+class ScanConfig:
+    """The model MRI: what is measured of the parents before a search whose genome space asks for it."""
+
+    static: bool = True
+    """Statistics of the weights."""
+    probe: bool = False
+    """Activations on calibration prompts."""
+    sets: list[str] = field(default_factory=list)
+    """Sets of prompts; none named: those that ship."""
+    alpha: float = 0.5
+    """Weight of the static part where both are measured; the probe's is what is left to 1."""
+
+    @property
+    def scans(self) -> bool:
+        return self.static or self.probe
 
 
 @dataclass
@@ -119,6 +139,7 @@ class CampaignConfig:
     base: str | None = None
     """The parents' common ancestor, for methods that merge differences to it."""
     genome: GenomeConfig = field(default_factory=GenomeConfig)
+    scan: ScanConfig = field(default_factory=ScanConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     objective: str = "mean"
     """Fitness from the scores of the tasks: their `mean`, or the `worst` of them."""
@@ -293,6 +314,8 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, value in whole_numbers.items():
         if value is not None and value < 1:
             refuse(key, f"{value} must be 1 or more")
+    if not 0 <= config.scan.alpha <= 1:
+        refuse("scan.alpha", f"{config.scan.alpha} is not between 0 and 1")
     if not 0 < config.search.step < math.inf:
         refuse("search.step", f"{config.search.step} must be a number above 0")
     for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):

@@ -1,6 +1,7 @@
 """Genome spaces: named, bounded genes, and how they decode to a recipe.
 
-A space is data (`conf/genome/*.yaml`): groups of components, optionally cut into blocks of layers, and per
+A space is data (`conf/genome/*.yaml`). Ratio spaces are in `ratio_space`; here are those whose genes are
+the parameters of a merge method: groups of components, optionally cut into blocks of layers, and per
 merge method the parameters that are genes. A gene exists per group, block and parent as its
 parameter's `per` says, and is named after them: `weight.reverse.attention.0`.
 """
@@ -9,25 +10,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from orchestrator.config import GenomeConfig
-from orchestrator.genome_file import DECIMALS, GeneFamily, SpaceFile, load_space_file
+from orchestrator.genome_file import GeneFamily, SpaceFile, load_space_file
+from orchestrator.prescription import Prescription
+from orchestrator.ratio_file import is_ratio_file
+from orchestrator.ratio_genes import build_ratio_space
+from orchestrator.space import Gene, RemovedGene, Space, point_of, start_of
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
 from workers.merging import MergeMethod, ParentReference, Recipe, Rule, Selector, get_method
-
-
-@dataclass(frozen=True, slots=True)
-class Gene:
-    """One number that the search varies."""
-
-    name: str
-    low: float
-    high: float
-    start: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,10 @@ class GenomeSpace:
     base: ParentReference | None
     seed: int
     genes: tuple[Gene, ...]
+    removed: tuple[RemovedGene, ...] = ()
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Values of the genes that are removed."""
+    to_prescribe: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,19 +64,17 @@ class GenomeSpace:
 
     def point(self, unit: Sequence[float]) -> dict[str, float]:
         """The genome at a point of the unit cube, one coordinate per gene in order."""
-        return {  # + 0.0 makes -0.0 and 0.0, which are equal but not written alike, one
-            gene.name: round(gene.low + (gene.high - gene.low) * coordinate, DECIMALS) + 0.0
-            for gene, coordinate in zip(self.genes, unit, strict=True)
-        }
+        return point_of(self.genes, unit)
 
     @property
     def start(self) -> list[float]:
         """Where a search begins, in the unit cube."""
-        return [(gene.start - gene.low) / (gene.high - gene.low) for gene in self.genes]
+        return start_of(self.genes)
 
     def decode(self, genome: dict[str, float]) -> Recipe:
         """The recipe of a genome. Components outside all groups stay the father's."""
         rules = []
+        genome = self.fixed | genome
         for region in self.regions:
             parameters = self._parameters(region, genome)
             for where, values in region.fixed:
@@ -108,20 +105,58 @@ def build_space(
     parents: tuple[ParentReference, ...],
     base: ParentReference | None,
     seed: int,
+    scans: bool = False,
+    prescription: Prescription | None = None,
+) -> Space:
+    """Make the configured space for these parents. Raises `BadInputError` naming file and key.
+
+    `scans`: whether the campaign scans the parents; `prescription`: what the scan has advised. Without it
+    a space that needs one is made for what can be known before.
+    """
+    if is_ratio_file(config):
+        return build_ratio_space(config, father, parents, base, seed, scans, prescription)
+    return build_parameter_space(config, father, parents, base, seed)
+
+
+def build_parameter_space(
+    config: GenomeConfig,
+    father: ArchitectureMap,
+    parents: tuple[ParentReference, ...],
+    base: ParentReference | None,
+    seed: int,
 ) -> GenomeSpace:
-    """Make the configured space for these parents. Raises `BadInputError` naming file and key."""
+    """A space whose genes are parameters of the method, per group of components."""
     method = get_method(config.method)
     file = load_space_file(config, method)
+    if config.start is not None:
+        raise BadInputError(f"genome.start: the space {file.path} has no named starts")
     base = base if method.uses_base != "never" else None
     method.check_inputs(tuple(parent.name for parent in parents), base is not None)
     regions = tuple(
         replace(region, fixed=_fixed(file, region, father)) for region in _regions(file, father)
     )
     genes: dict[str, Gene] = {}
+    removed: dict[str, RemovedGene] = {}
+    fixed: dict[str, float] = {}
     for family, region, parent in product(file.families, regions, parents):
         name = family.gene_name(parent.name, region.group, region.block)
-        genes[name] = Gene(name, family.low, family.high, family.start)
-    return GenomeSpace(method, regions, file.families, parents, base, seed, tuple(genes.values()))
+        is_base = base is not None and parent.fingerprint == base.fingerprint
+        if is_base and method.uses_base == "always" and "parent" in family.per:
+            reason = f"{parent.name} is the base: it has no changes"
+            removed[name], fixed[name] = RemovedGene(name, reason), family.start
+        else:
+            genes[name] = Gene(name, family.low, family.high, family.start)
+    return GenomeSpace(
+        method,
+        regions,
+        file.families,
+        parents,
+        base,
+        seed,
+        tuple(genes.values()),
+        tuple(removed.values()),
+        fixed,
+    )
 
 
 def _regions(file: SpaceFile, father: ArchitectureMap) -> tuple[Region, ...]:

@@ -71,7 +71,7 @@ def load_space_file(config: GenomeConfig, method: MergeMethod) -> SpaceFile:
         groups,
         _blocks(path, data.get("blocks") or {}, groups, config),
         _families(path, data["genes"], method, config),
-        tuple(_exceptions(path, data.get("exceptions") or [], method)),
+        tuple(parse_exceptions(path, data.get("exceptions") or [], method)),
     )
 
 
@@ -111,7 +111,7 @@ def _blocks(
     return dict.fromkeys(data, config.blocks)
 
 
-def _exceptions(
+def parse_exceptions(
     file: str, data: Any, method: MergeMethod
 ) -> list[tuple[tuple[str, ...], dict[str, float]]]:
     """Name patterns, and the values of this method's parameters that are fixed for them."""
@@ -131,7 +131,7 @@ def _exceptions(
                 raise BadInputError(f"{where}: no method has such a parameter")
             declared = method.parameter(name)
             if declared is not None:
-                values[name] = _number(where, value)
+                values[name] = parse_number(where, value)
                 low, high = (0, 1) if declared.scope == "flag" else (declared.low, declared.high)
                 if not low <= values[name] <= high:
                     raise BadInputError(f"{where}: {value} is outside [{low}, {high}]")
@@ -140,7 +140,7 @@ def _exceptions(
     return found
 
 
-def _number(where: str, value: Any) -> float:
+def parse_number(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadInputError(f"{where}: {value!r} is not a number")
     if round(value, DECIMALS) != value:
@@ -199,7 +199,9 @@ def _family(where: str, name: str, given: dict[str, Any], method: MergeMethod) -
     per = tuple(given["per"])
     if ("parent" in per) and declared.scope == "shared":
         raise BadInputError(f"{where}: the method takes one value for all parents")
-    low, high, start = (_number(f"{where}.{key}", given[key]) for key in ("low", "high", "start"))
+    low, high, start = (
+        parse_number(f"{where}.{key}", given[key]) for key in ("low", "high", "start")
+    )
     if not low < high or not low <= start <= high:
         raise BadInputError(f"{where}: start {start} must lie between low {low} and high {high}")
     if low < declared.low or high > declared.high:

@@ -16,6 +16,7 @@ from orchestrator.card import component_changes, reservations, verdict
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import LINEAGE_FILE
+from orchestrator.prescribing import notes_on_search
 from orchestrator.shares import parent_shares
 from orchestrator.state import CampaignState, Candidate
 from orchestrator.statistics import format_p_value
@@ -82,6 +83,7 @@ def build_report(store: Store) -> str:
         given_up=sum(evaluation.failed is not None for evaluation in state.evaluations.values()),
         seconds=sum(evaluation.seconds for evaluation in state.evaluations.values()),
         reason=searched["reason"] if searched else None,
+        notes=notes_on_search(lineage["search"]),
         child_uri=target.uri,
         child_folder=child["folder"],
         base_remains=any(sum(shares.values()) < 0.999 for shares in by_component.values()),

@@ -12,6 +12,14 @@ Results = dict[str, dict[str, Any]]
 
 CONFIDENCE = 0.95
 
+POWER = 0.8
+"""Probability of seeing a difference that is there."""
+
+LEAST_DISCORDANT = 6
+"""The fewest items, all in favour of one of two models, that the test calls significant: 2 / 2^6 < 0.05."""
+
+MOST_ITEMS = 1 << 40
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -90,3 +98,30 @@ def objective(scores: Iterable[float], kind: str) -> float:
     """
     values = list(scores)
     return min(values) if kind == "worst" else math.fsum(values) / len(values)
+
+
+def smallest_difference(items: int) -> float | None:
+    """The smallest difference in scores that `items` shared items show with a probability of `POWER`.
+
+    In the best case: all items on which two models differ favour the same one, so the exact McNemar test
+    needs `LEAST_DISCORDANT` of them, and their number is binomial. None if there are not so many items.
+    """
+    from scipy.stats import beta
+
+    if items < LEAST_DISCORDANT:
+        return None
+    return float(beta.ppf(POWER, LEAST_DISCORDANT, items - LEAST_DISCORDANT + 1))
+
+
+def items_needed(difference: float) -> int:
+    """The fewest shared items whose `smallest_difference` is not above this one, which is in (0, 1]."""
+    fewest, enough = LEAST_DISCORDANT, LEAST_DISCORDANT
+    while (smallest_difference(enough) or 1.0) > difference and enough < MOST_ITEMS:
+        fewest, enough = enough + 1, 2 * enough
+    while fewest < enough:
+        middle = (fewest + enough) // 2
+        if (smallest_difference(middle) or 1.0) > difference:
+            fewest = middle + 1
+        else:
+            enough = middle
+    return fewest

@@ -46,12 +46,31 @@ def register(name: str) -> Callable[[OptimizerFactory], OptimizerFactory]:
     return add
 
 
+class OnePoint:
+    """Asks once for the point that has no coordinates: a space without genes has one candidate."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def ask(self) -> list[list[float]]:
+        return [[]]
+
+    def tell(self, points: Sequence[Sequence[float]], fitness: Sequence[float]) -> None:
+        self._told = True
+
+    def stopped(self) -> str | None:
+        return "there are no genes to search" if self._told else None
+
+
 def build_optimizer(
     name: str, start: Sequence[float], step: float, population: int | None, seed: int
 ) -> Optimizer:
-    """The optimizer of that name, at its beginning. Raises `BadInputError` listing those there are."""
+    """The optimizer of that name, at its beginning; without genes, one that asks for a single point.
+
+    Raises `BadInputError` listing those there are.
+    """
     if name not in OPTIMIZERS:
         raise BadInputError(
             f"search.optimizer: {name!r} is none of {', '.join(sorted(OPTIMIZERS))}"
         )
-    return OPTIMIZERS[name](start, step, population, seed)
+    return OPTIMIZERS[name](start, step, population, seed) if start else OnePoint()

@@ -10,10 +10,13 @@ import yaml
 from orchestrator.config import SHIPPED, CampaignConfig, GenomeConfig, find_shipped, load_config
 from orchestrator.genome import build_space
 from orchestrator.inputs import open_inputs
+from orchestrator.prescription import Prescription
+from orchestrator.ratio_file import is_ratio_file
 from orchestrator.search import OPTIMIZERS
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.evaluation import load_task
 from workers.merging import METHODS, MergeMethod, ParentReference
+from workers.merging.plan import Plan
 
 CHECKED = ("campaign", "genome", "task")
 FATHER = "shipped:strings/base"
@@ -51,7 +54,14 @@ def has_something_to_search(method: MergeMethod) -> bool:
     return needed and method.grain != "matrix"
 
 
-@pytest.mark.parametrize("name", shipped("genome"))
+RATIO_SPACES = [name for name in shipped("genome") if is_ratio_file(GenomeConfig(name))]
+
+
+def takes_shares(method: MergeMethod) -> bool:
+    return method.name == "slerp" or method.parameter("weight") is not None
+
+
+@pytest.mark.parametrize("name", sorted({*shipped("genome")} - {*RATIO_SPACES}))
 def test_a_genome_space_is_for_methods_that_there_are(name: str) -> None:
     father = ArchitectureMap(open_checkpoint(FATHER))
     parents = tuple(ParentReference(letter, letter * 64) for letter in "ab")
@@ -61,6 +71,24 @@ def test_a_genome_space_is_for_methods_that_there_are(name: str) -> None:
     for method in searched:
         space = build_space(GenomeConfig(name, method), father, parents, base, 0)
         assert space.decode(space.point(space.start)).rules
+
+
+@pytest.mark.parametrize("name", RATIO_SPACES)
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if takes_shares(m)])
+def test_a_ratio_space_is_for_every_method_that_takes_shares(name: str, method: str) -> None:
+    father = ArchitectureMap(open_checkpoint(FATHER))
+    parents = tuple(ParentReference(letter, letter * 64) for letter in "ab")
+    base = ParentReference("base", "0" * 64)
+    half = Prescription(
+        {tensor.name: {"a": 0.5, "b": 0.5} for tensor in father.tensors}, 0.1, is_telling=True
+    )
+    starts = yaml.safe_load(find_shipped("genome", name).read_text()).get("starts", {})
+    for start in [None, *starts]:
+        config = GenomeConfig(name, method, start=start)
+        space = build_space(config, father, parents, base, 0, True, half)
+        plan = Plan({"a": father, "b": father}, father)
+        assigned = plan.assign(space.decode(space.point(space.start)))
+        assert {way.method.name for way in assigned.values()} - {"passthrough"} == {method}
 
 
 @pytest.mark.parametrize("name", shipped("task"))

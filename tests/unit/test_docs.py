@@ -6,9 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orchestrator.child_writer import ChildWriter
+from orchestrator.config import load_config
+from orchestrator.genome import build_space
+from orchestrator.inputs import open_inputs
 from orchestrator.recipe_file import load_recipe_file
+from tests.campaigns import write_campaign
 from workers.merging import METHODS
 from workers.storage.folder import FolderStore
 
@@ -30,6 +35,28 @@ def test_a_recipe_of_the_documentation_can_be_merged(
     target = FolderStore(tmp_path / "child")
     writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
     assert {way.method.name for way in writer.assigned.values()} - {"passthrough"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        text
+        for text in re.findall(
+            r"```yaml\n(.*?)```", (ROOT / "docs" / "campaigns.md").read_text(), re.DOTALL
+        )
+        if "genome:" in text
+    ],
+)
+def test_a_genome_of_the_documentation_can_be_searched(text: str, tmp_path: Path) -> None:
+    parents = [{"name": skill, "path": f"shipped:strings/{skill}"} for skill in ("sort", "shift")]
+    file = write_campaign(tmp_path, **({"parents": parents} | yaml.safe_load(text)))
+    config = load_config(str(file))
+    inputs = open_inputs(config)
+    space = build_space(
+        config.genome, inputs.father_map, inputs.references, inputs.base_reference, 0,
+        config.scan.scans,
+    )  # fmt: skip
+    assert space.genes
 
 
 def test_there_are_recipes_in_the_documentation() -> None:

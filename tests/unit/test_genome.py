@@ -28,7 +28,9 @@ KINDS = ["qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qw
 BASE = ParentReference("base", "0" * 64)
 PARENTS = tuple(ParentReference(name, name * 64) for name in "abc")
 SPACES = {
-    path.stem: yaml.safe_load(path.read_text()) for path in (SHIPPED / "genome").glob("*.yaml")
+    path.stem: data
+    for path in (SHIPPED / "genome").glob("*.yaml")
+    if (data := yaml.safe_load(path.read_text())).get("kind") != "ratio"
 }
 SPACES_AND_METHODS = [(space, method) for space, data in SPACES.items() for method in data["genes"]]
 
@@ -133,6 +135,18 @@ def test_a_gene_without_axes_is_shared_by_all(
     assert names(space) == ["weight"]
     found = assign(space, maps["qwen3"], {"weight": 0.25})
     assert found["layers.0.mlp.up_proj.weight"].values["weight"] == {"a": 0.25, "b": 0.25}
+
+
+def test_a_parent_that_is_the_base_has_no_genes(maps: dict[str, ArchitectureMap]) -> None:
+    """It has no changes to weigh or to drop; without a base every parent's weight counts."""
+    father = PARENTS[0]
+    for method in ("ties", "dare_linear", "task_arithmetic"):
+        space = make(maps["qwen3"], method=method, base=father)
+        assert {name.split(".")[1] for name in names(space)} == {"b"}
+        assert all("a is the base" in gene.reason for gene in space.removed)
+        whole = make(maps["qwen3"], method=method)
+        assert space.decode(start_genome(space)).rules == whole.decode(start_genome(whole)).rules
+    assert {name.split(".")[1] for name in names(make(maps["qwen3"], base=father))} == {"a", "b"}
 
 
 # -- blocks partition the layers -------------------------------------------------------------

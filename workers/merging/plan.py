@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
@@ -28,6 +29,10 @@ BASE = "base"
 """What the base is called beside the parents; no parent may have this name."""
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+RECENT_CHOICES = 16
+"""Of so many lists of selectors a plan remembers which rule each tensor takes: candidates of one search
+mostly share theirs."""
 
 NO_LINEAR_MAPS = ("embedding", "lm_head", "router", "norm")
 """Components whose two-dimensional tensors are tables, not maps between hidden states."""
@@ -99,7 +104,7 @@ class Plan:
         self.tied = _tied_head(self.child)
         self._slices = _slices_by_layer(form)
         self._selected: dict[Selector, frozenset[str]] = {}
-        self._chosen: dict[tuple[Selector, ...], dict[str, int | None]] = {}
+        self._chosen: dict[tuple[Selector, ...], dict[str, int]] = {}
         self._checked: set[tuple[Any, ...]] = set()
         for other in [*maps.values(), *([base] if base else [])]:
             check_values_readable(other.checkpoint)
@@ -180,7 +185,7 @@ class Plan:
             if tensor.name == self.tied:
                 continue  # merged as the embedding
             present = self.parents_of(tensor, parents)
-            number = chosen[tensor.name]
+            number = chosen.get(tensor.name)
             if number is None:
                 carrier = (
                     parents[0] if tensor.layer is None or parents[0] in present else present[0]
@@ -193,28 +198,44 @@ class Plan:
             assigned[tensor.name] = way
         return assigned
 
-    def _choose(self, selectors: tuple[Selector, ...]) -> dict[str, int | None]:
-        """Logical name -> the number of the first rule that matches it."""
+    def _choose(self, selectors: tuple[Selector, ...]) -> dict[str, int]:
+        """Logical name -> the number of the first rule that matches it, if one does."""
         if selectors not in self._chosen:
-            selected = [self.select(where) for where in selectors]
-            self._chosen[selectors] = {
-                tensor.name: next(
-                    (n for n, names in enumerate(selected) if tensor.name in names), None
-                )
-                for tensor in self.child.tensors
-            }
+            chosen: dict[str, int] = {}
+            for number, where in enumerate(selectors):
+                for name in self.select(where):
+                    chosen.setdefault(name, number)
+            while len(self._chosen) >= RECENT_CHOICES:
+                del self._chosen[next(iter(self._chosen))]
+            self._chosen[selectors] = chosen
         return self._chosen[selectors]
 
     def select(self, where: Selector) -> frozenset[str]:
         """The names of the tensors that `where` selects; none is a `BadInputError`."""
-        if where not in self._selected:
+        if where in self._selected:
+            return self._selected[where]
+        if where.is_by_name:
+            # A rule for each tensor must not cost a look at every tensor.
+            found = (tensor for name in where.names for tensor in self._by_any_name.get(name, ()))
+            names = frozenset(t.name for t in found if where.matches_place(t))
+        else:
             names = frozenset(t.name for t in self.child.tensors if where.matches(t))
-            if not names:
-                raise BadInputError(
-                    f"recipe: the rule for {where} matches no tensor of {self.layout.location}"
-                )
+        if not names:
+            raise BadInputError(
+                f"recipe: the rule for {where} matches no tensor of {self.layout.location}"
+            )
+        if not where.is_by_name:  # in a search these differ from candidate to candidate
             self._selected[where] = names
-        return self._selected[where]
+        return names
+
+    @cached_property
+    def _by_any_name(self) -> dict[str, list[LogicalTensor]]:
+        """Tensors by their canonical names and by their stored ones, as selectors know both."""
+        found: dict[str, list[LogicalTensor]] = {}
+        for tensor in self.child.tensors:
+            for name in {tensor.name, tensor.stored}:
+                found.setdefault(name, []).append(tensor)
+        return found
 
     def depth(self, tensor: LogicalTensor, where: Selector) -> float:
         """Where a tensor is between the first (0) and the last layer (1) of those that a rule is for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +11,8 @@ from workers.checkpoints import COMPONENTS, LogicalTensor
 from workers.errors import BadInputError
 
 KEYS = ("components", "layers", "experts", "names")
+
+WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +27,23 @@ class Selector:
     names: tuple[str, ...] = ()
     """Shell-style patterns (`*`, `?`, `[...]`); one must match the canonical or the stored name."""
 
+    @property
+    def is_by_name(self) -> bool:
+        """Whether it names its tensors one by one, without a pattern: they can be looked up."""
+        return bool(self.names) and not any(map(WILDCARD.search, self.names))
+
     def matches(self, tensor: LogicalTensor) -> bool:
+        names = (tensor.name, tensor.stored)
+        return self.matches_place(tensor) and (
+            not self.names
+            or any(fnmatchcase(name, pattern) for pattern in self.names for name in names)
+        )
+
+    def matches_place(self, tensor: LogicalTensor) -> bool:
+        """Whether it selects the tensor, whatever its name."""
         if self.components and tensor.component not in self.components:
             return False
-        if not _is_within(tensor.layer, self.layers) or not _is_within(tensor.expert, self.experts):
-            return False
-        names = (tensor.name, tensor.stored)
-        return not self.names or any(
-            fnmatchcase(name, pattern) for pattern in self.names for name in names
-        )
+        return _is_within(tensor.layer, self.layers) and _is_within(tensor.expert, self.experts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `parse_selector`."""

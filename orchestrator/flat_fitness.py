@@ -1,0 +1,84 @@
+"""Flat fitness: a search whose candidates all score alike has nothing to follow, and is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.state import CampaignState
+from orchestrator.statistics import POWER, items_needed, smallest_difference
+from workers.evaluation.task import Task
+
+LEAST_GENERATIONS = 3
+LEAST_CANDIDATES = 12
+"""So many generations, and so many different candidates, are scored before a search is called flat."""
+
+STATED_DIFFERENCE = 0.02
+"""The difference in fitness for which the report says how many items would show it."""
+
+
+@dataclass(frozen=True)
+class FlatFitness:
+    """What a flat search was like, and what its items could have shown."""
+
+    fitness: float
+    candidates: int
+    generations: int
+    items: int
+    """Search items that the fitness rests on; with the objective `worst` those of the smallest task."""
+    smallest_difference: float | None
+    """Between two candidates, that so many items would likely show at all; None: they can show none."""
+    items_needed: int
+    """For a difference of `STATED_DIFFERENCE`."""
+
+    @property
+    def reason(self) -> str:
+        """Why the search was stopped, for people."""
+        visible = (
+            f"differences below {self.smallest_difference:.3f} are not seen by so few"
+            if self.smallest_difference is not None
+            else "so few can show no difference at all"
+        )
+        return (
+            f"the fitness is flat: all {self.candidates} candidates of {self.generations} generations "
+            f"score {self.fitness:.3f} on {self.items} items; {visible} (paired test, 5 % level, "
+            f"{POWER:.0%} power), and one of {STATED_DIFFERENCE:g} needs {self.items_needed} items"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "fitness": self.fitness,
+            "candidates": self.candidates,
+            "generations": self.generations,
+            "items": self.items,
+            "smallest_difference": self.smallest_difference,
+            "items_needed": {f"{STATED_DIFFERENCE:g}": self.items_needed},
+        }
+
+
+def flat_fitness(
+    state: CampaignState, tasks: Sequence[Task], objective: str, budget: int
+) -> FlatFitness | None:
+    """What is known so far if it is flat; None if candidates differ, or too few were scored."""
+    generations = state.within_budget(budget)
+    known = {
+        candidate.recipe_id: fitness
+        for generation in generations
+        for candidate in generation
+        if (fitness := state.fitness(candidate.recipe_id)) is not None
+    }
+    if len(generations) < LEAST_GENERATIONS or len(known) < LEAST_CANDIDATES:
+        return None
+    if len(set(known.values())) > 1:
+        return None
+    counts = [len(task.items["search"]) for task in tasks]
+    items = min(counts) if objective == "worst" else sum(counts)
+    return FlatFitness(
+        next(iter(known.values())),
+        len(known),
+        len(generations),
+        items,
+        smallest_difference(items),
+        items_needed(STATED_DIFFERENCE),
+    )

@@ -1,0 +1,94 @@
+"""The campaign's stage between its parents and its search: the scan, and what became of the genome space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from orchestrator.calls import Calls
+from orchestrator.config import CampaignConfig
+from orchestrator.inputs import Inputs
+from orchestrator.ledger import Ledger
+from orchestrator.prescription import Prescription, prescribe
+from orchestrator.space import Space
+from workers.storage import open_store
+
+
+class Recorder(Protocol):
+    """Writes a record of a kind into the ledger."""
+
+    def __call__(self, kind: str, **content: Any) -> None: ...
+
+
+def recorded_or_scanned(
+    config: CampaignConfig,
+    inputs: Inputs,
+    space: Space,
+    ledger: Ledger,
+    record: Recorder,
+    calls: Calls,
+    stage: Callable[[str], None],
+) -> Prescription:
+    """The prescription that the space waits for: the ledger's, or a new one that is recorded first.
+
+    Scans are kept in the store that campaigns lie in, by the content of the parents.
+    """
+    base = inputs.base_reference
+    of = {
+        "parents": [asdict(reference) for reference in inputs.references],
+        "base": asdict(base) if base else None,
+        "scan": asdict(config.scan),
+        "space": space.identity,
+    }
+    for known in ledger.of_kind("prescription"):
+        if known["of"] == of:
+            return Prescription.from_dict(known["prescription"])
+    from orchestrator.scan import scan_parents
+
+    stage("scanning the parents")
+    scan = scan_parents(inputs.parents, inputs.base, calls, open_store(config.store))
+    if not config.scan.static:
+        scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
+    prescription = prescribe(scan, space.to_prescribe, config.scan.alpha)
+    record("prescription", of=of, prescription=prescription.to_dict())
+    return prescription
+
+
+def describe_space(space: Space, prescription: Prescription | None) -> dict[str, Any]:
+    """What the lineage says of a genome space: its genes, those not searched, and what the scan told."""
+    return {
+        "genes": [gene.name for gene in space.genes],
+        "removed": [gene.to_dict() for gene in space.removed],
+        "scan": {
+            "tensors": len(prescription.shares),
+            "dispersion": prescription.dispersion,
+            "is_telling": prescription.is_telling,
+            "equal_tensors": len(prescription.equal),
+        }
+        if prescription
+        else None,
+    }
+
+
+def notes_on_search(search: dict[str, Any]) -> list[str]:
+    """What card and report say of a lineage's search beyond its numbers, a sentence each."""
+    notes = []
+    space = search.get("space") or {}
+    scan = space.get("scan")
+    if scan:
+        found = f"shares for {scan['tensors']} tensors that spread by {scan['dispersion']:g}"
+        notes.append(
+            f"The scan of the parents advises {found}."
+            if scan["is_telling"]
+            else f"The scan of the parents tells nothing: it advises {found}, so no gene trusts it."
+        )
+    reasons: dict[str, list[str]] = {}
+    for gene in space.get("removed", []):
+        reasons.setdefault(gene["reason"], []).append(gene["gene"])
+    if reasons:
+        listed = "; ".join(f"{', '.join(genes)} ({reason})" for reason, genes in reasons.items())
+        notes.append(f"Genes that cannot matter here and were not searched: {listed}.")
+    if search.get("flat"):
+        notes.append(f"The search was stopped early: {search['ended']}.")
+    return notes

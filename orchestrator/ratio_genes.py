@@ -1,0 +1,260 @@
+"""Which genes a ratio space has for certain parents, which it loses because they cannot matter, and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from orchestrator.config import GenomeConfig
+from orchestrator.genome_file import DECIMALS
+from orchestrator.prescription import LEAST_DISPERSION, Prescription
+from orchestrator.ratio_file import DENSITIES, NUMBER, TRUST, RatioFile, RatioGene, load_ratio_file
+from orchestrator.ratio_space import BlendedTensor, RatioSpace, Terms
+from orchestrator.space import Gene, RemovedGene
+from workers.checkpoints import ArchitectureMap, LogicalTensor
+from workers.errors import BadInputError
+from workers.merging import MergeMethod, ParentReference, get_method
+
+NO_RULE = {
+    "lambda": "a penalty that a candidate sets for itself: searching it would only drive it to 0",
+    "merge_method_weight": "what it does in the published engine is not public, so here it does nothing",
+}
+"""Genes that are declared but never searched."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One gene of a family, for one mother."""
+
+    gene: Gene
+    family: RatioGene
+    number: int | None
+    mother: str
+
+
+def build_ratio_space(
+    config: GenomeConfig,
+    father: ArchitectureMap,
+    parents: tuple[ParentReference, ...],
+    base: ParentReference | None,
+    seed: int,
+    scans: bool,
+    prescription: Prescription | None,
+) -> RatioSpace:
+    """Make the configured space for these parents; as `genome.build_space`.
+
+    Raises `BadInputError` for a method that takes no shares, and for a space that trusts the scan alone
+    if there is none or it says nothing.
+    """
+    method = get_method(config.method)
+    file = load_ratio_file(config, method)
+    base = base if method.uses_base != "never" else None
+    method.check_inputs(tuple(parent.name for parent in parents), base is not None)
+    _check_method(file, method)
+    distrust = _why_no_trust(file, scans, prescription)
+    advised = prescription.shares if prescription and distrust is None else {}
+    equal = prescription.equal if prescription else frozenset()
+    mothers = [parent.name for parent in parents[1:]]
+    members = list(_members(file, father, mothers))
+    blended = [tensor for tensor in father.tensors if tensor.component in file.components]
+    terms = {
+        tensor.name: tuple(_terms(tensor, mother, members, file, father) for mother in mothers)
+        for tensor in blended
+    }
+    tensors = tuple(
+        BlendedTensor(
+            tensor.name,
+            terms[tensor.name],
+            tuple(advised[tensor.name][mother] for mother in mothers)
+            if tensor.name in advised
+            else None,
+            _exceptions(file, tensor),
+        )
+        for tensor in blended
+        if tensor.name not in equal and (any(terms[tensor.name]) or tensor.name in advised)
+    )
+    genes, removed = _searched(members, terms, tensors, file, father)
+    values = dict(file.fixed)
+    if distrust is not None:
+        values[TRUST] = 0.0
+        if _has(file, TRUST):
+            removed.append(RemovedGene(TRUST, distrust))
+    densities = _densities(file, method, parents, base, genes, removed, values)
+    for gene in file.genes:
+        if gene.name == TRUST and distrust is None:
+            genes.append(Gene(TRUST, gene.low, gene.high, gene.start[0]))
+        elif gene.name in NO_RULE:
+            removed.append(RemovedGene(gene.name, NO_RULE[gene.name]))
+    content = repr((method.name, len(parents), replace(file, path=""))).encode()
+    return RatioSpace(
+        method,
+        parents,
+        base,
+        seed,
+        tuple(genes),
+        tuple(removed),
+        to_prescribe=tuple(tensor.name for tensor in blended)
+        if distrust is None and prescription is None
+        else (),
+        identity={"method": method.name, "content": hashlib.sha256(content).hexdigest()},
+        tensors=tensors,
+        transplant=file.transplant,
+        values=values,
+        densities=densities,
+    )
+
+
+def _has(file: RatioFile, name: str) -> bool:
+    return name in file.fixed or any(gene.name == name for gene in file.genes)
+
+
+def _check_method(file: RatioFile, method: MergeMethod) -> None:
+    """Raise `BadInputError` unless a share for each parent, and a density, are all that it needs."""
+    if method.name != "slerp" and method.parameter("weight") is None:
+        raise BadInputError(
+            f"{file.path}: method {method.name} takes no share for each parent: choose one with weights "
+            "(linear, dare_ties, ...) or slerp"
+        )
+    given = {"t", "weight", *(["density"] if all(_has(file, name) for name in DENSITIES) else [])}
+    for parameter in method.parameters:
+        if parameter.default is None and parameter.name not in given:
+            raise BadInputError(
+                f"{file.path}: method {method.name} needs a value of {parameter.name!r}, for which the "
+                "space has no gene"
+            )
+
+
+def _why_no_trust(file: RatioFile, scans: bool, prescription: Prescription | None) -> str | None:
+    """Why the scan cannot count; None if it can, or may yet."""
+    if not _has(file, TRUST):
+        return "the space does not use a scan"
+    reason = None
+    if not scans:
+        reason = "the campaign does not scan the parents"
+    elif prescription is not None and not prescription.is_telling:
+        reason = (
+            f"the scan does not tell tensors apart: the shares that it advises spread by "
+            f"{prescription.dispersion:g}, less than {LEAST_DISPERSION:g}"
+        )
+    if reason is not None and file.fixed.get(TRUST) == 1.0:
+        raise BadInputError(
+            f"{file.path}: the space trusts the scan alone, but {reason}: choose another space"
+        )
+    return reason
+
+
+def _members(file: RatioFile, father: ArchitectureMap, mothers: list[str]) -> Iterator[_Member]:
+    """The ratio genes that the file stands for, with their starts shared by the mothers."""
+    for family in file.genes:
+        if not family.weight:
+            continue
+        numbers: list[int | None] = [None]
+        if family.per is not None:
+            numbers = [*range(file.blocks if family.per == "block" else father.layers)]
+        if len(family.start) not in (1, len(numbers)):
+            raise BadInputError(
+                f"{file.path}: {family.name}: {len(family.start)} starting values for {len(numbers)} genes"
+            )
+        starts = family.start if len(family.start) > 1 else family.start * len(numbers)
+        for number, start in zip(numbers, starts, strict=True):
+            parts = family.name.split("_")
+            name = "_".join(str(number) if part == NUMBER else part for part in parts)
+            for mother in mothers:
+                own = name if len(mothers) == 1 else f"{name}.{mother}"
+                share = round(max(family.low, start / len(mothers)), DECIMALS)
+                yield _Member(Gene(own, family.low, family.high, share), family, number, mother)
+
+
+def _terms(
+    tensor: LogicalTensor,
+    mother: str,
+    members: list[_Member],
+    file: RatioFile,
+    father: ArchitectureMap,
+) -> Terms:
+    """The genes of one mother that are about a tensor, with their weights."""
+    places = {None: None, "layer": tensor.layer, "block": None}
+    if tensor.layer is not None:
+        places["block"] = _block_of(tensor.layer, file.blocks, father.layers)
+    return tuple(
+        (member.family.weight, member.gene.name)
+        for member in members
+        if member.mother == mother
+        and (not member.family.components or tensor.component in member.family.components)
+        and (member.family.per is None or member.number is not None)
+        and member.number == places[member.family.per]
+    )
+
+
+def _block_of(layer: int, blocks: int, layers: int) -> int:
+    """The block that a layer lies in; blocks are as even as can be, and never more than layers."""
+    count = min(blocks, layers)
+    return next(b for b in range(count) if layer < (b + 1) * layers // count)
+
+
+def _searched(
+    members: list[_Member],
+    terms: dict[str, tuple[Terms, ...]],
+    tensors: tuple[BlendedTensor, ...],
+    file: RatioFile,
+    father: ArchitectureMap,
+) -> tuple[list[Gene], list[RemovedGene]]:
+    """The ratio genes that some tensor depends on, and the others with why none does."""
+    placed = {gene for of in terms.values() for own in of for _, gene in own}
+    used = {gene for tensor in tensors for own in tensor.terms for _, gene in own}
+    genes, removed = [], []
+    for member in members:
+        name = member.gene.name
+        if name in used:
+            genes.append(member.gene)
+        elif name in placed:
+            removed.append(RemovedGene(name, "the parents do not differ where it counts"))
+        elif member.family.per == "block" and (member.number or 0) >= father.layers:
+            removed.append(RemovedGene(name, f"the model has only {father.layers} layers"))
+        else:
+            about = ", ".join(member.family.components) or "the space's components"
+            removed.append(RemovedGene(name, f"the model has no such tensor ({about})"))
+    return genes, removed
+
+
+def _densities(
+    file: RatioFile,
+    method: MergeMethod,
+    parents: tuple[ParentReference, ...],
+    base: ParentReference | None,
+    genes: list[Gene],
+    removed: list[RemovedGene],
+    values: dict[str, float],
+) -> dict[str, str]:
+    """Parent -> the gene of its density; adds the genes, those removed, and values that are fixed."""
+    families = {gene.name: gene for gene in file.genes}
+    densities: dict[str, str] = {}
+    for number, parent in enumerate(parents):
+        declared = DENSITIES[min(number, 1)]
+        family = families.get(declared)
+        name = declared if len(parents) == 2 or number == 0 else f"{declared}.{parent.name}"
+        if method.parameter("density") is None:
+            if family is not None:
+                removed.append(RemovedGene(name, f"the method {method.name} has no densities"))
+            continue
+        densities[parent.name] = name
+        if family is None:
+            values[name] = file.fixed[declared]
+        elif base is not None and parent.fingerprint == base.fingerprint:
+            values[name] = 1.0
+            removed.append(
+                RemovedGene(name, f"{parent.name} is the base: it has no changes to drop")
+            )
+        else:
+            genes.append(Gene(name, family.low, family.high, family.start[0]))
+    return densities
+
+
+def _exceptions(file: RatioFile, tensor: LogicalTensor) -> tuple[tuple[str, float], ...]:
+    """The parameters that the file fixes for a tensor, by the first exception that names it."""
+    for patterns, values in file.exceptions:
+        if any(fnmatchcase(name, p) for p in patterns for name in (tensor.name, tensor.stored)):
+            return tuple(values.items())
+    return ()

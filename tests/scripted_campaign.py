@@ -1,0 +1,106 @@
+"""Whole campaigns in this process, with right and wrong answers by a script instead of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from orchestrator.calls import LocalCalls
+from orchestrator.campaign import Campaign
+from orchestrator.config import load_config
+from orchestrator.pool import Job, Progress
+from tests.campaigns import write_campaign
+from workers.actors import MergeSpec, MergeWorker, Scored
+from workers.evaluation.task import Item, Task
+from workers.merging import Recipe
+
+Answers = Callable[[Recipe, Item], bool]
+"""Whether the recipe's child answers the item right."""
+
+
+class ScriptedPool:
+    """What a campaign needs of its pool. Merges and scans are done for true, by this process."""
+
+    idle_seconds = 0.0
+    busy = 0
+
+    def __init__(self, campaign: Campaign, answers: Answers) -> None:
+        inputs = campaign.inputs
+        self.tasks: tuple[Task, ...] = inputs.tasks
+        self.answers = answers
+        self.evaluated: list[str] = []
+        references = (*inputs.references, inputs.base_reference)
+        worker = MergeWorker(
+            MergeSpec(
+                parents={name: parent.location for name, parent in inputs.parents.items()},
+                base=inputs.base.location if inputs.base else None,
+                fingerprints={r.name: r.fingerprint for r in references if r is not None},
+                threads=1,
+            )
+        )
+        worker.parents, worker.base = inputs.parents, inputs.base
+        self.calls = LocalCalls(worker)
+        self.called: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Progress]:
+        for job in jobs:
+            self.evaluated.append(job.key)
+            items = {
+                task.name: [
+                    {"id": item.id, "score": float(self.answers(job.recipe, item)),
+                     "truncated": False, "unparsed": False, "output": ""}
+                    for item in task.items[job.split]
+                    if item.id not in job.finished.get(task.name, ())
+                ]
+                for task in self.tasks
+            }  # fmt: skip
+            yield Progress(job, 0, Scored(items, True, 0.0, 0.0))
+
+    def group_bytes(self, total: int) -> int:
+        return self.calls.group_bytes(total)
+
+    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        self.called.append(method)
+        return self.calls.each(method, arguments)
+
+
+class ScriptedCampaign(Campaign):
+    """A campaign whose candidates answer as `answers` says."""
+
+    answers: Answers
+
+    def _make_pool(self) -> Any:
+        self.scripted = ScriptedPool(self, self.answers)
+        return self.scripted
+
+
+class Stages:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def begin(self, campaign: Campaign) -> None:
+        pass
+
+    def stage(self, name: str) -> None:
+        self.names.append(name)
+
+    def notify(self, campaign: Campaign) -> None:
+        pass
+
+
+def scripted(folder: Path, answers: Answers, **changes: Any) -> ScriptedCampaign:
+    """A small campaign of the shipped family's first two parents, not begun; `changes` as in its file."""
+    parents = [{"name": skill, "path": f"shipped:strings/{skill}"} for skill in ("reverse", "sort")]
+    file = write_campaign(folder, **({"parents": parents} | changes))
+    campaign = ScriptedCampaign(load_config(str(file)), Stages())
+    campaign.answers = answers
+    return campaign
