@@ -1,19 +1,28 @@
-"""Calls to the workers of a merge: in processes of this machine, or (see `pool`) to actors of a cluster."""
+"""Calls to workers that merge or scan: in processes of this machine, or (see `pool`) actors of a cluster."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, Protocol
 
-from workers.actors import MergeWorker
+from orchestrator.config import WorkersConfig
+from orchestrator.pool import Pool
+from workers.actors import MergeSpec, MergeWorker
+from workers.checkpoints import Checkpoint
+from workers.merging.plan import BASE
 from workers.storage import StorageError
+
+MOST_PROCESSES = 16
+"""Of this machine: beyond, the disk is the limit, and each takes memory."""
 
 
 class Calls(Protocol):
@@ -47,9 +56,8 @@ class LocalCalls:
             for number, given in enumerate(arguments):
                 yield number, getattr(self._worker, method)(*given)
             return
-        import torch
-
-        torch.set_num_threads(1)
+        if "torch" in sys.modules:  # else it is not needed, and importing it takes seconds
+            sys.modules["torch"].set_num_threads(1)
         pool = ProcessPoolExecutor(
             min(self._processes, len(arguments)),
             get_context("fork"),
@@ -89,3 +97,30 @@ def _end_with(driver: int) -> None:
 
 def _call(method: str, given: tuple[Any, ...]) -> Any:
     return getattr(_own["worker"], method)(*given)
+
+
+@contextmanager
+def open_calls(
+    parents: dict[str, Checkpoint],
+    base: Checkpoint | None,
+    workers: WorkersConfig | None,
+    address: str | None,
+    prepare: Callable[[MergeWorker], Any] = lambda worker: None,
+) -> Iterator[Calls]:
+    """Workers that have these parents: actors on the Ray cluster at `address`, or on this machine; without
+    `workers` processes of this one, which share what `prepare` has made."""
+    checkpoints = parents | ({BASE: base} if base else {})
+    spec = MergeSpec(
+        parents={name: parent.location for name, parent in parents.items()},
+        base=base.location if base else None,
+        fingerprints={name: checkpoint.fingerprint for name, checkpoint in checkpoints.items()},
+        threads=max(1, int(workers.cpus)) if workers else 1,
+    )
+    if workers is not None:
+        with Pool(spec, workers, address, lambda description: None) as pool:
+            yield pool
+        return
+    worker = MergeWorker(spec)
+    worker.parents, worker.base = parents, base
+    prepare(worker)
+    yield LocalCalls(worker, min(len(os.sched_getaffinity(0)), MOST_PROCESSES))

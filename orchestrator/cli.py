@@ -183,6 +183,41 @@ def inspect(
         _say(render_checkpoint(overview))
 
 
+@app.command()
+def scan(
+    parents: Annotated[
+        list[str],
+        typer.Argument(metavar="FATHER [MOTHER]...", help="Checkpoints, the father first."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Their common ancestor, to compare them with."),
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="STORE", help="A folder, or s3://...: holds scans/.")
+    ] = "runs",
+    workers: Annotated[
+        int, typer.Option(help="Split the work over so many Ray workers; 0: over processes here.")
+    ] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; else Ray starts on this machine.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Model MRI: what each tensor of the parents is like, and how far it is from the others'."""
+    from orchestrator.config import WorkersConfig
+    from orchestrator.scan_command import scan_checkpoints
+    from orchestrator.scan_page import render_summary, summarize
+
+    pool = WorkersConfig(count=workers) if workers else None
+    found, places = scan_checkpoints(parents, base, out, pool, address)
+    if as_json:
+        _print_json({"status": "done", **places, **summarize(found)})
+    else:
+        _say(render_summary(found))
+        _say(places["page"])
+
+
 def main() -> None:
     """Run the command line; errors of users end it with one line and the right exit code."""
     from workers.errors import BadInputError

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.calls import Calls, LocalCalls
+from orchestrator.calls import open_calls
 from orchestrator.child_writer import PROGRESS, ChildWriter
 from orchestrator.config import WorkersConfig
 from orchestrator.lineage import (
@@ -19,16 +16,11 @@ from orchestrator.lineage import (
     lineage_bytes,
     package_version,
 )
-from orchestrator.pool import Pool
 from orchestrator.progress_bar import progress_bar
-from orchestrator.recipe_file import RecipeFile, load_recipe_file
-from workers.actors import MergeSpec, MergeWorker
+from orchestrator.recipe_file import load_recipe_file
 from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
-
-MOST_PROCESSES = 16
-"""Of a merge on one machine: beyond, the disk is the limit, and each takes memory."""
 
 
 def merge_recipe(
@@ -48,7 +40,13 @@ def merge_recipe(
     for warning in [*loaded.warnings, *writer.plan.warnings]:
         print(f"darwin: warning: {warning}", file=sys.stderr)
     with (
-        _calls(loaded, workers, address) as calls,
+        open_calls(
+            loaded.parents,
+            loaded.base,
+            workers,
+            address,
+            lambda worker: worker.start(loaded.recipe),
+        ) as calls,
         progress_bar(f"merging {len(loaded.parents)} parents", writer.total_bytes) as notify,
     ):
         report = writer.write(calls, notify)
@@ -84,27 +82,3 @@ def _check_place(target: Store) -> None:
     unfinished = next(target.list_objects(f"{PROGRESS}/"), None)
     if unfinished is None and next(target.list_objects(), None) is not None:
         raise BadInputError(f"{target.uri}: is not empty; choose a new place for the child")
-
-
-@contextmanager
-def _calls(
-    loaded: RecipeFile, workers: WorkersConfig | None, address: str | None
-) -> Iterator[Calls]:
-    spec = MergeSpec(
-        parents={name: parent.location for name, parent in loaded.parents.items()},
-        base=loaded.base.location if loaded.base else None,
-        fingerprints={
-            reference.name: reference.fingerprint
-            for reference in (*loaded.recipe.parents, loaded.recipe.base)
-            if reference is not None
-        },
-        threads=max(1, int(workers.cpus)) if workers else 1,
-    )
-    if workers is not None:
-        with Pool(spec, workers, address, lambda description: None) as pool:
-            yield pool
-        return
-    worker = MergeWorker(spec)
-    worker.parents, worker.base = loaded.parents, loaded.base
-    worker.start(loaded.recipe)  # once, before the processes share it
-    yield LocalCalls(worker, min(len(os.sched_getaffinity(0)), MOST_PROCESSES))

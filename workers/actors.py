@@ -23,6 +23,7 @@ from workers.merging.plan import BASE
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
+    from workers.diagnostics.static import StaticScan
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
 
@@ -68,6 +69,7 @@ class MergeWorker:
         self.spec = spec
         self.parents: dict[str, Checkpoint] = {}
         self.base: Checkpoint | None = None
+        self._scan: StaticScan | None = None
         self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
         self._starting = threading.Lock()
         self.store: Callable[[str], Store] = lru_cache(maxsize=4)(open_store)
@@ -118,6 +120,14 @@ class MergeWorker:
         from workers.merging.child import hash_file
 
         return hash_file(self.store(target), file)
+
+    def scan_tensors(self, names: list[str]) -> list[dict[str, Any]]:
+        """What parents and base are like in these tensors of the father's: the scan's entries."""
+        from workers.diagnostics.static import StaticScan
+
+        if self._scan is None:
+            self._scan = StaticScan(self.parents, self.base)
+        return [self._scan.scan(name) for name in names]
 
     def start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
         """The recipe's run over the opened parents, and the parts of its child by their keys."""

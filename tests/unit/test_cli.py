@@ -519,3 +519,65 @@ def test_the_process_prints_one_object_and_ends_with_the_code(
         error = json.loads(refused.stdout)["error"]
         assert missing in error
         assert refused.stderr == f"darwin: {error}\n".encode(errors="backslashreplace").decode()
+
+
+# -- scan ------------------------------------------------------------------------------------
+
+
+def test_scan_prints_a_table_and_keeps_scan_and_page(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    base, father, mother = family
+    arguments = ("scan", father, mother, "--base", base, "--out", tmp_path / "out")
+    done = darwin(*arguments, "--json")
+    assert done.code == 0
+    assert done.json["status"] == "done"
+    assert done.json["not_finite"] == []
+    kept = json.loads(Path(done.json["scan"]).read_text())
+    assert kept["format"] == 1
+    assert [parent["name"] for parent in kept["parents"]] == ["father", "mother"]
+    assert kept["base"]["fingerprint"] == open_checkpoint(str(base)).fingerprint
+    assert len(kept["static"]) == len(weights(father))
+    assert kept["probe"] == {}
+    wanted = sum(tensor.numel() for tensor in weights(father).values())
+    assert sum(row["elements"] for row in done.json["components"]) == wanted
+    page = Path(done.json["page"])
+    first = page.read_bytes()
+    # Importance of both, distance to the base of both, and between them.
+    assert first.count(b"<svg") == 3
+    assert b"http://" not in first and b"https://" not in first
+    printed = darwin(*arguments)
+    assert printed.code == 0
+    assert "attention" in printed.out and "base to mother" in printed.out
+    assert printed.out.endswith(f"{page}\n")
+    assert page.read_bytes() == first
+
+
+def test_scan_names_tensors_that_are_not_finite(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(family[1], broken)
+    file = sorted(broken.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    stored, tensor = next((n, t) for n, t in tensors.items() if t.dim() == 2)
+    tensor[0, 1] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    done = darwin("scan", family[2], broken, "--out", tmp_path / "out", "--json")
+    assert done.code == 0
+    (found,) = done.json["not_finite"]
+    assert found["of"] == "mother"
+    assert stored.endswith(found["tensor"])
+    assert (found["nan"], found["inf"]) == (1, 0)
+    page = Path(done.json["page"]).read_text()
+    assert f"not finite: {found['tensor']} of mother: 1 NaN" in page
+    assert "Infinity" not in Path(done.json["scan"]).read_text()
+    printed = darwin("scan", family[2], broken, "--out", tmp_path / "out")
+    assert f"not finite: {found['tensor']} of mother" in printed.out
+
+
+def test_scan_of_what_is_no_checkpoint(darwin: Darwin, tmp_path: Path) -> None:
+    done = darwin("scan", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "nowhere" in done.error
+    assert not (tmp_path / "out").exists()

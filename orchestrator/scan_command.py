@@ -1,0 +1,53 @@
+"""`darwin scan`: the model MRI of checkpoints, without a campaign."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.calls import open_calls
+from orchestrator.config import WorkersConfig
+from orchestrator.progress_bar import progress_bar
+from orchestrator.scan import Probe, find_scan, scan_bytes, scan_key, scan_parents
+from orchestrator.scan_page import build_page
+from workers.checkpoints import Checkpoint, open_checkpoint
+from workers.errors import BadInputError
+from workers.storage import open_store
+
+ROLES = ("father", "mother", "donor")
+
+
+def scan_checkpoints(
+    locations: list[str],
+    base: str | None,
+    out: str,
+    workers: WorkersConfig | None = None,
+    address: str | None = None,
+    probe: Probe | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Scan the parents at these places, the father's first, and the `base`, into the store `out`.
+
+    The scan, and where it and its page lie. What `out` holds already is not made again. With `workers`,
+    actors scan on the Ray cluster at `address`, or on this machine; else processes of this one.
+    """
+    parents = name_parents([open_checkpoint(location) for location in locations])
+    opened = open_checkpoint(base) if base else None
+    store = open_store(out)
+    key = scan_key(parents, opened, probe)
+    page = key.removesuffix(".json") + ".html"
+    scan = find_scan(parents, opened, store, probe)
+    if scan is None:
+        with (
+            open_calls(parents, opened, workers, address) as calls,
+            progress_bar("scanning", scan_bytes(parents, opened)) as notify,
+        ):
+            scan = scan_parents(parents, opened, calls, store, probe, notify)
+    store.write(page, build_page(scan).encode())
+    return scan, {"scan": f"{store.uri}/{key}", "page": f"{store.uri}/{page}"}
+
+
+def name_parents(checkpoints: list[Checkpoint]) -> dict[str, Checkpoint]:
+    """Parents by their roles: father, mother, donor, donor2, ..."""
+    if not checkpoints:
+        raise BadInputError("name at least one checkpoint to scan")
+    names = [*ROLES, *(f"{ROLES[-1]}{number}" for number in range(2, len(checkpoints)))]
+    return dict(zip(names, checkpoints, strict=False))

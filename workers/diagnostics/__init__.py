@@ -1,0 +1,1 @@
+"""Diagnostics: what parents and children are like, measured. Knows nothing of searches or campaigns."""
