@@ -1,0 +1,180 @@
+"""`make bench-genomes`: does a scan of the parents, or a ratio genome, find better children?
+
+Searches of equal evaluations over two specialists of the shipped family, with the same items, optimizer and
+method, for many seeds; and the best of each search on held-out items. Each search runs in this process alone,
+without Ray, so that ten seeds take minutes.
+
+    python -m tests.benchmarks.genomes [--seeds 10] [--evaluations 60] [--processes 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+from scipy.stats import wilcoxon
+
+from orchestrator.calls import LocalCalls
+from orchestrator.config import CampaignConfig, config_from_dict
+from orchestrator.genome import build_space
+from orchestrator.inputs import Inputs, open_inputs
+from orchestrator.prescription import Prescription, prescribe
+from orchestrator.scan import scan_parents
+from orchestrator.search import build_optimizer
+from orchestrator.statistics import objective
+from workers.actors import MergeSpec, MergeWorker
+from workers.evaluation import make_batches, score_batch
+from workers.merging import Recipe
+
+SETUPS: dict[str, dict[str, Any]] = {
+    "components, no scan": {"space": "components"},
+    "darwin14, no scan": {"space": "darwin14", "scan": False},
+    "darwin14 + MRI": {"space": "darwin14"},
+    "darwin14 + MRI, trust 1 at the start": {"space": "darwin14", "trust": 1.0},
+}
+PAIRS = (("reverse", "sort"), ("reverse", "shift"), ("sort", "shift"))
+STEP = 0.25
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search came to."""
+
+    pair: tuple[str, str]
+    setup: str
+    seed: int
+    genes: int
+    search: float
+    holdout: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.genomes")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--evaluations", type=int, default=60)
+    parser.add_argument("--items", type=int, default=128, help="search items of each task")
+    parser.add_argument("--method", default="linear")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", help="keeps every result in this file")
+    arguments = parser.parse_args()
+    jobs = list(product(PAIRS, SETUPS, range(arguments.seeds)))
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
+        given = [(*job, arguments.evaluations, arguments.items, arguments.method) for job in jobs]
+        found = []
+        for result in pool.map(search, *zip(*given, strict=True)):
+            print(result, file=sys.stderr)
+            found.append(result)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump([vars(result) for result in found], file)
+    print(table(found))
+
+
+def search(
+    pair: tuple[str, str], setup: str, seed: int, evaluations: int, items: int, method: str
+) -> Found:
+    """One search; the best candidate's fitness on the search items and on the held-out ones."""
+    from workers.evaluation.transformers_engine import TransformersEngine
+
+    config = configuration(pair, setup, seed, items, method)
+    inputs = open_inputs(config)
+    scans = SETUPS[setup].get("scan", setup != "components, no scan")
+    space = build_space(
+        config.genome, inputs.father_map, inputs.references, inputs.base_reference, seed, scans,
+        prescription_of(inputs, config) if scans else None,
+    )  # fmt: skip
+    start = list(space.start)
+    for number, gene in enumerate(space.genes):
+        if gene.name == "mri_trust" and "trust" in SETUPS[setup]:
+            start[number] = SETUPS[setup]["trust"]
+    optimizer = build_optimizer("cma_es", start, STEP, None, seed)
+    engine = TransformersEngine(inputs.parents, inputs.base, dtype="float32")
+
+    def fitness(recipe: Recipe, split: str) -> float:
+        engine.realize(recipe)
+        return objective(
+            (
+                statistics.mean(
+                    result.score
+                    for batch in make_batches(task.items[split], BATCH)
+                    for result in score_batch(engine, task, batch)
+                )
+                for task in inputs.tasks
+            ),
+            config.objective,
+        )
+
+    scores: dict[str, tuple[float, Recipe]] = {}
+    while len(scores) < evaluations and optimizer.stopped() is None:
+        points = optimizer.ask()
+        recipes = [space.decode(space.point(point)) for point in points]
+        for recipe in recipes:
+            if recipe.id not in scores and len(scores) < evaluations:
+                scores[recipe.id] = fitness(recipe, "search"), recipe
+        if any(recipe.id not in scores for recipe in recipes):
+            break
+        optimizer.tell(points, [scores[recipe.id][0] for recipe in recipes])
+    best, recipe = max(scores.values(), key=lambda scored: scored[0])
+    return Found(pair, setup, seed, len(space.genes), best, fitness(recipe, "holdout"))
+
+
+def configuration(
+    pair: tuple[str, str], setup: str, seed: int, items: int, method: str
+) -> CampaignConfig:
+    return config_from_dict(
+        {
+            "name": "bench",
+            "parents": [{"name": name, "path": f"shipped:strings/{name}"} for name in pair],
+            "base": "shipped:strings/base",
+            "tasks": [{"name": name, "search_items": items} for name in pair],
+            "genome": {"space": SETUPS[setup]["space"], "method": method},
+            "objective": "worst",
+            "seed": seed,
+        }
+    )
+
+
+def prescription_of(inputs: Inputs, config: CampaignConfig) -> Prescription:
+    worker = MergeWorker(MergeSpec({}, None, {}))
+    worker.parents, worker.base = inputs.parents, inputs.base
+    scan = scan_parents(inputs.parents, inputs.base, LocalCalls(worker), None)
+    space = build_space(
+        config.genome, inputs.father_map, inputs.references, inputs.base_reference, 0, True
+    )
+    return prescribe(scan, space.to_prescribe, config.scan.alpha)
+
+
+def table(found: list[Found]) -> str:
+    """Means over seeds, and each setup against the first one, seed by seed."""
+    lines = [
+        "| parents | genome space | genes | best on search items | the same held out | against the first (p) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for pair, setup in product(PAIRS, SETUPS):
+        own = [f for f in found if (f.pair, f.setup) == (pair, setup)]
+        first = [f for f in found if (f.pair, f.setup) == (pair, next(iter(SETUPS)))]
+        differences = [one.holdout - other.holdout for one, other in zip(own, first, strict=True)]
+        against = ""
+        if any(differences):
+            p_value = wilcoxon(differences).pvalue
+            against = f"{statistics.mean(differences):+.3f} ({p_value:.3f})"
+        means = (
+            f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+            for values in ([f.search for f in own], [f.holdout for f in own])
+        )
+        lines.append(
+            f"| {' x '.join(pair)} | {setup} | {own[0].genes} | {' | '.join(means)} | {against} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
