@@ -7,6 +7,8 @@ checkpoint, so that every method, genome space and campaign can take it for a pa
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.alignment_record import (
@@ -58,12 +60,14 @@ def align_mother(
     least_correlation: float | None = None,
     tokens: int = 4096,
     device: str = "cpu",
+    threads: int | None = None,
     allow_low_coverage: bool = False,
 ) -> dict[str, Any]:
     """Write the aligned mother to `out`; what was matched.
 
-    The father runs on the calibration text, on `device`; of the mother only weights are read. Without a
-    `least_correlation` neurons must correlate more than any do by chance. Raises
+    The father runs on the calibration text, on `device`, with so many CPU `threads` (by default all); of the
+    mother only weights are read. Without a `least_correlation` neurons must correlate more than any do by
+    chance. Raises
     `BadInputError` for what cannot be read or run and if `out` is not empty, and `LowCoverageError`, with
     nothing written, if less than `LEAST_COVERAGE` of the parameters would change.
     """
@@ -77,8 +81,10 @@ def align_mother(
     plan = Plan({"father": maps[0]}, None)
     check_values_readable(mother)
     matches = map_layers(*maps, threshold)
-    states = _states(father, matches, calibration, tokens, device)
-    moves, layers = _match(maps, matches, states, least_correlation)
+    threads = threads or len(os.sched_getaffinity(0))
+    states = _states(father, matches, calibration, tokens, device, threads)
+    with progress_bar("matching neurons", _matched_bytes(maps[0], matches)) as notify:
+        moves, layers = _match(maps, matches, states, least_correlation, notify)
 
     from workers.merging.transplant import write_transplant
 
@@ -137,6 +143,7 @@ def _states(
     calibration: Calibration,
     tokens: int,
     device: str,
+    threads: int,
 ) -> CalibrationStates | None:
     """What reaches the father's networks whose neurons are to be matched; None if there are none."""
     layers = [match.layer for match in matches if match.option == "neuron_matched"]
@@ -145,7 +152,7 @@ def _states(
     from workers.diagnostics.neurons import calibration_states
     from workers.evaluation.transformers_engine import TransformersEngine
 
-    engine = TransformersEngine({"father": father}, None, device=device)
+    engine = TransformersEngine({"father": father}, None, device=device, threads=threads)
     # So that FP8 codes and adapters count, too.
     engine.realize(Recipe((ParentReference("father", father.fingerprint),), ()))
     return calibration_states(
@@ -158,6 +165,7 @@ def _match(
     matches: list[LayerMatch],
     states: CalibrationStates | None,
     least_correlation: float | None,
+    notify: Callable[[int], None],
 ) -> tuple[Moves, list[dict[str, Any]]]:
     """The neurons that move, and what the alignment says of each layer."""
     from workers.diagnostics.neurons import chance_correlation, match_neurons, read_feed_forward
@@ -175,6 +183,7 @@ def _match(
         network = inputs, states.activations[match.layer], own, hers
         chance = chance_correlation(*network)
         found = match_neurons(*network, chance if least_correlation is None else least_correlation)
+        notify(_bytes(maps[0], {match.layer}))
         layer |= {"chance_correlation": chance, "mother_neurons": len(hers.gate)}
         if not found.moved:
             layer |= {"option": "skip", "reason": NO_NEURONS}
@@ -182,6 +191,15 @@ def _match(
         layer |= moved_record(found)
         moves[match.layer] = match.mother_layer, found
     return moves, layers
+
+
+def _matched_bytes(father: ArchitectureMap, matches: list[LayerMatch]) -> int:
+    return _bytes(father, {match.layer for match in matches if match.option == "neuron_matched"})
+
+
+def _bytes(father: ArchitectureMap, layers: set[int]) -> int:
+    """Of the father's dense feed-forward networks in these layers, in fp32."""
+    return sum(4 * t.elements for t in father.tensors if t.component == "mlp" and t.layer in layers)
 
 
 def _too_little(coverage: Coverage, layers: list[dict[str, Any]]) -> str:

@@ -123,18 +123,28 @@ def build_alignment_lineage(
 ) -> dict[str, Any]:
     """As that of a merge: what `darwin verify` reads. Identity is that of the alignment."""
     summary = {key: value for key, value in alignment.items() if key != "layers"}
-    moved = {layer["layer"] for layer in alignment["layers"] if layer["moved"]}
+    moved = {
+        layer["layer"]: layer["moved"] / layer["neurons"]
+        for layer in alignment["layers"]
+        if layer["moved"]
+    }
     tensors = []
     for tensor in plan.child.tensors:
-        matched = tensor.component == "mlp" and tensor.layer in moved
+        method: str = "passthrough"
+        parameters: dict[str, Any] = {"source": "father", "scale": 1.0}
+        if tensor.component == "mlp" and tensor.layer in moved:
+            # As weights, so that whoever adds up the parents' shares in a child can do so here.
+            share = moved[tensor.layer]
+            method = "neuron_matched"
+            parameters = {"weight": {"father": 1 - share, "mother": share}}
         tensors.append(
             {
                 "name": tensor.name,
                 "component": tensor.component,
                 "layer": tensor.layer,
                 "elements": tensor.elements,
-                "method": "neuron_matched" if matched else "skip",
-                "parameters": {},
+                "method": method,
+                "parameters": parameters,
                 "changed": {"father": written.changed.get(tensor.name, 0)},
                 "not_finite": written.not_finite.get(tensor.name, 0),
             }

@@ -136,6 +136,9 @@ def align(
         typer.Option(help="Least correlation of two neurons; left out, what chance attains."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the father runs: cpu, cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; left out, one for each core.")
+    ] = None,
     allow_low_coverage: Annotated[
         bool, typer.Option("--allow-low-coverage", help="Also if under 1 % is changed.")
     ] = False,
@@ -153,6 +156,7 @@ def align(
         least_correlation=least_correlation,
         tokens=tokens,
         device=device,
+        threads=threads,
         allow_low_coverage=allow_low_coverage,
     )
     if as_json:

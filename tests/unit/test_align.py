@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from orchestrator.alignment import LowCoverageError, align_mother, render_alignment
+from orchestrator.shares import parent_shares
 from orchestrator.single_merge import merge_recipe
 from orchestrator.verification import verify_child
 from tests.checkpoint_files import assert_same_bits, read_tensors, tensor_bytes, weight_files
@@ -59,7 +60,9 @@ def permutations() -> list[torch.Tensor]:
 
 
 def align(models: Path, father: Path, mother: Path, out: Path, **options: Any) -> dict[str, Any]:
-    return align_mother(str(father), str(mother), str(out), str(models / "text.txt"), **options)
+    return align_mother(
+        str(father), str(mother), str(out), str(models / "text.txt"), **({"threads": 1} | options)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5"])
@@ -186,6 +189,12 @@ def test_what_is_written_can_be_verified_and_keeps_the_fathers_files(
         open_checkpoint(str(mother)).fingerprint,
     ]
     assert result["changed"]["father"] == sum(t["changed"]["father"] for t in lineage["tensors"])
+    layers = json.loads((out / "alignment.json").read_text())["layers"]
+    for tensor in lineage["tensors"]:
+        moved = layers[tensor["layer"]]["moved"] if tensor["component"] == "mlp" else 0
+        shares = parent_shares(tensor["method"], tensor["parameters"], ["father", "mother"])
+        assert shares["mother"] == pytest.approx(moved / NEURONS)
+        assert sum(shares.values()) == pytest.approx(1)
     with pytest.raises(BadInputError, match="not empty"):
         align(models, father, mother, out)
 
@@ -265,7 +274,9 @@ def test_a_file_of_prompts_is_a_calibration_text(models: Path, tmp_path: Path) -
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     mother = planted_mother(models, models / "gemma3", tmp_path / "mother")
     for name, file in (("one", tmp_path / "prompts.jsonl"), ("two", models / "text.txt")):
-        align_mother(str(models / "gemma3"), str(mother), str(tmp_path / name), str(file))
+        align_mother(
+            str(models / "gemma3"), str(mother), str(tmp_path / name), str(file), threads=1
+        )
     one, two = (
         json.loads((tmp_path / name / "alignment.json").read_text()) for name in ("one", "two")
     )
