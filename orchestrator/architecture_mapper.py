@@ -155,6 +155,9 @@ def why_not_matched(one: Layer, other: Layer) -> str | None:
         if set(layer.matrices) != {f"{role}.weight" for role in ROLES}:
             stored = ", ".join(sorted(layer.matrices))
             return f"the {whose} feed-forward is stored as {stored}, not as gate, up and down alone"
+        wide, tall = (layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)
+        if [layer.matrices[f"{role}.weight"] for role in ROLES] != [wide, wide, tall] or 0 in wide:
+            return f"the shapes of the {whose} gate, up and down do not fit one another"
     if one.hidden != other.hidden:
         return (
             f"the father's hidden size is {one.hidden}, the mother's {other.hidden}: her neurons read "

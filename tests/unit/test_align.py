@@ -18,7 +18,9 @@ from orchestrator.verification import verify_child
 from tests.checkpoint_files import assert_same_bits, read_tensors, tensor_bytes, weight_files
 from tests.families import write_model
 from workers.checkpoints import open_checkpoint
+from workers.diagnostics import neurons
 from workers.errors import BadInputError
+from workers.merging import transplant
 
 TEXTS = [
     "".join("abcdefghijklmnopqrstuvwxyz"[(n * k * 7 + k * k) % 26] for k in range(60))
@@ -207,6 +209,22 @@ def test_the_same_inputs_give_the_same_bytes(models: Path, tmp_path: Path) -> No
     for file in (tmp_path / "one").iterdir():
         if file.is_file() and not file.name.startswith("."):
             assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_the_size_of_the_pieces_does_not_matter(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    father = models / "gemma4"
+    mother = planted_mother(models, father, tmp_path / "mother")
+    align(models, father, mother, tmp_path / "whole", least_correlation=0.9)
+    for module, name, size in (
+        (transplant, "CHUNK_BYTES", 200),
+        (transplant, "PART_BYTES", 5000),
+        (neurons, "CHUNK_TOKENS", 97),
+    ):
+        monkeypatch.setattr(module, name, size)
+    align(models, father, mother, tmp_path / "pieces", least_correlation=0.9)
+    assert_same_bits(read_tensors(tmp_path / "pieces"), read_tensors(tmp_path / "whole"))
 
 
 def test_a_mother_that_has_nothing_in_common_is_refused(models: Path, tmp_path: Path) -> None:

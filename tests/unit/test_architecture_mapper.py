@@ -17,6 +17,11 @@ from orchestrator.architecture_mapper import (
 from tests.checkpoint_files import described
 from workers.checkpoints import ArchitectureMap
 
+NETWORK = {
+    "mlp.gate_proj.weight": (16, 8),
+    "mlp.up_proj.weight": (16, 8),
+    "mlp.down_proj.weight": (8, 16),
+}
 LAYER = Layer("full_attention", "dense", "silu", 32, 48, 4, 10_000)
 
 
@@ -180,18 +185,20 @@ def test_other_hidden_sizes_are_skipped_with_the_reason() -> None:
         ({"mlp.experts.gate_up_proj": (4, 16, 8), "mlp.experts.down_proj": (4, 8, 8)}, "experts"),
         ({"mlp.gate_up_proj.weight": (32, 8), "mlp.down_proj.weight": (8, 16)}, "gate_up_proj"),
         ({"self_attn.q_proj.weight": (8, 8)}, "no feed-forward"),
+        (NETWORK | {"mlp.gate_proj.bias": (16,)}, "gate_proj.bias"),
+        (NETWORK | {"mlp.up_proj.weight": (15, 8)}, "do not fit"),
+        (dict.fromkeys(NETWORK, (0, 0)), "do not fit"),
     ],
 )
 def test_what_is_no_gated_network_is_skipped_with_the_reason(
     shapes: dict[str, tuple[int, ...]], word: str
 ) -> None:
-    dense = {
-        "model.layers.0.mlp.gate_proj.weight": (16, 8),
-        "model.layers.0.mlp.up_proj.weight": (16, 8),
-        "model.layers.0.mlp.down_proj.weight": (8, 16),
-    }
-    other = {f"model.layers.0.{name}": shape for name, shape in shapes.items()}
-    maps = [ArchitectureMap(described(found, {"hidden_size": 8})) for found in (dense, other)]
+    maps = [
+        ArchitectureMap(
+            described({f"model.layers.0.{name}": shape for name, shape in found.items()}, {})
+        )
+        for found in (NETWORK, shapes)
+    ]
     for father, mother in (maps, reversed(maps)):
         (match,) = map_layers(father, mother, 0.0)
         assert match.option == "skip"

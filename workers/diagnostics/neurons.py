@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 1024
 """Tokens whose activations are held at once."""
 
+CHANCE_PAIRS = 1 << 20
+MOST_SHUFFLES = 32
+"""So many pairs are looked at for what chance attains, but in so many shuffles at most."""
+
 GATE = re.compile(r"layers\.(\d+)\.mlp\.gate_proj")
 
 
@@ -137,17 +141,22 @@ def chance_correlation(
     father: FeedForward,
     mother: FeedForward,
 ) -> float:
-    """The highest |correlation| of any pair once the mother's input channels are shuffled.
+    """The highest |correlation| of any pair when the mother's input channels are shuffled.
 
-    Her weights are the same, but what they read has no meaning any more: so much comes from the shape of
-    the states and the number of pairs alone. Always the same shuffle.
+    Her weights are the same, but what they read has no meaning any more: so much comes from the states
+    and the number of pairs alone. Small networks are shuffled more often; always in the same ways.
     """
     import numpy
     import torch
 
-    order = torch.from_numpy(numpy.random.default_rng(0).permutation(mother.gate.shape[1]))
-    shuffled = FeedForward(mother.gate[:, order], mother.up[:, order], mother.down)
-    return float(numpy.abs(_correlations(inputs, activation, father, shuffled)).max())
+    generator = numpy.random.default_rng(0)
+    highest = 0.0
+    for _ in range(min(MOST_SHUFFLES, -(-CHANCE_PAIRS // (len(father.gate) * len(mother.gate))))):
+        order = torch.from_numpy(generator.permutation(mother.gate.shape[1]))
+        shuffled = FeedForward(mother.gate[:, order], mother.up[:, order], mother.down)
+        found = numpy.abs(_correlations(inputs, activation, father, shuffled)).max()
+        highest = max(highest, float(found))
+    return highest
 
 
 def match_neurons(
