@@ -203,31 +203,30 @@ def _correlations(
     import torch
 
     pair = (father, mother)
-    means, spreads = [], []
-    for network in pair:
-        total = torch.zeros(len(network.gate), dtype=torch.float64, device=inputs.device)
-        squares = total.clone()
-        for chunk in _chunks(inputs):
-            values = network.neurons(chunk, activation).double()
-            total += values.sum(0)
-            squares += values.square().sum(0)
-        mean = total / len(inputs)
-        means.append(mean)
-        spreads.append((squares / len(inputs) - mean.square()).clamp(min=0).sqrt())
+    # Sums of what deviates from the means of the first chunk, so that large means cost no digits.
+    origins = [network.neurons(next(_chunks(inputs)), activation).mean(0) for network in pair]
+    sums = [torch.zeros_like(origin, dtype=torch.float64) for origin in origins]
+    squares = [torch.zeros_like(total) for total in sums]
     product = torch.zeros(len(father.gate), len(mother.gate), device=inputs.device)
     for chunk in _chunks(inputs):
         mine, hers = (
-            _standardized(network.neurons(chunk, activation), mean, spread)
-            for network, mean, spread in zip(pair, means, spreads, strict=True)
+            network.neurons(chunk, activation) - origin
+            for network, origin in zip(pair, origins, strict=True)
         )
         product += mine.T @ hers
-    return (product / len(inputs)).double().cpu().numpy()
-
-
-def _standardized(values: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    # Below this share of its mean a neuron's variation is that of rounding.
-    factor = (1 / spread).where(spread > 1e-6 * mean.abs(), 0).nan_to_num(0, 0, 0)
-    return ((values.double() - mean) * factor).float()
+        for values, total, square in zip((mine, hers), sums, squares, strict=True):
+            total += values.double().sum(0)
+            square += values.double().square().sum(0)
+    means = [total / len(inputs) for total in sums]
+    product /= len(inputs)
+    product.addr_(means[0].float(), means[1].float(), alpha=-1)
+    for number, (mean, origin) in enumerate(zip(means, origins, strict=True)):
+        spread = (squares[number] / len(inputs) - mean.square()).clamp(min=0).sqrt()
+        # Below this share of its mean a neuron's variation is that of rounding.
+        varies = spread > 1e-6 * (mean + origin).abs()
+        factor = torch.where(varies, 1 / spread, 0).float()
+        product *= factor[:, None] if number == 0 else factor
+    return product.cpu().numpy()
 
 
 def _scale(
