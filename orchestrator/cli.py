@@ -119,6 +119,53 @@ def merge(
 
 
 @app.command()
+def align(
+    father: Annotated[str, typer.Argument(metavar="FATHER", help="Whose layout it gets.")],
+    mother: Annotated[str, typer.Argument(metavar="MOTHER", help="Whose neurons it gets.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or s3://bucket/prefix.")],
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="A text, or .jsonl with `text`, that the father reads."),
+    ],
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it are read.")] = 4096,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least compatibility of two layers, 0 to 1.")
+    ] = None,
+    least_correlation: Annotated[
+        float | None,
+        typer.Option(help="Least correlation of two neurons; left out, what chance attains."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the father runs: cpu, cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; left out, one for each core.")
+    ] = None,
+    allow_low_coverage: Annotated[
+        bool, typer.Option("--allow-low-coverage", help="Also if under 1 % is changed.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a mother of another architecture as a parent in the father's layout."""
+    from orchestrator.alignment import align_mother, render_alignment
+
+    result = align_mother(
+        father,
+        mother,
+        out,
+        calibration,
+        threshold=threshold,
+        least_correlation=least_correlation,
+        tokens=tokens,
+        device=device,
+        threads=threads,
+        allow_low_coverage=allow_low_coverage,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        _say(render_alignment(result))
+
+
+@app.command()
 def verify(
     child: Annotated[str, typer.Argument(metavar="CHILD", help="Its folder or s3:// place.")],
     parent: Annotated[
@@ -250,12 +297,14 @@ def main() -> None:
 
 def _is_foreseen(error: Exception) -> bool:
     """Whether the message says it all; anything else is a bug, and its traceback is wanted."""
+    from orchestrator.alignment import LowCoverageError
     from orchestrator.campaign import CampaignError
     from orchestrator.ledger import LeaseLostError
     from orchestrator.pool import PoolError
     from workers.storage import StorageError
 
-    return isinstance(error, CampaignError | LeaseLostError | PoolError | StorageError)
+    foreseen = CampaignError | LeaseLostError | LowCoverageError | PoolError | StorageError
+    return isinstance(error, foreseen)
 
 
 def _fail(status: str, message: str, as_json: bool) -> None:

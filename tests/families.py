@@ -33,6 +33,7 @@ LINEAR_ATTENTION = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+SLIDING_LAYERS = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -64,6 +65,18 @@ def configuration(kind: str) -> Any:
     if kind == "qwen3_5":
         return transformers.Qwen3_5TextConfig(
             **SMALL, **LINEAR_ATTENTION, tie_word_embeddings=False
+        )
+    if kind == "gemma3":
+        return transformers.Gemma3TextConfig(**SMALL, sliding_window=16, layer_types=SLIDING_LAYERS)
+    if kind == "gemma4":
+        return transformers.Gemma4TextConfig(
+            **SMALL,
+            sliding_window=16,
+            layer_types=SLIDING_LAYERS,
+            global_head_dim=32,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=40,
+            num_kv_shared_layers=2,
         )
     if kind == "qwen3_5_moe":
         return transformers.Qwen3_5MoeTextConfig(**SMALL, **LINEAR_ATTENTION, **EXPERTS)

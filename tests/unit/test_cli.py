@@ -247,6 +247,40 @@ def test_a_rule_that_cannot_work_fails_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+# -- align -----------------------------------------------------------------------------------
+
+
+def test_align_fails_where_a_mother_gives_nothing_unless_it_is_allowed(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    """The mother is the father himself: nothing would change."""
+    text, out = tmp_path / "text.txt", tmp_path / "aligned"
+    text.write_text("the quick brown fox jumps over the lazy dog\n\nand back again = yes\n")
+    command = ["align", family[0], family[0], out, "--calibration", text, "--threads", 1]
+    failed = darwin(*command)
+    assert failed.code == 1
+    assert "less than 1%" in failed.error and "--allow-low-coverage" in failed.error
+    assert not (out / "config.json").exists()
+    assert darwin(*command, "--json").json["status"] == "failed"
+    done = darwin(*command, "--allow-low-coverage", "--json")
+    assert done.code == 0
+    assert done.json["aligned"] == str(out)
+    assert done.json["matched_layers"] == done.json["layers"] == 4
+    assert done.json["coverage"]["total"] == 0
+    for name, tensor in weights(family[0]).items():
+        assert torch.equal(weights(out)[name], tensor), name
+
+
+def test_align_says_what_is_wrong_with_its_input(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    assert darwin("align", family[0], family[1], tmp_path / "out").code == 2
+    nowhere = tmp_path / "nowhere.txt"
+    failed = darwin("align", family[0], family[1], tmp_path / "out", "--calibration", nowhere)
+    assert failed.code == 2
+    assert str(nowhere) in failed.error
+
+
 # -- inspect ---------------------------------------------------------------------------------
 
 
