@@ -37,6 +37,8 @@ MOST_UNKNOWN = 0.5
 Rows = list[dict[str, Any]]
 """`{"layer", "component", "mean_token", "last_token"}` of each layer and component, in their order."""
 
+PackedStates = list[tuple[str, Any]]
+
 
 def probe_checkpoint(
     checkpoint: Checkpoint,
@@ -103,9 +105,23 @@ def probe_span(
     return tally.rows(), states
 
 
-def encode(
-    tokenizer: Any, sets: Sequence[CalibrationSet], location: str
-) -> list[torch.Tensor]:
+def pack_states(states: Sequence[torch.Tensor]) -> PackedStates:
+    """Hidden states to send to another process: (dtype, bytes as a uint8 array) of each."""
+    return [
+        (
+            str(state.dtype).removeprefix("torch."),
+            state.cpu().contiguous().view(torch.uint8).numpy(),
+        )
+        for state in states
+    ]
+
+
+def unpack_states(packed: PackedStates) -> list[torch.Tensor]:
+    """What `pack_states` was given, on the CPU."""
+    return [torch.tensor(values).view(getattr(torch, dtype)) for dtype, values in packed]
+
+
+def encode(tokenizer: Any, sets: Sequence[CalibrationSet], location: str) -> list[torch.Tensor]:
     """Token ids `[1, tokens]` of all prompts: of each pair the conditioned one, then the generic one.
 
     Raises `BadInputError` for a prompt without tokens, and for a set that the tokenizer hardly knows.
