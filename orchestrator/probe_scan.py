@@ -26,15 +26,14 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class ParentProbe:
-    """A probe of parents, ready to run.
+class ActivationProbe:
+    """A probe, ready to be run on parents.
 
     `streamed`: one layer in memory at a time, else the whole model; the result is the same. With more than
     one of `spans` the layers are divided among so many calls at a time (and always streamed): each worker
     keeps its span in memory.
     """
 
-    parents: dict[str, Checkpoint]
     sets: tuple[CalibrationSet, ...]
     streamed: bool = True
     spans: int = 1
@@ -50,23 +49,29 @@ class ParentProbe:
             "device": self.device,
         }
 
-    def run(self, calls: Calls) -> dict[str, Any]:
-        """The `probe` part of a scan: `{"sets": ..., "parents": {parent: {set: rows}}}`."""
-        found = self._run_spans(calls) if self.spans > 1 else self._run_whole(calls)
+    def run(self, parents: dict[str, Checkpoint], calls: Calls) -> dict[str, Any]:
+        """The `probe` part of the scan of these parents, which the workers behind `calls` have opened.
+
+        `{"sets": {set: summary}, "parents": {parent: {set: rows}}}`.
+        """
+        run = self._run_spans if self.spans > 1 else self._run_whole
+        found = run(parents, calls)
         return {
             "sets": {calibration.name: calibration.summary for calibration in self.sets},
             "parents": {
                 parent: {
                     calibration.name: found[parent, calibration.name] for calibration in self.sets
                 }
-                for parent in self.parents
+                for parent in parents
             },
         }
 
-    def _run_whole(self, calls: Calls) -> dict[tuple[str, str], Rows]:
+    def _run_whole(
+        self, parents: dict[str, Checkpoint], calls: Calls
+    ) -> dict[tuple[str, str], Rows]:
         arguments = [
             (name, group, self.streamed, self.dtype, self.device)
-            for name, parent in self.parents.items()
+            for name, parent in parents.items()
             for group in (
                 [self.sets]
                 if parent.folder is None
@@ -79,9 +84,11 @@ class ParentProbe:
             for called, rows in result.items()
         }
 
-    def _run_spans(self, calls: Calls) -> dict[tuple[str, str], Rows]:
+    def _run_spans(
+        self, parents: dict[str, Checkpoint], calls: Calls
+    ) -> dict[tuple[str, str], Rows]:
         found: dict[tuple[str, str], Rows] = {}
-        for name, parent in self.parents.items():
+        for name, parent in parents.items():
             spans = cut_layers(ArchitectureMap.of(parent).layers, self.spans)
             states: dict[int, Any] = {}
             for step in range(len(self.sets) + len(spans) - 1):
@@ -98,16 +105,6 @@ class ParentProbe:
                     states[number] = after if stage + 1 < len(spans) else None
                     found.setdefault((name, called), []).extend(rows[called])
         return found
-
-
-def probe_parents(
-    parents: dict[str, Checkpoint],
-    sets: Sequence[CalibrationSet],
-    calls: Calls,
-    streamed: bool = True,
-) -> dict[str, Any]:
-    """The `probe` part of the scan of these parents, which the workers behind `calls` have opened."""
-    return ParentProbe(parents, tuple(sets), streamed).run(calls)
 
 
 def load_calibration_sets(names: Sequence[str] = ()) -> tuple[CalibrationSet, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import shutil
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from orchestrator.calls import LocalCalls
-from orchestrator.probe_scan import ParentProbe, cut_layers, load_calibration_sets, probe_parents
-from tests.checkpoint_files import open_remote
+from orchestrator.probe_scan import ActivationProbe, cut_layers, load_calibration_sets
+from tests.checkpoint_files import open_remote, recipe_for, rule, write_child
 from tests.families import EXPERTS, LINEAR_ATTENTION, SMALL, configuration, write_tokenizer
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import Checkpoint, open_checkpoint
@@ -33,6 +35,7 @@ from workers.diagnostics.probe import (
 )
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
+from workers.merging.executor import Merger
 
 T = transformers
 SLIDING = {"sliding_window": 4}
@@ -339,6 +342,60 @@ def test_other_layouts_and_stores(checkpoints: dict[str, Checkpoint], tmp_path: 
     assert probe_checkpoint(open_remote(folder), SETS) == expected
 
 
+def test_fp8_codes_are_dequantized(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    """As the model whose weights are codes times scales, rounded to BF16."""
+    values = {}
+
+    def pack(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "_proj" in name]:
+            codes = (tensors[name].float() * 8192).to(torch.float8_e4m3fn)
+            values[name] = (codes.float() / 8192).to(torch.bfloat16)
+            tensors[name] = codes
+            tensors[f"{name}_scale_inv"] = torch.full(
+                tuple(-(-size // 16) for size in codes.shape), 1 / 8192
+            )
+
+    packed = changed(checkpoints["qwen3_moe"], tmp_path / "fp8", pack)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    packed = open_checkpoint(packed.location)
+    assert values.keys() > {"model.layers.0.mlp.experts.0.gate_proj.weight"}
+    plain = changed(checkpoints["qwen3_moe"], tmp_path / "bf16", lambda t: t.update(values))
+    model, tokenizer = load(plain)
+    assert probe_checkpoint(packed, SETS) == probe_model(model, tokenizer, SETS, "model")
+    assert probe_checkpoint(packed, SETS) != probe_checkpoint(checkpoints["qwen3_moe"], SETS)
+
+
+def test_an_adapter_is_added(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    """As the child that copies the adapted parent, written out and loaded by transformers."""
+    base = checkpoints["llama"].location
+    module = "base_model.model.model.layers.1.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(3)
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    )
+    save_file(
+        {
+            f"{module}.lora_A.weight": torch.randn(4, 32, generator=generator),
+            f"{module}.lora_B.weight": torch.randn(32, 4, generator=generator),
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    adapted = open_checkpoint(f"{base}+{adapter}")
+    merger = Merger({"a": adapted, "b": checkpoints["llama"]})
+    recipe = recipe_for(merger, rule("passthrough", source="a"))
+    child = open_checkpoint(str(write_child(merger, recipe, tmp_path / "child")))
+    model, tokenizer = load(child)
+    rows = probe_checkpoint(adapted, SETS)
+    assert rows == probe_model(model, tokenizer, SETS, "model")
+    plain = probe_checkpoint(checkpoints["llama"], SETS)["letters"]
+    same = [one == two for one, two in zip(rows["letters"], plain, strict=True)]
+    assert same == [True, True, *[False] * 6]
+
+
 def calls_to(parents: dict[str, Checkpoint], processes: int = 1) -> LocalCalls:
     worker = MergeWorker(MergeSpec({}, None, {}))
     worker.parents = parents
@@ -347,7 +404,7 @@ def calls_to(parents: dict[str, Checkpoint], processes: int = 1) -> LocalCalls:
 
 def test_parents_are_probed_by_workers(checkpoints: dict[str, Checkpoint]) -> None:
     parents = {"father": checkpoints["qwen3"], "mother": checkpoints["qwen3_5"]}
-    found = probe_parents(parents, SETS, calls_to(parents))
+    found = ActivationProbe(SETS).run(parents, calls_to(parents))
     assert found["sets"] == {
         "questions": {"prompts": 2, "sha256": "hash"},
         "letters": {"prompts": 1, "sha256": "hash"},
@@ -356,9 +413,9 @@ def test_parents_are_probed_by_workers(checkpoints: dict[str, Checkpoint]) -> No
         name: probe_checkpoint(parent, SETS) for name, parent in parents.items()
     }
     assert list(found["parents"]) == ["father", "mother"]
-    assert probe_parents(parents, SETS, calls_to(parents), streamed=False) == found
-    assert ParentProbe(parents, SETS, spans=3).run(calls_to(parents)) == found
-    assert ParentProbe(parents, SETS, spans=9).run(calls_to(parents)) == found
+    assert ActivationProbe(SETS, streamed=False).run(parents, calls_to(parents)) == found
+    assert ActivationProbe(SETS, spans=3).run(parents, calls_to(parents)) == found
+    assert ActivationProbe(SETS, spans=9).run(parents, calls_to(parents)) == found
 
 
 def test_spans_cover_the_layers() -> None:
@@ -372,7 +429,7 @@ def test_the_shipped_family() -> None:
     skills = ("reverse", "sort", "shift")
     sets = load_calibration_sets([f"strings_{skill}" for skill in skills])
     parents = {skill: open_checkpoint(f"shipped:strings/{skill}") for skill in skills}
-    found = probe_parents(parents, sets, calls_to(parents, processes=2))["parents"]
+    found = ActivationProbe(sets).run(parents, calls_to(parents, processes=2))["parents"]
     for rows in (rows for of_parent in found.values() for rows in of_parent.values()):
         assert len(rows) == 8
         assert all(0 < row["mean_token"] < 2 and 0 < row["last_token"] < 2 for row in rows)
@@ -396,8 +453,6 @@ def changed(
     checkpoint: Checkpoint, folder: Path, change: Callable[[dict[str, Any]], None]
 ) -> Checkpoint:
     """A copy with other tensors."""
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(checkpoint.location, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
