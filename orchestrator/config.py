@@ -205,24 +205,25 @@ def config_to_dict(config: CampaignConfig) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def find_shipped(kind: str, name: str) -> Path:
-    """The YAML file that `name` means: one's own (a path, `file://`, `s3://`), or a name in `conf/KIND`.
+def find_shipped(kind: str, name: str, suffixes: tuple[str, ...] = (".yaml", ".yml")) -> Path:
+    """The file that `name` means: one's own (a path, `file://`, `s3://`), or a name in `conf/KIND`.
 
-    A file in a bucket is copied to this machine first, for as long as the process lives.
+    A file of one's own is told from a name by its suffix; the first of `suffixes` is what ships. A file in
+    a bucket is copied to this machine first, for as long as the process lives.
     """
     if "://" in name:
         return _fetch(name)
     own = Path(os.path.expanduser(name))
-    if own.suffix in (".yaml", ".yml"):
+    if own.suffix in suffixes:
         if not own.is_file():
             raise BadInputError(f"there is no file {name}")
         return own
-    shipped = SHIPPED / kind / f"{name}.yaml"
+    shipped = SHIPPED / kind / f"{name}{suffixes[0]}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not shipped.is_file():
-        known = ", ".join(sorted(path.stem for path in (SHIPPED / kind).glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in (SHIPPED / kind).glob(f"*{suffixes[0]}")))
         raise BadInputError(
             f"{name!r} is no {kind} that ships ({known}); a {kind} of one's own is given as the path "
-            "of its .yaml file"
+            f"of its {suffixes[0]} file"
         )
     return shipped
 

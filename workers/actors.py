@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,10 @@ from workers.merging.plan import BASE
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
+    from workers.diagnostics.calibration import CalibrationSet
+    from workers.diagnostics.probe import PackedStates, Rows
     from workers.diagnostics.static import StaticScan
+    from workers.diagnostics.streaming import StreamedModel
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
 
@@ -72,6 +75,7 @@ class MergeWorker:
         self._scan: StaticScan | None = None
         self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
         self._starting = threading.Lock()
+        self._streamed: tuple[tuple[str, ...], StreamedModel] | None = None
         self.store: Callable[[str], Store] = lru_cache(maxsize=4)(open_store)
 
     def describe(self) -> dict[str, Any]:
@@ -128,6 +132,49 @@ class MergeWorker:
         if self._scan is None:
             self._scan = StaticScan(self.parents, self.base)
         return [self._scan.scan(name) for name in names]
+
+    def probe(
+        self,
+        parent: str,
+        sets: Sequence[CalibrationSet],
+        streamed: bool,
+        dtype: str = "auto",
+        device: str = "cpu",
+    ) -> dict[str, Rows]:
+        """See `workers.diagnostics.probe.probe_checkpoint`."""
+        from workers.diagnostics.probe import probe_checkpoint
+
+        checkpoint = self.parents[parent]
+        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, self.spec.threads)
+
+    def probe_span(
+        self,
+        parent: str,
+        sets: Sequence[CalibrationSet],
+        span: tuple[int, int],
+        states: PackedStates | None,
+        dtype: str = "auto",
+        device: str = "cpu",
+    ) -> tuple[dict[str, Rows], PackedStates]:
+        """See `workers.diagnostics.probe.probe_span`. The span's weights stay in memory for the next call."""
+        from workers.diagnostics.probe import (
+            pack_states,
+            probe_span,
+            torch_threads,
+            unpack_states,
+        )
+        from workers.diagnostics.streaming import StreamedModel
+
+        with torch_threads(self.spec.threads):
+            key = parent, dtype, device
+            if self._streamed is None or self._streamed[0] != key:
+                self._streamed = None  # what it holds goes before more comes
+                self._streamed = key, StreamedModel(self.parents[parent], dtype, device)
+            model = self._streamed[1]
+            model.hold(*span)
+            given = None if states is None else unpack_states(states)
+            rows, result = probe_span(model, sets, *span, given)
+            return rows, pack_states(result)
 
     def start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
         """The recipe's run over the opened parents, and the parts of its child by their keys."""

@@ -11,6 +11,7 @@ from orchestrator.config import SHIPPED, CampaignConfig, GenomeConfig, find_ship
 from orchestrator.genome import build_space
 from orchestrator.inputs import open_inputs
 from orchestrator.prescription import Prescription
+from orchestrator.probe_scan import load_calibration_sets
 from orchestrator.ratio_file import is_ratio_file
 from orchestrator.search import OPTIMIZERS
 from workers.checkpoints import ArchitectureMap, open_checkpoint
@@ -18,7 +19,7 @@ from workers.evaluation import load_task
 from workers.merging import METHODS, MergeMethod, ParentReference
 from workers.merging.plan import Plan
 
-CHECKED = ("campaign", "genome", "task")
+CHECKED = {"campaign": ".yaml", "genome": ".yaml", "task": ".yaml", "calibration": ".jsonl"}
 FATHER = "shipped:strings/base"
 
 
@@ -28,7 +29,7 @@ def shipped(kind: str) -> list[str]:
 
 def test_every_file_is_of_a_kind_that_is_checked_here() -> None:
     files = {path.relative_to(SHIPPED) for path in SHIPPED.rglob("*") if path.is_file()}
-    assert files == {Path(kind) / f"{name}.yaml" for kind in CHECKED for name in shipped(kind)}
+    assert files == {Path(kind) / f"{n}{CHECKED[kind]}" for kind in CHECKED for n in shipped(kind)}
     assert all(shipped(kind) for kind in CHECKED)
 
 
@@ -96,3 +97,11 @@ def test_a_task_has_its_items(name: str) -> None:
     task = load_task(name, find_shipped("task", name).read_text())
     assert task.name == name
     assert all(task.items.values())
+
+
+@pytest.mark.parametrize("name", shipped("calibration"))
+def test_a_calibration_set_has_pairs_that_are_told_apart(name: str) -> None:
+    (calibration,) = load_calibration_sets([name])
+    assert calibration.name == name
+    assert all(pair.id.startswith(name.replace("_", "-")) for pair in calibration.pairs)
+    assert all(pair.conditioned != pair.generic for pair in calibration.pairs)

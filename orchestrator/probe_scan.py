@@ -1,0 +1,132 @@
+"""The probe of a campaign's parents: the `probe` part of a scan, made by workers.
+
+Parents are independent of each other, and so are prompts: a call is one parent and one set, or all sets
+where each call would read the parent from a remote store again. A parent can also go through the
+workers in a pipeline: each has a span of its layers and keeps them, and the sets' hidden states go from one
+to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from orchestrator.calls import Calls
+from orchestrator.config import find_shipped
+from workers.checkpoints import ArchitectureMap, Checkpoint
+from workers.diagnostics.calibration import CalibrationSet, read_calibration_set
+from workers.errors import BadInputError
+
+SHIPPED_SETS = ("reasoning", "code", "math", "knowledge", "language", "korean")
+"""What is probed if nobody says."""
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ActivationProbe:
+    """A probe, ready to be run on parents.
+
+    `streamed`: one layer in memory at a time, else the whole model; the result is the same. With more than
+    one of `spans` the layers are divided among so many calls at a time (and always streamed): each worker
+    keeps its span in memory.
+    """
+
+    sets: tuple[CalibrationSet, ...]
+    streamed: bool = True
+    spans: int = 1
+    dtype: str = "auto"
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on beside the parents."""
+        return {
+            "sets": {calibration.name: calibration.sha256 for calibration in self.sets},
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+    def run(self, parents: dict[str, Checkpoint], calls: Calls) -> dict[str, Any]:
+        """The `probe` part of the scan of these parents, which the workers behind `calls` have opened.
+
+        `{"sets": {set: summary}, "parents": {parent: {set: rows}}}`.
+        """
+        run = self._run_spans if self.spans > 1 else self._run_whole
+        found = run(parents, calls)
+        return {
+            "sets": {calibration.name: calibration.summary for calibration in self.sets},
+            "parents": {
+                parent: {
+                    calibration.name: found[parent, calibration.name] for calibration in self.sets
+                }
+                for parent in parents
+            },
+        }
+
+    def _run_whole(
+        self, parents: dict[str, Checkpoint], calls: Calls
+    ) -> dict[tuple[str, str], Rows]:
+        arguments = [
+            (name, group, self.streamed, self.dtype, self.device)
+            for name, parent in parents.items()
+            for group in (
+                [self.sets]
+                if parent.folder is None
+                else [(calibration,) for calibration in self.sets]
+            )
+        ]
+        return {
+            (arguments[number][0], called): rows
+            for number, result in calls.each("probe", arguments)
+            for called, rows in result.items()
+        }
+
+    def _run_spans(
+        self, parents: dict[str, Checkpoint], calls: Calls
+    ) -> dict[tuple[str, str], Rows]:
+        found: dict[tuple[str, str], Rows] = {}
+        for name, parent in parents.items():
+            spans = cut_layers(ArchitectureMap.of(parent).layers, self.spans)
+            states: dict[int, Any] = {}
+            for step in range(len(self.sets) + len(spans) - 1):
+                # Each set is one span behind the set before it.
+                due = [(step - stage, stage) for stage in range(len(spans))]
+                due = [(number, stage) for number, stage in due if 0 <= number < len(self.sets)]
+                arguments = [
+                    (name, (self.sets[n],), spans[stage], states.get(n), self.dtype, self.device)
+                    for n, stage in due
+                ]
+                for call, (rows, after) in calls.each("probe_span", arguments):
+                    number, stage = due[call]
+                    called = self.sets[number].name
+                    states[number] = after if stage + 1 < len(spans) else None
+                    found.setdefault((name, called), []).extend(rows[called])
+        return found
+
+
+def load_calibration_sets(names: Sequence[str] = ()) -> tuple[CalibrationSet, ...]:
+    """Sets by the names of what ships, or the places of one's own .jsonl files; none is all that ship.
+
+    Raises `BadInputError` for a set that is not there, is malformed, or has the name of another one.
+    """
+    sets = tuple(
+        read_calibration_set(
+            find_shipped("calibration", name, (".jsonl",)), name if "://" in name else None
+        )
+        for name in names or SHIPPED_SETS
+    )
+    called = [calibration.name for calibration in sets]
+    if len(set(called)) < len(called):
+        raise BadInputError(
+            f"the calibration sets {', '.join(called)} are not all named differently"
+        )
+    return sets
+
+
+def cut_layers(layers: int, spans: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of so many contiguous spans of about one length; fewer for few layers."""
+    ends = sorted({layers * number // spans for number in range(spans + 1)})
+    return list(pairwise(ends))

@@ -1,0 +1,152 @@
+"""A model that is larger than memory, run one decoder layer at a time.
+
+The decoder is run once per prompt with its layers short-cut: what it hands to each of them (masks,
+rotary embeddings, positions, per-layer inputs) is kept, and the first one's hidden state. Then each
+layer's weights are read from the checkpoint, the layer is called for every prompt with what the decoder
+would have handed to it, and the weights are dropped. So the model's own code runs, whatever its
+architecture, and gives the bits that it gives in one piece. What a decoder does between its layers would
+be passed over: a model that does anything there is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from workers.checkpoints import Checkpoint
+from workers.diagnostics.layers import DecoderLayer
+from workers.diagnostics.lazy_model import LazyModel
+from workers.errors import BadInputError
+
+
+class _ChangedBetweenLayersError(Exception):
+    """A layer gets another hidden state than the one before it has returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCall:
+    """What the decoder hands to a layer beside the hidden state."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class StreamedModel(LazyModel):
+    """The decoder of a checkpoint, whose layers are in memory while they run; see `LazyModel`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str = "cpu") -> None:
+        super().__init__(checkpoint, dtype, device)
+        self._calls: list[list[_LayerCall]] = []
+
+    def outside_layers(self, name: str) -> bool:
+        """Whether a tensor of the decoder belongs to none of its layers: embeddings, the last norm."""
+        return not name.startswith(tuple(f"{layer.name}." for layer in self.layers))
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The hidden states at the first layer of `prompts`, token ids `[1, tokens]`.
+
+        What the decoder hands to its layers is kept for `run_span`.
+        """
+        with self.loaded(self.outside_layers):
+            recorded = [self._record(prompt) for prompt in prompts]
+        self._calls = [calls for _, calls in recorded]
+        return [hidden for hidden, _ in recorded]
+
+    def _record(self, prompt: torch.Tensor) -> tuple[torch.Tensor, list[_LayerCall]]:
+        """The first layer's hidden state, and the decoder's call of each layer."""
+        for returns_tuple in (False, True):  # decoders expect the one or the other of their layers
+            try:
+                return self._shortcut(prompt, returns_tuple)
+            except _ChangedBetweenLayersError:
+                continue
+        raise BadInputError(
+            f"{self.location}: {type(self.model).__name__} does more between its layers than to hand "
+            "on hidden states: it can only be probed whole"
+        )
+
+    def _shortcut(
+        self, prompt: torch.Tensor, returns_tuple: bool
+    ) -> tuple[torch.Tensor, list[_LayerCall]]:
+        calls: list[_LayerCall] = []
+        states: list[torch.Tensor] = []
+
+        def stand_in(index: int, *arguments: Any, **keywords: Any) -> Any:
+            state = arguments[0] if arguments else keywords.pop("hidden_states")
+            if index != len(calls) or not _is_same(state, states[0] if states else state):
+                raise _ChangedBetweenLayersError
+            states.append(state)
+            calls.append(_LayerCall(arguments[1:], keywords))
+            return (state,) if returns_tuple else state
+
+        with ExitStack() as shortcuts:
+            for layer in self.layers:
+                shortcuts.enter_context(_forward_replaced(layer, partial(stand_in, layer.index)))
+            self.decoder.module(input_ids=prompt.to(self.device), use_cache=False)
+        assert len(calls) == len(self.layers)
+        return states[0], calls
+
+    @torch.inference_mode()
+    def run_span(
+        self,
+        first: int,
+        last: int,
+        hidden_states: Sequence[torch.Tensor],
+        around: Callable[[DecoderLayer, int, Callable[[], torch.Tensor]], torch.Tensor]
+        | None = None,
+    ) -> list[torch.Tensor]:
+        """The hidden states behind layer `last - 1`, from those at layer `first`.
+
+        One for each prompt that `begin` was given, here or by the caller's other workers: spans that
+        follow one another give what the whole decoder gives. `around` is called for each layer and
+        prompt, by its number, with what runs the layer.
+        """
+        states = [state.to(self.device) for state in hidden_states]
+        assert len(states) == len(self._calls), "begin comes first, with the same prompts"
+        for layer in self.layers[first:last]:
+            self._check_state(layer.index, first)
+            with self.loaded(lambda name, own=layer.name: name.startswith(f"{own}.")):  # type: ignore[misc]
+                for number, state in enumerate(states):
+                    run = partial(self._run, layer, self._calls[number][layer.index], state)
+                    states[number] = around(layer, number, run) if around else run()
+        return states
+
+    def _run(self, layer: DecoderLayer, call: _LayerCall, state: torch.Tensor) -> torch.Tensor:
+        output = layer.module(state, *call.arguments, **call.keywords)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def _check_state(self, index: int, first: int) -> None:
+        """What layers write for later ones (Gemma 4's shared keys and values) is not in the hidden state."""
+        if index != first or first == 0:
+            return
+        for name, value in self._calls[0][index].keywords.items():
+            if isinstance(value, Mapping) and not value:
+                raise BadInputError(
+                    f"{self.location}: the layers of {type(self.model).__name__} share {name!r}: they cannot "
+                    "be divided into spans"
+                )
+
+
+@contextmanager
+def _forward_replaced(layer: DecoderLayer, forward: Callable[..., Any]) -> Iterator[None]:
+    layer.module.forward = forward
+    try:
+        yield
+    finally:
+        del layer.module.forward
+
+
+def _is_same(one: Any, two: torch.Tensor) -> bool:
+    """Whether it is the same memory, seen in the same way."""
+    return (
+        isinstance(one, torch.Tensor)
+        and one.data_ptr() == two.data_ptr()
+        and (one.shape, one.stride()) == (two.shape, two.stride())
+    )
