@@ -26,6 +26,7 @@ integration: $(VENV)/installed-test
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.scan
 
 # The comparison with mergekit, which lives in an environment of its own: its pins are not ours.
 parity: $(VENV)/installed-test $(MERGEKIT)/installed

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from orchestrator.calls import open_calls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.config import load_config
 from orchestrator.genome import build_space
 from orchestrator.inputs import open_inputs
 from orchestrator.recipe_file import load_recipe_file
+from orchestrator.scan import scan_parents
 from tests.campaigns import write_campaign
+from workers.checkpoints import open_checkpoint
 from workers.merging import METHODS
 from workers.storage.folder import FolderStore
 
@@ -66,6 +70,26 @@ def test_there_are_recipes_in_the_documentation() -> None:
 def test_every_method_is_in_the_table() -> None:
     table = (ROOT / "docs" / "methods.md").read_text()
     assert {name for name in METHODS if f"| `{name}` |" not in table} == set()
+
+
+def test_a_scan_is_as_documented() -> None:
+    text = (ROOT / "docs" / "diagnostics.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    wanted = json.loads(example)
+    parents = {n: open_checkpoint(f"shipped:strings/{n}") for n in ("reverse", "sort")}
+    named = dict(zip(("father", "mother"), parents.values(), strict=True))
+    with open_calls(named, base := open_checkpoint("shipped:strings/base"), None, None) as calls:
+        found = scan_parents(named, base, calls, None)
+    assert list(found) == list(wanted)
+    row = next(row for row in found["static"] if row["tensor"] == wanted["static"][0]["tensor"])
+    assert list(row) == list(wanted["static"][0])
+    for part in ("of", "between"):
+        documented = wanted["static"][0][part]
+        assert list(row[part]) == list(documented)
+        (key, *_) = documented
+        assert row[part][key] == pytest.approx(documented[key], rel=1e-3)
+    for one, two in zip(found["parents"], wanted["parents"], strict=True):
+        assert one["fingerprint"].startswith(two["fingerprint"].removesuffix("..."))
 
 
 def test_links_lead_somewhere() -> None:
