@@ -145,7 +145,8 @@ def _static_figures(scan: dict[str, Any], parents: list[str]) -> list[dict[str, 
             "importance",
             "Static importance",
             "times 100: the mean of entropy, spread and size, the last two relative to the component's "
-            "tensors, over the weights. Compare parents, and layers of one component.",
+            "tensors, over the weights. Compare parents, and layers of one component. What lies outside all "
+            "layers is the rest.",
             importance_by(rows, parents, *PLACE),
             parents,
         )

@@ -15,23 +15,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.models import FAMILIES, make_family
 from tests.checkpoint_files import weight_files
 
 STAGE = """
-import sys, time
+import os, sys, time
 from orchestrator.calls import open_calls
 from orchestrator.scan import scan_parents
 from workers.checkpoints import open_checkpoint
 parents = {f"parent{number}": open_checkpoint(place) for number, place in enumerate(sys.argv[1:])}
-started = time.perf_counter()
+before = time.perf_counter(), sum(os.times()[:4])
 with open_calls(parents, None, None, None) as calls:
     scan_parents(parents, None, calls, None)
-print(time.perf_counter() - started)
+print(time.perf_counter() - before[0], sum(os.times()[:4]) - before[1])
 """
 """The stage of a campaign: from opened checkpoints to the finished scan."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    wall: float
+    processor: float
+    """Seconds of all processes, user and system: hardly changed by what else the machine does."""
 
 
 def main() -> None:
@@ -46,48 +54,53 @@ def main() -> None:
 
 
 def measure(base: Path, parent: Path, rounds: int, out: Path) -> None:
-    """Print the seconds of each round, best and median ratio to `cat` of the same files."""
+    """Print what each costs, and its ratios to `cat` of the same files."""
     one, two = weight_files(parent), [*weight_files(parent), *weight_files(base)]
-    seconds: dict[str, list[float]] = {}
+    costs: dict[str, list[Costs]] = {}
     for turn in range(rounds + 1):
         store = str(out / f"scans-{turn}")
         found = {
-            "cat, one parent": _cat(one),
+            "cat, one parent": _run("cat", *map(str, one)),
             "scan of one parent": _stage(parent),
-            "darwin scan, the whole command": _command(parent, store),
-            "cat, two parents": _cat(two),
+            "darwin scan, the whole command": _run(
+                sys.executable, "-m", "orchestrator.cli", "scan", str(parent), "--out", store
+            ),
+            "cat, two parents": _run("cat", *map(str, two)),
             "scan of two parents, compared": _stage(base, parent),
         }
         if turn:  # the first one warms the cache
-            for name, taken in found.items():
-                seconds.setdefault(name, []).append(taken)
+            for name, cost in found.items():
+                costs.setdefault(name, []).append(cost)
     size = sum(file.stat().st_size for file in one)
     print(f"{size:,} bytes of bfloat16, {len(os.sched_getaffinity(0))} cores, {rounds} rounds")
-    print(f"{'':32} {'best s':>8} {'x cat':>6} {'median x cat of the round':>26}")
-    for name, taken in seconds.items():
-        cat = seconds["cat, two parents" if "two" in name else "cat, one parent"]
-        ratios = [mine / other for mine, other in zip(taken, cat, strict=True)]
-        best = min(taken) / min(cat)
-        print(f"{name:32} {min(taken):8.3f} {best:6.1f} {statistics.median(ratios):26.1f}")
+    print(f"{'':32} {'best s':>8} {'x cat':>6} {'x cat, median of rounds':>24} {'CPU s':>6}")
+    for name, mine in costs.items():
+        cat = costs["cat, two parents" if "two" in name else "cat, one parent"]
+        best = min(cost.wall for cost in mine)
+        ratio = best / min(cost.wall for cost in cat)
+        ratios = [own.wall / other.wall for own, other in zip(mine, cat, strict=True)]
+        processor = min(cost.processor for cost in mine)
+        median = statistics.median(ratios)
+        print(f"{name:32} {best:8.3f} {ratio:6.1f} {median:24.1f} {processor:6.2f}")
 
 
-def _cat(files: list[Path]) -> float:
-    return _run(["cat", *map(str, files)])
-
-
-def _command(parent: Path, store: str) -> float:
-    return _run([sys.executable, "-m", "orchestrator.cli", "scan", str(parent), "--out", store])
-
-
-def _run(command: list[str]) -> float:
+def _run(*command: str) -> Costs:
+    """The cost of a command as a process of its own."""
     started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
+    return Costs(wall, usage.ru_utime + usage.ru_stime)
 
 
-def _stage(*parents: Path) -> float:
+def _stage(*parents: Path) -> Costs:
     command = [sys.executable, "-c", STAGE, *map(str, parents)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    wall, processor = map(float, out.split())
+    return Costs(wall, processor)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ large, is one count in an outer bin and does not stretch the others."""
 MOST_BITS = math.log2(BINS + 2)
 """Entropy of a histogram whose bins are all equally full: what entropies are divided by."""
 
-COUNT_CHUNK = 1 << 18
+COUNT_CHUNK = 1 << 17
 """Codes counted at once: their 64-bit copies stay in the cache."""
 
 CHUNK_ELEMENTS = 1 << 15
