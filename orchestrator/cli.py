@@ -240,6 +240,27 @@ def scan(
         str | None,
         typer.Option(metavar="BASE", help="Their common ancestor, to compare them with."),
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Probe their activations on calibration prompts too.")
+    ] = False,
+    calibration_sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SET",
+            help="Prompts to probe with: a name of those that ship, or a .jsonl file; may be repeated.",
+        ),
+    ] = None,
+    streamed: Annotated[
+        bool,
+        typer.Option(
+            "--streamed/--whole",
+            help="Probe with one layer of a parent in memory at a time, or with all.",
+        ),
+    ] = True,
+    spans: Annotated[
+        int, typer.Option(help="Divide a parent's layers among so many workers, in a pipeline.")
+    ] = 1,
     out: Annotated[
         str, typer.Option(metavar="STORE", help="A folder, or s3://...: holds scans/.")
     ] = "runs",
@@ -253,15 +274,19 @@ def scan(
 ) -> None:
     """Model MRI: what each tensor of the parents is like, and how far it is from the others'."""
     from orchestrator.config import WorkersConfig
+    from orchestrator.probe_scan import choose_probe, probe_peaks, render_peaks
     from orchestrator.scan_command import scan_checkpoints
     from orchestrator.scan_page import render_summary, summarize
 
     pool = WorkersConfig(count=workers) if workers else None
-    found, places = scan_checkpoints(parents, base, out, pool, address)
+    chosen = choose_probe(probe, calibration_sets or [], streamed, spans)
+    found, places = scan_checkpoints(parents, base, out, pool, address, chosen)
     if as_json:
-        _print_json({"status": "done", **places, **summarize(found)})
+        _print_json({"status": "done", **places, **summarize(found), "probe": probe_peaks(found)})
     else:
         _say(render_summary(found))
+        if chosen is not None:
+            _say(render_peaks(found))
         _say(places["page"])
 
 

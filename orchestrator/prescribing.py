@@ -44,10 +44,15 @@ def recorded_or_scanned(
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
+    from orchestrator.probe_scan import ActivationProbe, load_calibration_sets
     from orchestrator.scan import scan_parents
 
+    probe = None
+    if config.scan.probe:
+        sets = load_calibration_sets(config.scan.sets)
+        probe = ActivationProbe(sets, device=config.engine.device)
     stage("scanning the parents")
-    scan = scan_parents(inputs.parents, inputs.base, calls, open_store(config.store))
+    scan = scan_parents(inputs.parents, inputs.base, calls, open_store(config.store), probe)
     if not config.scan.static:
         scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
     prescription = prescribe(scan, space.to_prescribe, config.scan.alpha)

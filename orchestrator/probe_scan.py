@@ -1,9 +1,9 @@
 """The probe of a campaign's parents: the `probe` part of a scan, made by workers.
 
 Parents are independent of each other, and so are prompts: a call is one parent and one set, or all sets
-where each call would read the parent from a remote store again. A parent can also go through the
-workers in a pipeline: each has a span of its layers and keeps them, and the sets' hidden states go from one
-to the next.
+where each call would hold the whole parent, or read it from a remote store again. A parent can also go
+through the workers in a pipeline: each has a span of its layers and keeps them, and the sets' hidden states
+go from one to the next.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ActivationProbe:
             for name, parent in parents.items()
             for group in (
                 [self.sets]
-                if parent.folder is None
+                if parent.folder is None or not self.streamed
                 else [(calibration,) for calibration in self.sets]
             )
         ]
@@ -105,6 +105,65 @@ class ActivationProbe:
                     states[number] = after if stage + 1 < len(spans) else None
                     found.setdefault((name, called), []).extend(rows[called])
         return found
+
+
+def choose_probe(
+    wanted: bool, names: Sequence[str], streamed: bool, spans: int
+) -> ActivationProbe | None:
+    """The probe that the command line asks for. Raises `BadInputError` for options that contradict."""
+    if not wanted:
+        if names:
+            raise BadInputError("--set is for a probe: add --probe")
+        return None
+    if spans < 1:
+        raise BadInputError(f"--spans: {spans} must be 1 or more")
+    if spans > 1 and not streamed:
+        raise BadInputError("--spans are streamed: leave out --whole")
+    return ActivationProbe(load_calibration_sets(names), streamed, spans)
+
+
+def probe_peaks(scan: dict[str, Any]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Set -> parent -> component -> its row of the greatest `mean_token`: where the set acts the most."""
+    probe = scan["probe"]
+    return {
+        name: {
+            parent: {
+                component: max(defined, key=lambda row: row["mean_token"])
+                for component in ("attention", "mlp")
+                if (
+                    defined := [
+                        row
+                        for row in of[name]
+                        if row["component"] == component and row["mean_token"] is not None
+                    ]
+                )
+            }
+            for parent, of in probe["parents"].items()
+        }
+        for name in probe.get("sets", {})
+    }
+
+
+def render_peaks(scan: dict[str, Any]) -> Any:
+    """The peaks for a terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="none")
+    table.add_column("probe")
+    parents = list(scan["probe"]["parents"])
+    for parent in parents:
+        table.add_column(f"{parent}\nmost in attention of layer, mlp of layer")
+    for name, of in probe_peaks(scan).items():
+        table.add_row(
+            name,
+            *(
+                ", ".join(
+                    f"{row['layer']} ({row['mean_token']:.3f})" for row in of[parent].values()
+                )
+                for parent in parents
+            ),
+        )
+    return table
 
 
 def load_calibration_sets(names: Sequence[str] = ()) -> tuple[CalibrationSet, ...]:

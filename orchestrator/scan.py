@@ -33,8 +33,8 @@ class Probe(Protocol):
     def identity(self) -> dict[str, Any]:
         """What its result depends on beside the parents."""
 
-    def run(self, calls: Calls) -> dict[str, Any]:
-        """The `probe` part."""
+    def run(self, parents: dict[str, Checkpoint], calls: Calls) -> dict[str, Any]:
+        """The `probe` part of the scan of these parents."""
 
 
 def scan_parents(
@@ -56,7 +56,7 @@ def scan_parents(
         return kept
     if probe is not None:
         scan = scan_parents(parents, base, calls, store, None, notify)
-        scan = scan | {"probe": probe.run(calls)}
+        scan = scan | {"probe": probe.run(parents, calls)}
     else:
         scan = _scan_static(parents, base, calls, notify)
     if store is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import unicodedata
@@ -98,6 +99,13 @@ def test_sets_that_are_not_there_or_not_told_apart(tmp_path: Path) -> None:
         load_calibration_sets([str(tmp_path / "none.jsonl")])
     with pytest.raises(BadInputError, match="not all named differently"):
         load_calibration_sets(["math", "math"])
+
+
+def test_the_set_of_the_documentation_is_one(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "diagnostics.md"
+    (text,) = re.findall(r"```jsonl\n(.*?)```", page.read_text(), re.DOTALL)
+    calibration = read_calibration_set(write(tmp_path, text))
+    assert [pair.id for pair in calibration.pairs] == ["sum-1", "sum-2"]
 
 
 def test_sets_are_read_without_torch() -> None:

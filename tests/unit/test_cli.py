@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator import cli, single_merge
 from orchestrator.config import config_to_dict, load_config
 from orchestrator.ledger import Ledger
+from orchestrator.prescription import prescribe
 from tests.families import write_family
 from workers.checkpoints import open_checkpoint
 from workers.storage import StorageError, open_store
@@ -614,4 +616,51 @@ def test_scan_of_what_is_no_checkpoint(darwin: Darwin, tmp_path: Path) -> None:
     done = darwin("scan", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert done.code == 2
     assert "nowhere" in done.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_scan_probes_with_sets_of_ones_own(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    """The same, streamed or whole or in spans; the prescription reads what is kept."""
+    own = tmp_path / "letters.jsonl"
+    own.write_text('{"id": "1", "conditioned": "what is this?", "generic": "who are you then"}\n')
+    arguments = ("scan", *family[1:], "--probe", "--set", own)
+    done = darwin(*arguments, "--out", tmp_path / "out", "--json")
+    assert done.code == 0
+    kept = json.loads(Path(done.json["scan"]).read_text())
+    assert kept["probe"]["sets"] == {
+        "letters": {"prompts": 1, "sha256": hashlib.sha256(own.read_bytes()).hexdigest()}
+    }
+    rows = kept["probe"]["parents"]["mother"]["letters"]
+    layers = max(row["layer"] for row in rows) + 1
+    assert len(rows) == 2 * layers
+    peak = done.json["probe"]["letters"]["mother"]["mlp"]
+    assert peak == max(rows[1::2], key=lambda row: row["mean_token"])
+    for number, option in enumerate((["--whole"], ["--spans", 2])):
+        other = darwin(*arguments, *option, "--out", tmp_path / str(number), "--json")
+        assert json.loads(Path(other.json["scan"]).read_text()) == kept
+    tensors = [row["tensor"] for row in kept["static"]]
+    advised = prescribe(kept, tensors, alpha=0.0).shares["layers.0.mlp.up_proj.weight"]
+    values = [kept["probe"]["parents"][p]["letters"][1]["mean_token"] for p in advised]
+    assert list(advised.values()) == pytest.approx([value / sum(values) for value in values])
+    printed = darwin(*arguments, "--out", tmp_path / "out")
+    assert f"{peak['layer']} ({peak['mean_token']:.3f})" in printed.out
+    assert Path(done.json["page"]).read_bytes().count(b"<svg") > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--set", "math"), "add --probe"),
+        (("--probe", "--set", "none"), "no calibration that ships"),
+        (("--probe", "--spans", 0), "must be 1 or more"),
+        (("--probe", "--spans", 2, "--whole"), "leave out --whole"),
+    ],
+)
+def test_scan_with_options_that_contradict(
+    options: tuple[object, ...], problem: str, darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    refused = darwin("scan", family[1], *options, "--out", tmp_path / "out")
+    assert (refused.code, problem in refused.error) == (2, True)
     assert not (tmp_path / "out").exists()

@@ -491,7 +491,7 @@ def test_a_probe_is_run_once_for_its_prompts(family: dict[str, Path], tmp_path: 
         def __init__(self, prompts: str) -> None:
             self.identity = {"prompts": prompts}
 
-        def run(self, calls: Any) -> dict[str, Any]:
+        def run(self, parents: Any, calls: Any) -> dict[str, Any]:
             Probe.runs += 1
             return {"sets": self.identity, "parents": {}}
 
