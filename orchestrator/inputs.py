@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
+from orchestrator.probe_scan import load_calibration_sets
 from workers.checkpoints import (
     ArchitectureMap,
     Checkpoint,
@@ -15,6 +16,7 @@ from workers.checkpoints import (
     open_checkpoint,
 )
 from workers.checkpoints.tokens import has_tokens, read_tokens
+from workers.diagnostics.calibration import CalibrationSet
 from workers.errors import BadInputError
 from workers.evaluation.task import Task, check_disjoint, load_task
 from workers.merging import METHODS, MergeMethod, ParentReference
@@ -35,6 +37,8 @@ class Inputs:
     parents: dict[str, Checkpoint]
     base: Checkpoint | None
     tasks: tuple[Task, ...]
+    calibration: tuple[CalibrationSet, ...] = ()
+    """The prompts of the scan's probe; empty if the campaign does not probe."""
 
     @property
     def father(self) -> Checkpoint:
@@ -85,6 +89,9 @@ class Inputs:
         ]
         data["base"] = self.base_reference.fingerprint if self.base_reference else None
         data["tasks"] = [{"name": task.name, "content": task.fingerprint} for task in self.tasks]
+        data["scan"]["sets"] = [
+            {"name": prompts.name, "content": prompts.sha256} for prompts in self.calibration
+        ]
         return data
 
 
@@ -109,7 +116,8 @@ def open_inputs(config: CampaignConfig) -> Inputs:
         limits = {"search": task.search_items, "holdout": task.holdout_items}
         tasks.append(load_task(Path(task.name).stem, definition, limits))
     check_disjoint(tasks)
-    return Inputs(parents, base, tuple(tasks))
+    calibration = load_calibration_sets(config.scan.sets) if config.scan.probe else ()
+    return Inputs(parents, base, tuple(tasks), calibration)
 
 
 def absolute_places(config: CampaignConfig) -> tuple[dict[str, str], str | None]:

@@ -38,7 +38,8 @@ def recorded_or_scanned(
     of = {
         "parents": [asdict(reference) for reference in inputs.references],
         "base": asdict(base) if base else None,
-        "scan": asdict(config.scan),
+        "scan": asdict(config.scan)
+        | {"sets": {prompts.name: prompts.sha256 for prompts in inputs.calibration}},
         "space": space.identity,
     }
     for known in ledger.of_kind("prescription"):

@@ -10,16 +10,13 @@ public; what stands here is ours. With more parents than two the shares are MRI_
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from orchestrator.genome_file import DECIMALS
+from orchestrator.importance import static_importance
 from workers.errors import BadInputError
-
-NORM_CAP = 4.0
-"""An rms of so many times that of the tensors of its component, and all beyond, counts as 1."""
 
 LEAST_DISPERSION = 0.01
 """A prescription whose shares spread by less (their standard deviation over the weights) tells nothing: to
@@ -92,7 +89,11 @@ def prescribe(scan: dict[str, Any], tensors: Collection[str], alpha: float) -> P
         for name, row in rows.items()
         if row["elements"] > 1 and not (has_static and name in equal and _is_constant(row, parents))
     }
-    static = static_scores(measured.values(), parents) if has_static else {}
+    static: dict[str, Values] = {}
+    if has_static:
+        for row in measured.values():
+            _check_static(row, parents)
+        static = static_importance(scan["static"], parents)
     shares = {}
     for name, row in measured.items():
         mri = _combine(static.get(name), _probe_of(probes, row), alpha)
@@ -101,33 +102,6 @@ def prescribe(scan: dict[str, Any], tensors: Collection[str], alpha: float) -> P
     weights = {name: rows[name]["elements"] for name in shares}
     dispersion = round(_dispersion(shares, weights, parents), DECIMALS)
     return Prescription(shares, dispersion, dispersion >= LEAST_DISPERSION, equal)
-
-
-def static_scores(rows: Iterable[dict[str, Any]], parents: list[str]) -> dict[str, Values]:
-    """Tensor -> parent -> Static = (H + S + N) / 3 of the scan's rows, in [0, 1].
-
-    H is the scan's entropy, 1 for the most even distribution. S = std / (std + s), s the median of std over
-    the tensors of the component in all parents. N = min(1, rms / (4 m)), m that of rms.
-    """
-    rows = list(rows)
-    for row in rows:
-        _check_static(row, parents)
-    medians = {
-        (component, key): median(
-            row["of"][p][key] for row in rows if row["component"] == component for p in parents
-        )
-        for component in {row["component"] for row in rows}
-        for key in ("std", "rms")
-    }
-
-    def score(row: dict[str, Any], parent: str) -> float:
-        of, component = row["of"][parent], row["component"]
-        spread = of["std"] / (of["std"] + medians[component, "std"])
-        typical = medians[component, "rms"]
-        norm = min(1.0, of["rms"] / (NORM_CAP * typical)) if typical else 1.0
-        return math.fsum((of["entropy"], spread, norm)) / 3.0
-
-    return {row["tensor"]: {parent: score(row, parent) for parent in parents} for row in rows}
 
 
 def _check_static(row: dict[str, Any], parents: list[str]) -> None:

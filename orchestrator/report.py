@@ -140,9 +140,9 @@ def _draw_search(
             axis=f"fitness ({search['objective']} of the tasks)",
         ),
         "holdout": charts.holdout_chart(lineage["holdout"], parents, list(lineage["tasks"])),
-        "genome": charts.genome_chart(
-            _gene_values(lineage["genome"], candidates, parents), parents
-        ),
+        "genome": charts.genome_chart(_gene_values(lineage["genome"], candidates, parents), parents)
+        if lineage["genome"]
+        else None,
     }
 
 

@@ -293,6 +293,33 @@ def test_a_moved_campaign_is_where_it_is(undisturbed: dict, tmp_path: Path) -> N
     assert moved["holdout"] == undisturbed["holdout"]
 
 
+def test_the_scan_is_made_by_the_workers_and_recorded_once(tmp_path: Path) -> None:
+    """Killed when the prescription is recorded: the next driver goes by it, without the kept scan."""
+    parents = [{"name": name, "path": f"shipped:strings/{name}"} for name in ("reverse", "sort")]
+    campaign = write_campaign(
+        tmp_path,
+        parents=parents,
+        genome={"space": "darwin14", "method": "slerp", "start": "pattern"},
+        search={"optimizer": "cma_es", "evaluations": 5, "population": 4},
+    )
+    store = open_store(str(tmp_path / "store" / "small"))
+
+    def prescriptions() -> list[Record]:
+        return [record for record in records(store) if record["kind"] == "prescription"]
+
+    process = start_darwin("run", str(campaign))
+    wait_for(lambda: bool(prescriptions()), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(tmp_path / "store" / "scans")
+    result = run_darwin("run", str(campaign))
+    assert result["evaluations"] == 5
+    assert len(prescriptions()) == 1
+    assert not (tmp_path / "store" / "scans").exists()
+    advised = prescriptions()[0]["prescription"]["shares"]
+    assert len(advised) == len(open_checkpoint("shipped:strings/reverse").tensors)
+
+
 def test_a_search_that_begins_at_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     """All weights are 0 where it would begin: there is no such mean."""
     space = tmp_path / "space.yaml"

@@ -194,8 +194,7 @@ def test_dispersion_is_the_spread_over_weights_not_over_tensors() -> None:
     [
         {"nan": 3},
         {"inf": 1},
-        {"rms": float("nan")},
-        {"entropy": None},
+        {"nan": 10, "entropy": None, "std": None, "rms": None},
         {"std": 0.0},
     ],
 )

@@ -254,3 +254,12 @@ def test_random_search_begins_with_the_start_and_then_covers_the_cube() -> None:
 
 def test_random_search_does_not_learn() -> None:
     assert run(build("random"), sphere) == run(build("random"), few_values)
+
+
+@every_optimizer
+def test_without_genes_there_is_one_candidate(name: str) -> None:
+    optimizer = build_optimizer(name, [], 0.25, None, 0)
+    assert optimizer.stopped() is None
+    assert optimizer.ask() == [[]]
+    optimizer.tell([[]], [0.5])
+    assert "no genes" in str(optimizer.stopped())
