@@ -193,6 +193,28 @@ def verify(
 
 
 @app.command()
+def attribute(
+    child: Annotated[str, typer.Argument(metavar="CHILD", help="Its folder or s3:// place.")],
+    parent: Annotated[
+        list[str], typer.Option(metavar="NAME=PLACE", help="A parent, the father first; repeated.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="What task vectors are taken from.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Which parent a child's weights come from, per component and layer, measured from its bytes."""
+    from orchestrator.attribution import attribute_checkpoint, render_attribution
+    from orchestrator.recipe_file import named_places
+
+    result = attribute_checkpoint(child, named_places(parent), base)
+    if as_json:
+        _print_json(result)
+    else:
+        _say(render_attribution(result))
+
+
+@app.command()
 def recipe(
     file: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Ours or mergekit's.")],
     to: Annotated[

@@ -91,6 +91,22 @@ def read_recipe_data(path: str) -> dict[Any, Any]:
     return data
 
 
+def named_places(given: list[str]) -> dict[str, str]:
+    """Name -> place of parents given as NAME=PLACE, in order. Raises `BadInputError` for what is none."""
+    places: dict[str, str] = {}
+    for text in given:
+        name, found, place = text.partition("=")
+        if not (name and found and place):
+            raise BadInputError(f"--parent: {text!r} is not NAME=PLACE, such as father=org/model")
+        if name in places or name in RESERVED_NAMES:
+            raise BadInputError(
+                f"--parent: the name {name!r} is used twice, or is one of "
+                f"{', '.join(RESERVED_NAMES)}, which mean something else"
+            )
+        places[name] = place
+    return places
+
+
 def load_recipe_data(
     path: str, data: dict[Any, Any], opened: Callable[[str], Checkpoint]
 ) -> RecipeFile:

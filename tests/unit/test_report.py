@@ -14,7 +14,8 @@ import pytest
 
 from orchestrator.judgement import judge
 from orchestrator.ledger import Ledger
-from orchestrator.report import REPORT_FILE, weighted_shares, write_report
+from orchestrator.report import REPORT_FILE, write_report
+from orchestrator.shares import weighted_shares
 from orchestrator.state import CampaignState
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
