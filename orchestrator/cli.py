@@ -95,8 +95,17 @@ def report(place: CampaignPlace, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def merge(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules; or one that ships.")
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or s3://bucket/prefix.")],
+    parent: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PLACE", help="A parent's place, over the file's; repeated."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="The base's place, over the file's.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(help="Split the work over so many Ray workers; 0: over processes here.")
     ] = 0,
@@ -108,10 +117,11 @@ def merge(
 ) -> None:
     """Write one child, without a search; or go on where writing it was interrupted."""
     from orchestrator.config import WorkersConfig
+    from orchestrator.recipe_file import named_places
     from orchestrator.single_merge import merge_recipe
 
     pool = WorkersConfig(count=workers, cpus=cpus) if workers else None
-    result = merge_recipe(recipe, out, pool, address)
+    result = merge_recipe(recipe, out, pool, address, named_places(parent or []), base)
     if as_json:
         _print_json(result)
     else:

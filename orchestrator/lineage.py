@@ -97,7 +97,10 @@ def hub_source(checkpoint: Checkpoint, known_as: str | None = None) -> dict[str,
 
 
 def lineage_bytes(data: dict[str, Any]) -> bytes:
-    """Lineage or attribution as a file: a line for each key, and for each tensor. Models of experts have ten thousands of them."""
+    """Lineage or attribution as a file: a line for each key, and for each tensor.
+
+    Models of experts have ten thousands of them.
+    """
     lines = []
     for key, value in data.items():
         text = json.dumps(value, ensure_ascii=False)
