@@ -105,6 +105,10 @@ def attribute_checkpoint(
     calls = LocalCalls(worker, processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
     tensors = ArchitectureMap.of(child).tensors
     measured = _measure(calls, recipe, location, True, tensors)
+    if {name: measured["total"][name] for name in NOTHING} == NOTHING:
+        raise BadInputError(
+            f"{child.location}: has no tensor of the name and shape of one of its parents: these are none"
+        )
     return {
         "format": ATTRIBUTION_FORMAT,
         "child": child.location,

@@ -404,6 +404,7 @@ class Campaign:
         self._record("child", recipe=recipe.id, folder=folder)
         writer = ChildWriter.create(recipe, self.inputs.parents, self.inputs.base, target)
         weights = writer.write(self.pool)
+        self.watcher.stage("measuring the child")
         attribution = attribute_written(writer, self.pool)
         lineage = build_lineage(
             self.config,

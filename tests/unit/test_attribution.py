@@ -347,6 +347,13 @@ def test_layers_that_are_stacked_are_compared_with_those_they_came_from(tmp_path
         )
 
 
+def test_a_model_of_another_family_is_no_child(tmp_path: Path) -> None:
+    folders = write_family(tmp_path, torch.float32, {})
+    stranger = write_checkpoint(tmp_path / "stranger", {"model.norm.weight": torch.ones(3)})
+    with pytest.raises(BadInputError, match="no tensor of the name and shape"):
+        measured(stranger, folders, "ab", False)
+
+
 def test_an_attribution_is_taken_up_again(tmp_path: Path) -> None:
     """A campaign that is killed after the child was published measures nothing twice."""
     folders = write_family(tmp_path, torch.float32, {})

@@ -265,12 +265,16 @@ def _is_one_point(gram: numpy.ndarray) -> bool:
 def to_dict(found: Attribution) -> dict[str, Any]:
     """Plain data, rounded: the last bits of a solution are the linear algebra library's."""
     return {
-        "coefficients": {name: round(value, 6) for name, value in found.coefficients.items()},
+        "coefficients": {name: _rounded(value) for name, value in found.coefficients.items()},
         "shares": None
         if found.shares is None
-        else {name: round(value, 6) for name, value in found.shares.items()},
+        else {name: _rounded(value) for name, value in found.shares.items()},
         "undetermined": list(found.undetermined),
-        "explained": None if found.explained is None else round(found.explained, 6),
-        "uniform": None if found.uniform is None else round(found.uniform, 6),
+        "explained": None if found.explained is None else _rounded(found.explained),
+        "uniform": None if found.uniform is None else _rounded(found.uniform),
         "residual": None if found.residual is None else float(f"{found.residual:.6g}"),
     }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6) + 0.0  # no -0.0
