@@ -9,13 +9,15 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.config import find_shipped
+from orchestrator.config import GenomeConfig, find_shipped
+from orchestrator.genome import build_space
 from orchestrator.mother_centric import PRESET, expand, parse_tables, ratio
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import described, read_tensors, to_float64, write_checkpoint
-from workers.checkpoints import ArchitectureMap
+from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.errors import BadInputError
+from workers.merging import ParentReference
 
 INSIDE = {
     "self_attn.q_proj.weight": "attention",
@@ -157,6 +159,39 @@ def test_a_merge_of_any_two_parents(recipe: str, tmp_path: Path) -> None:
         else:
             error = abs(to_float64(child[name]) - exact)
             assert (error <= 2.0**-8 * abs(exact) + 1e-6).all(), name
+
+
+def start_of_space(space: str) -> tuple[ArchitectureMap, dict[str, float]]:
+    """The genome at which a search over two of the shipped parents begins."""
+    father = ArchitectureMap(open_checkpoint("shipped:strings/reverse"))
+    parents = tuple(ParentReference(letter, letter * 64) for letter in "ab")
+    config = GenomeConfig(space, "linear", start=PRESET)
+    found = build_space(config, father, parents, None, 0)
+    return father, found.point(found.start)
+
+
+def test_a_search_may_start_at_the_preset() -> None:
+    father, start = start_of_space("per_layer")
+    assert father.layers == 4
+    wanted = {f"attn_{n}_ratio": 0.5 for n in range(4)} | {"embed_ratio": 0.0, "norm_ratio": 0.5}
+    wanted |= {f"ffn_{n}_ratio": band for n, band in enumerate([0.25, 0.25, 0.7, 0.5])}
+    assert start == wanted
+
+
+def test_a_gene_about_many_tensors_starts_at_their_mean() -> None:
+    father, start = start_of_space("darwin14")
+    assert start["attn_ratio"] == 0.5
+    assert start["embed_ratio"] == 0.0
+    assert start["ffn_ratio"] == pytest.approx((0.25 + 0.25 + 0.7 + 0.5) / 4)
+    blended = [(ratio(tensor, 4), tensor.elements) for tensor in father.tensors]
+    mean = sum(share * n for share, n in blended) / sum(n for _, n in blended)
+    assert start["global_ratio"] == pytest.approx(mean, abs=1e-6)
+    assert start["block_0_ratio"] < start["block_2_ratio"]
+
+
+def test_a_space_without_ratio_genes_has_no_such_start() -> None:
+    with pytest.raises(BadInputError, match=r"genome\.start: 'mother_centric' is no start"):
+        start_of_space("mri_only")
 
 
 def test_places_on_the_command_line_are_checked(tmp_path: Path) -> None:
