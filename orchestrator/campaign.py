@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from orchestrator.attribution import attribute_written
 from orchestrator.card import build_card
 from orchestrator.child_writer import ChildWriter
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
@@ -19,7 +20,7 @@ from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.judgement import Judgement, judge
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
-from orchestrator.lineage import LINEAGE_FILE, build_lineage, lineage_bytes
+from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE, build_lineage, lineage_bytes
 from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
 from orchestrator.prescribing import describe_space, notes_on_search, recorded_or_scanned
 from orchestrator.prescription import Prescription
@@ -403,6 +404,8 @@ class Campaign:
         self._record("child", recipe=recipe.id, folder=folder)
         writer = ChildWriter.create(recipe, self.inputs.parents, self.inputs.base, target)
         weights = writer.write(self.pool)
+        self.watcher.stage("measuring the child")
+        attribution = attribute_written(writer, self.pool)
         lineage = build_lineage(
             self.config,
             self.inputs,
@@ -411,7 +414,7 @@ class Campaign:
             self.parent_recipes,
             candidate.genome,
             judgement,
-            weights.to_dict(),
+            weights.to_dict() | {"attribution": attribution["components"]},
         )
         lineage["search"] |= {
             "space": describe_space(self.space, self.prescription),
@@ -420,6 +423,7 @@ class Campaign:
         }
         files = {
             "README.md": build_card(lineage).encode(),
+            ATTRIBUTION_FILE: lineage_bytes(attribution),
             LINEAGE_FILE: lineage_bytes(lineage),
         }
         # A record before each step that others see: a driver that was replaced stops here.

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from orchestrator.judgement import SIGNIFICANCE
-from orchestrator.lineage import LINEAGE_FILE
+from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.prescribing import notes_on_search
 from orchestrator.statistics import format_p_value
 
@@ -53,6 +53,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         "## How it was made\n",
         _making(lineage),
         "".join(f"{note}\n" for note in notes_on_search(lineage["search"])),
+        _measured(lineage),
         _tensor_table(lineage, names),
         "## Lineage\n",
         _parent_table(lineage),
@@ -147,6 +148,28 @@ def _tensor_table(lineage: dict[str, Any], names: list[str]) -> str:
         shares = [f"{change.changed[name]:.1%}" for name in names]
         rows.append([change.component, f"{change.elements:,}", ", ".join(change.methods), *shares])
     return _table(rows)
+
+
+def _measured(lineage: dict[str, Any]) -> str:
+    """Which parent each component comes from, as measured; empty for a lineage from before that was."""
+    told, alike = [], []
+    for part in lineage.get("attribution", ()):
+        if not part["shares"]:
+            alike.append(part["component"])
+            continue
+        name, share = max(part["shares"].items(), key=lambda item: item[1])
+        explained = part["explained"]
+        by = "" if explained is None else f" ({explained:.0%} explained)"
+        told.append(f"{part['component']} {share:.0%} {name}{by}")
+    if not told:
+        return ""
+    alike_there = f" The parents cannot be told apart in {_join(alike)}." if alike else ""
+    return (
+        f"Measured from the weights, not read from the recipe: **{', '.join(told)}**. These are the largest "
+        "shares in the combination of the parents that is nearest to the child, and how much of the "
+        f"distances to them it explains.{alike_there} All shares, by layer and by tensor, are in "
+        f"`{ATTRIBUTION_FILE}`.\n"
+    )
 
 
 def component_changes(lineage: dict[str, Any]) -> list[ComponentChange]:

@@ -49,7 +49,7 @@ class GeneValues:
 
 
 Shares = dict[tuple[Any, ...], dict[str, float]]
-"""(component,) or (component, layer or None) -> parent -> its share there."""
+"""(component,) or (component, layer or None) -> parent -> its share there; empty if it is not known."""
 
 
 def parent_colours(parents: Sequence[str]) -> dict[str, str]:
@@ -189,13 +189,19 @@ def _range(axes: Axes, row: int, values: list[float]) -> None:
 
 
 def share_bars(shares: Shares, parents: list[str]) -> Markup:
-    """One stacked bar per component; what no parent has a share in is the base's."""
+    """One stacked bar per component; what no parent has a share in is the base's.
+
+    No shares at all: the parents cannot be told apart there.
+    """
     colours = parent_colours(parents)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.set(xlim=(0, 1), ylim=(len(shares) - 0.5, -0.5))
         for row, parts in enumerate(shares.values()):
+            if not parts:
+                axes.text(0.0, row, "parents alike", size=SMALL, va="center", alpha=0.7)
+                continue
             axes.barh(row, 1.0, 0.72, color=INK, alpha=0.15, linewidth=0)
             left = 0.0
             for parent, share in parts.items():
@@ -219,7 +225,8 @@ def share_maps(shares: Shares, parents: list[str]) -> Markup:
     """
     components = list(dict.fromkeys(component for component, _ in shares))
     layers = 1 + max((layer for _, layer in shares if layer is not None), default=-1)
-    deepest = max(share for parts in shares.values() for share in parts.values()) or 1.0
+    known = {place: parts for place, parts in shares.items() if parts}
+    deepest = max((share for parts in known.values() for share in parts.values()), default=0) or 1.0
     across = max(1, min(len(parents), 3, FEW_LAYERS // (layers + 2)))
     down = -(-len(parents) // across)
     colours = parent_colours(parents)
@@ -230,7 +237,7 @@ def share_maps(shares: Shares, parents: list[str]) -> Markup:
             axes.set_visible(False)
         for axes, parent in zip(panels, parents, strict=False):
             axes.set_title(shorten(parent), loc="left", weight="bold")
-            cells = {place: parts[parent] for place, parts in shares.items()}
+            cells = {place: parts[parent] for place, parts in known.items()}
             _map(axes, cells, components, layers, colours[parent], deepest)
 
     height = down * (0.45 + 0.19 * len(components))

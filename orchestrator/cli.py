@@ -95,8 +95,17 @@ def report(place: CampaignPlace, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def merge(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE.yaml", help="Parents and rules; or one that ships.")
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or s3://bucket/prefix.")],
+    parent: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PLACE", help="A parent's place, over the file's; repeated."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="The base's place, over the file's.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(help="Split the work over so many Ray workers; 0: over processes here.")
     ] = 0,
@@ -108,10 +117,11 @@ def merge(
 ) -> None:
     """Write one child, without a search; or go on where writing it was interrupted."""
     from orchestrator.config import WorkersConfig
+    from orchestrator.recipe_file import named_places
     from orchestrator.single_merge import merge_recipe
 
     pool = WorkersConfig(count=workers, cpus=cpus) if workers else None
-    result = merge_recipe(recipe, out, pool, address)
+    result = merge_recipe(recipe, out, pool, address, named_places(parent or []), base)
     if as_json:
         _print_json(result)
     else:
@@ -190,6 +200,28 @@ def verify(
         )
     if result["problems"]:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def attribute(
+    child: Annotated[str, typer.Argument(metavar="CHILD", help="Its folder or s3:// place.")],
+    parent: Annotated[
+        list[str], typer.Option(metavar="NAME=PLACE", help="A parent, the father first; repeated.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="What task vectors are taken from.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Which parent a child's weights come from, per component and layer, measured from its bytes."""
+    from orchestrator.attribution import attribute_checkpoint, render_attribution
+    from orchestrator.recipe_file import named_places
+
+    result = attribute_checkpoint(child, named_places(parent), base)
+    if as_json:
+        _print_json(result)
+    else:
+        _say(render_attribution(result))
 
 
 @app.command()

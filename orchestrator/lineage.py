@@ -19,6 +19,8 @@ from workers.storage.hub import pinned_parts
 
 LINEAGE_FILE = "lineage.json"
 LINEAGE_FORMAT = 2
+ATTRIBUTION_FILE = "attribution.json"
+"""Beside the lineage: which parent the weights come from, measured (see `attribution`)."""
 
 
 def build_lineage(
@@ -94,10 +96,13 @@ def hub_source(checkpoint: Checkpoint, known_as: str | None = None) -> dict[str,
     return {"hub": known_as or model, "revision": commit}
 
 
-def lineage_bytes(lineage: dict[str, Any]) -> bytes:
-    """The file: a line for each key, and for each tensor. Models of experts have ten thousands of them."""
+def lineage_bytes(data: dict[str, Any]) -> bytes:
+    """Lineage or attribution as a file: a line for each key, and for each tensor.
+
+    Models of experts have ten thousands of them.
+    """
     lines = []
-    for key, value in lineage.items():
+    for key, value in data.items():
         text = json.dumps(value, ensure_ascii=False)
         if key == "tensors":
             tensors = ",\n".join(json.dumps(tensor, ensure_ascii=False) for tensor in value)

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.config import GenomeConfig, find_shipped, read_yaml
 from orchestrator.genome_file import parse_exceptions, parse_number
+from orchestrator.mother_centric import PRESET
 from workers.checkpoints.architecture import COMPONENTS
 from workers.errors import BadInputError
 from workers.merging import MergeMethod
@@ -179,12 +180,12 @@ def _named_start(
 ) -> dict[str, tuple[float, ...]]:
     """Gene -> its starting values, of the start that the campaign names."""
     starts = _table(f"{path}: starts", data.get("starts"))
-    if name is None:
-        return {}
+    if name is None or (name == PRESET and any(gene not in OTHER_GENES for gene in genes)):
+        return {}  # the preset's depend on the model
     if name not in starts:
         raise BadInputError(
             f"genome.start: {name!r} is no start of the space {path}; it has "
-            f"{', '.join(starts) or 'none'}"
+            f"{', '.join([*starts, *([PRESET] if genes else [])]) or 'none'}"
         )
     found = {}
     for gene, values in _table(f"{path}: starts.{name}", starts[name]).items():

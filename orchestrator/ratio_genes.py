@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from orchestrator.config import GenomeConfig
 from orchestrator.genome_file import DECIMALS
+from orchestrator.mother_centric import PRESET, ratio
 from orchestrator.prescription import LEAST_DISPERSION, Prescription
 from orchestrator.ratio_file import DENSITIES, NUMBER, TRUST, RatioFile, RatioGene, load_ratio_file
 from orchestrator.ratio_space import BlendedTensor, RatioSpace, Terms
@@ -50,6 +52,8 @@ def build_ratio_space(
     """
     method = get_method(config.method)
     file = load_ratio_file(config, method)
+    if config.start == PRESET:
+        file = replace(file, genes=tuple(_start_at_preset(file, father)))
     base = base if method.uses_base != "never" else None
     method.check_inputs(tuple(parent.name for parent in parents), base is not None)
     _check_method(file, method)
@@ -150,9 +154,7 @@ def _members(file: RatioFile, father: ArchitectureMap, mothers: list[str]) -> It
     for family in file.genes:
         if not family.weight:
             continue
-        numbers: list[int | None] = [None]
-        if family.per is not None:
-            numbers = [*range(file.blocks if family.per == "block" else father.layers)]
+        numbers = _numbers(family, file, father)
         if len(family.start) not in (1, len(numbers)):
             raise BadInputError(
                 f"{file.path}: {family.name}: {len(family.start)} starting values for {len(numbers)} genes"
@@ -167,6 +169,52 @@ def _members(file: RatioFile, father: ArchitectureMap, mothers: list[str]) -> It
                 yield _Member(Gene(own, family.low, family.high, share), family, number, mother)
 
 
+def _numbers(family: RatioGene, file: RatioFile, father: ArchitectureMap) -> list[int | None]:
+    """What tells the genes of a family apart: blocks, or layers."""
+    if family.per is None:
+        return [None]
+    return [*range(file.blocks if family.per == "block" else father.layers)]
+
+
+def _start_at_preset(file: RatioFile, father: ArchitectureMap) -> Iterator[RatioGene]:
+    """The genes of a file, those that are ratios starting where the mother-centric preset is.
+
+    A gene about several tensors starts at the mean of theirs, weighted by their elements.
+    """
+    for family in file.genes:
+        starts = []
+        for number in _numbers(family, file, father) if family.weight else ():
+            about = [
+                tensor
+                for tensor in father.tensors
+                if tensor.component in file.components
+                and _is_about(family, number, tensor, file, father)
+            ]
+            elements = sum(tensor.elements for tensor in about)
+            total = math.fsum(ratio(tensor, father.layers) * tensor.elements for tensor in about)
+            start = total / elements if elements else family.start[0]
+            starts.append(min(max(start, family.low), family.high))
+        yield replace(family, start=tuple(starts) or family.start)
+
+
+def _is_about(
+    family: RatioGene,
+    number: int | None,
+    tensor: LogicalTensor,
+    file: RatioFile,
+    father: ArchitectureMap,
+) -> bool:
+    """Whether this gene of a family counts in the ratio of a tensor."""
+    places = {None: None, "layer": tensor.layer, "block": None}
+    if tensor.layer is not None:
+        places["block"] = _block_of(tensor.layer, file.blocks, father.layers)
+    return (
+        (not family.components or tensor.component in family.components)
+        and (family.per is None or number is not None)
+        and number == places[family.per]
+    )
+
+
 def _terms(
     tensor: LogicalTensor,
     mother: str,
@@ -175,16 +223,10 @@ def _terms(
     father: ArchitectureMap,
 ) -> Terms:
     """The genes of one mother that are about a tensor, with their weights."""
-    places = {None: None, "layer": tensor.layer, "block": None}
-    if tensor.layer is not None:
-        places["block"] = _block_of(tensor.layer, file.blocks, father.layers)
     return tuple(
         (member.family.weight, member.gene.name)
         for member in members
-        if member.mother == mother
-        and (not member.family.components or tensor.component in member.family.components)
-        and (member.family.per is None or member.number is not None)
-        and member.number == places[member.family.per]
+        if member.mother == mother and _is_about(member.family, member.number, tensor, file, father)
     )
 
 

@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import read_yaml
+from orchestrator.config import find_shipped, read_yaml
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.mergekit_file import from_mergekit, is_mergekit
-from workers.checkpoints import COMPONENTS, Checkpoint, open_checkpoint
+from orchestrator.mother_centric import PRESET, expand
+from workers.checkpoints import COMPONENTS, ArchitectureMap, Checkpoint, open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import (
     CARRIED,
@@ -57,16 +58,21 @@ class RecipeFile:
     """What the user should know, though it is no mistake."""
 
 
-def load_recipe_file(path: str) -> RecipeFile:
-    """Read a recipe's YAML and open its parents. Raises `BadInputError` naming file and key.
+def load_recipe_file(
+    path: str, places: dict[str, str] | None = None, base: str | None = None
+) -> RecipeFile:
+    """Read a recipe's YAML, or one that ships, and open its parents.
 
-    A rule without `where` is for every tensor but those that are carried from the father (vision, mtp,
-    unknown).
+    `places` of parents by name, and that of the base, count instead of those in the file. A rule without
+    `where` is for every tensor but those that are carried from the father (vision, mtp, unknown). Raises
+    `BadInputError` naming file and key.
     """
     data = read_recipe_data(path)
     opened = cache(open_checkpoint)
     if not is_mergekit(data):
-        return load_recipe_data(path, data, opened)
+        return load_recipe_data(path, _placed(path, data, places or {}, base), opened)
+    if places or base:
+        raise BadInputError(f"{path}: --parent and --base are not for mergekit's files")
     translated = from_mergekit(path, data, opened)
     loaded = load_recipe_data(path, translated.data, opened)
     # What mergekit merges is merged; the numbers of our rules would mean nothing to the user.
@@ -81,20 +87,41 @@ def load_recipe_file(path: str) -> RecipeFile:
 
 
 def read_recipe_data(path: str) -> dict[Any, Any]:
-    """The keys of a recipe's YAML. Raises `BadInputError` naming the file."""
+    """The keys of a recipe's YAML, or of one that ships. Raises `BadInputError` naming the file."""
     file = Path(path)
     if not file.is_file():
-        raise BadInputError(f"there is no file {path}")
+        if "." in path or "/" in path:
+            raise BadInputError(f"there is no file {path}")
+        file = find_shipped("recipe", path)
     data = read_yaml(file)
     if not isinstance(data, dict):
         raise BadInputError(f"{path}: a recipe needs the keys parents and rules")
     return data
 
 
+def named_places(given: list[str]) -> dict[str, str]:
+    """Name -> place of parents given as NAME=PLACE, in order. Raises `BadInputError` for what is none."""
+    places: dict[str, str] = {}
+    for text in given:
+        name, found, place = text.partition("=")
+        if not (name and found and place):
+            raise BadInputError(f"--parent: {text!r} is not NAME=PLACE, such as father=org/model")
+        if name in places or name in RESERVED_NAMES:
+            raise BadInputError(
+                f"--parent: the name {name!r} is used twice, or is one of "
+                f"{', '.join(RESERVED_NAMES)}, which mean something else"
+            )
+        places[name] = place
+    return places
+
+
 def load_recipe_data(
     path: str, data: dict[Any, Any], opened: Callable[[str], Checkpoint]
 ) -> RecipeFile:
     """A recipe file's data in our own spelling, checked, with its parents `opened`."""
+    if PRESET in data:
+        father = opened(next(iter(_parents(path, data.get("parents")).values())))
+        data = expand(path, data, ArchitectureMap.of(father))
     if not {"parents", "rules"} <= data.keys():
         raise BadInputError(f"{path}: a recipe needs the keys parents and rules")
     if data.keys() - KEYS:
@@ -133,9 +160,32 @@ def load_recipe_data(
     return loaded
 
 
+def _placed(
+    path: str, data: dict[Any, Any], places: dict[str, str], base: str | None
+) -> dict[Any, Any]:
+    """The file's data with these places of parents and base in it."""
+    parents = data.get("parents")
+    listed = [p for p in parents if isinstance(p, dict)] if isinstance(parents, list) else []
+    names = [parent.get("name") for parent in listed]
+    for name in places:
+        if name not in names:
+            raise BadInputError(f"--parent: {name!r} is none of the parents {names} of {path}")
+    if places:
+        given = [
+            parent | ({"path": places[name]} if name in places else {})
+            for parent, name in zip(listed, names, strict=True)
+        ]
+        data = data | {"parents": given}
+    return data if base is None else data | {"base": base}
+
+
 def _parents(path: str, data: Any) -> dict[str, str]:
     places = {}
     for parent in data if isinstance(data, list) else []:
+        if isinstance(parent, dict) and parent.keys() == {"name"}:
+            raise BadInputError(
+                f"{path}: parents: {parent['name']!r} has no path; give --parent {parent['name']}=PLACE"
+            )
         if not isinstance(parent, dict) or set(parent) != {"name", "path"}:
             raise BadInputError(f"{path}: parents: each needs exactly name and path")
         name, place = parent["name"], parent["path"]

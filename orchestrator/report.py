@@ -15,13 +15,13 @@ import yaml
 from orchestrator.card import component_changes, reservations, verdict
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
-from orchestrator.lineage import LINEAGE_FILE
+from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.prescribing import notes_on_search
-from orchestrator.shares import parent_shares
+from orchestrator.shares import measured_shares, weighted_shares
 from orchestrator.state import CampaignState, Candidate
 from orchestrator.statistics import format_p_value
 from workers.errors import BadInputError
-from workers.storage import Store
+from workers.storage import ObjectNotFoundError, Store
 
 REPORT_FILE = "report.html"
 TEMPLATE_FILE = "report.html.jinja"
@@ -65,8 +65,14 @@ def build_report(store: Store) -> str:
     template = environment.from_string(
         files(__package__).joinpath(TEMPLATE_FILE).read_text("utf-8")
     )
-    by_component = weighted_shares(lineage["tensors"], parents, "component")
-    by_layer = weighted_shares(lineage["tensors"], parents, "component", "layer")
+    intended = weighted_shares(lineage["tensors"], parents, "component")
+    attribution = _attribution(target)
+    if attribution is None:
+        by_component = intended
+        by_layer = weighted_shares(lineage["tensors"], parents, "component", "layer")
+    else:
+        by_component = measured_shares(attribution["components"], parents, "component")
+        by_layer = measured_shares(attribution["cells"], parents, "component", "layer")
     return template.render(
         lineage=lineage,
         verdict=verdict(lineage),
@@ -86,8 +92,12 @@ def build_report(store: Store) -> str:
         notes=notes_on_search(lineage["search"]),
         child_uri=target.uri,
         child_folder=child["folder"],
-        base_remains=any(sum(shares.values()) < 0.999 for shares in by_component.values()),
-        largest_share=max(share for shares in by_layer.values() for share in shares.values()),
+        base_remains=any(0 < sum(shares.values()) < 0.999 for shares in by_component.values()),
+        largest_share=max(
+            (share for shares in by_layer.values() for share in shares.values()), default=0.0
+        ),
+        attribution=attribution,
+        intended={component: shares for (component,), shares in intended.items()},
         changes=component_changes(lineage),
         significant=SIGNIFICANCE,
         configuration=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
@@ -98,6 +108,15 @@ def build_report(store: Store) -> str:
             "maps": charts.share_maps(by_layer, parents),
         },
     )
+
+
+def _attribution(child: Store) -> dict[str, Any] | None:
+    """What was measured of the child; None for one from before that was done."""
+    try:
+        found: dict[str, Any] = json.loads(child.read(ATTRIBUTION_FILE))
+    except ObjectNotFoundError:
+        return None
+    return found
 
 
 def _unfinished(store: Store) -> BadInputError:
@@ -143,25 +162,6 @@ def _draw_search(
         "genome": charts.genome_chart(_gene_values(lineage["genome"], candidates, parents), parents)
         if lineage["genome"]
         else None,
-    }
-
-
-def weighted_shares(
-    tensors: list[dict[str, Any]], parents: list[str], *keys: str
-) -> dict[tuple[Any, ...], dict[str, float]]:
-    """The parents' shares in the tensors that agree in `keys`, weighted by their elements."""
-    elements: dict[tuple[Any, ...], int] = {}
-    totals: dict[tuple[Any, ...], dict[str, float]] = {}
-    for tensor in tensors:
-        place = tuple(tensor[key] for key in keys)
-        elements[place] = elements.get(place, 0) + tensor["elements"]
-        total = totals.setdefault(place, dict.fromkeys(parents, 0.0))
-        shares = parent_shares(tensor["method"], tensor["parameters"], parents)
-        for parent, share in shares.items():
-            total[parent] += share * tensor["elements"]
-    return {
-        place: {parent: value / max(elements[place], 1) for parent, value in total.items()}
-        for place, total in totals.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""How much of each parent a merged tensor is, read from its method's parameters."""
+"""How much of each parent a child is: measured, and as its recipe says."""
 
 from __future__ import annotations
 
@@ -19,3 +19,37 @@ def parent_shares(method: str, parameters: dict[str, Any], parents: list[str]) -
     weights = parameters.get("weight", dict.fromkeys(parents, 1.0))
     total = sum(abs(weight) for weight in weights.values())
     return {parent: abs(weights.get(parent, 0.0)) / total if total else 0.0 for parent in parents}
+
+
+def weighted_shares(
+    tensors: list[dict[str, Any]], parents: list[str], *keys: str
+) -> dict[tuple[Any, ...], dict[str, float]]:
+    """The parents' shares in the tensors that agree in `keys`, weighted by their elements."""
+    elements: dict[tuple[Any, ...], int] = {}
+    totals: dict[tuple[Any, ...], dict[str, float]] = {}
+    for tensor in tensors:
+        place = tuple(tensor[key] for key in keys)
+        elements[place] = elements.get(place, 0) + tensor["elements"]
+        total = totals.setdefault(place, dict.fromkeys(parents, 0.0))
+        shares = parent_shares(tensor["method"], tensor["parameters"], parents)
+        for parent, share in shares.items():
+            total[parent] += share * tensor["elements"]
+    return {
+        place: {parent: value / max(elements[place], 1) for parent, value in total.items()}
+        for place, total in totals.items()
+    }
+
+
+def measured_shares(
+    groups: list[dict[str, Any]], parents: list[str], *keys: str
+) -> dict[tuple[Any, ...], dict[str, float]]:
+    """The parents' shares in the groups of an attribution; none at all where they cannot be told apart.
+
+    What is missing from a sum of 1 is the base's.
+    """
+    return {
+        tuple(group[key] for key in keys): {parent: shares.get(parent, 0.0) for parent in parents}
+        if (shares := group["shares"]) is not None
+        else {}
+        for group in groups
+    }

@@ -24,16 +24,23 @@ from workers.storage import Store, open_store
 
 
 def merge_recipe(
-    path: str, out: str, workers: WorkersConfig | None = None, address: str | None = None
+    path: str,
+    out: str,
+    workers: WorkersConfig | None = None,
+    address: str | None = None,
+    parents: dict[str, str] | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Write the child of a recipe file into the place `out`; what was written.
+
+    Places of `parents`, by name, and of the `base` count instead of those in the file.
 
     With `workers`, parts of it are merged by actors on the Ray cluster at `address`, or on this
     machine; else by processes of this one. A merge that was interrupted goes on at the parts that are
     missing. Raises `BadInputError` for a recipe that cannot work and for a place that holds anything
     else.
     """
-    loaded = load_recipe_file(path)
+    loaded = load_recipe_file(path, parents, base)
     target = open_store(out)
     _check_place(target)
     writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)

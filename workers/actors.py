@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from workers.checkpoints import Checkpoint, localize, open_checkpoint
+from workers.checkpoints import ArchitectureMap, Checkpoint, localize, open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
@@ -23,12 +23,14 @@ from workers.merging.plan import BASE
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
+    from workers.diagnostics.attribution import Products
     from workers.diagnostics.calibration import CalibrationSet
     from workers.diagnostics.probe import PackedStates, Rows
     from workers.diagnostics.static import StaticScan
     from workers.diagnostics.streaming import StreamedModel
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
+    from workers.merging.sources import Source
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class MergeWorker:
         self.base: Checkpoint | None = None
         self._scan: StaticScan | None = None
         self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
+        self._child: tuple[tuple[str, bool], ArchitectureMap, Source] | None = None
         self._starting = threading.Lock()
         self._streamed: tuple[tuple[str, ...], StreamedModel] | None = None
         self.store: Callable[[str], Store] = lru_cache(maxsize=4)(open_store)
@@ -175,6 +178,29 @@ class MergeWorker:
             given = None if states is None else unpack_states(states)
             rows, result = probe_span(model, sets, *span, given)
             return rows, pack_states(result)
+
+    def attribute(
+        self, recipe: dict[str, Any], child: str, published: bool, chunks: list[tuple[str, int]]
+    ) -> list[Products]:
+        """See `workers.diagnostics.attribution.measure_chunk`, for chunks of the child at this place.
+
+        `recipe` says which parents, layers and tokens belong together, not what was merged how.
+        """
+        import torch
+
+        from workers.diagnostics.attribution import measure_chunk, read_unpublished
+        from workers.merging.sources import Source
+
+        run, _ = self.start(Recipe.from_dict(recipe))
+        torch.set_num_threads(1)
+        if self._child is None or self._child[0] != (child, published):
+            store = self.store(child)
+            opened = (
+                open_checkpoint(child) if published else read_unpublished(store, run.plan.layout)
+            )
+            self._child = (child, published), ArchitectureMap.of(opened), Source(opened)
+        tensors, source = self._child[1].by_name, self._child[2]
+        return [measure_chunk(run, source, tensors[name], first) for name, first in chunks]
 
     def start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
         """The recipe's run over the opened parents, and the parts of its child by their keys."""

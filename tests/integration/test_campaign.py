@@ -65,6 +65,7 @@ def test_the_child_is_an_ordinary_checkpoint(undisturbed: dict) -> None:
     )
     names = {info.key for info in open_store(undisturbed["child"]).list_objects()}
     assert {"config.json", "generation_config.json", "README.md", "lineage.json"} <= names
+    assert "attribution.json" in names
     ledger = records(open_store(undisturbed["campaign"]))
     held_out = {
         item["id"]: item

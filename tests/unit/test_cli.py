@@ -137,6 +137,25 @@ def test_merge_writes_a_whole_checkpoint_with_its_lineage(
     assert set(lineage["files"]) == {file.name for file in child.weight_files}
 
 
+def test_attribute_measures_what_merge_wrote(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    rule = {"method": "linear", "parameters": {"weight": {"a": 0.25, "b": 0.75}}}
+    darwin("merge", write_recipe(tmp_path, family, rules=[rule]), tmp_path / "child")
+    parents = [f"--parent={name}={path}" for name, path in zip("ab", family[1:], strict=True)]
+    found = darwin("attribute", tmp_path / "child", *parents, "--json")
+    assert found.code == 0
+    assert found.json["total"]["shares"] == pytest.approx({"a": 0.25, "b": 0.75}, abs=0.01)
+    shown = darwin("attribute", tmp_path / "child", *parents, f"--base={family[0]}")
+    assert shown.code == 0
+    mlp = next(line.split() for line in shown.out.splitlines() if line.startswith("mlp"))
+    assert [float(cell.rstrip("%")) for cell in mlp[2:5]] == pytest.approx([25, 75, 0], abs=1)
+    assert "(recipe)" in shown.out
+    wrong = darwin("attribute", tmp_path / "child", "--parent=a", "--json")
+    assert wrong.code == 2
+    assert wrong.json["status"] == "bad input"
+
+
 def test_merge_stacks_layers_as_a_mergekit_file_says(
     darwin: Darwin, family: list[Path], tmp_path: Path
 ) -> None:

@@ -13,13 +13,20 @@ from orchestrator.inputs import open_inputs
 from orchestrator.prescription import Prescription
 from orchestrator.probe_scan import load_calibration_sets
 from orchestrator.ratio_file import is_ratio_file
+from orchestrator.recipe_file import load_recipe_file
 from orchestrator.search import OPTIMIZERS
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.evaluation import load_task
 from workers.merging import METHODS, MergeMethod, ParentReference
 from workers.merging.plan import Plan
 
-CHECKED = {"campaign": ".yaml", "genome": ".yaml", "task": ".yaml", "calibration": ".jsonl"}
+CHECKED = {
+    "campaign": ".yaml",
+    "genome": ".yaml",
+    "recipe": ".yaml",
+    "task": ".yaml",
+    "calibration": ".jsonl",
+}
 FATHER = "shipped:strings/base"
 
 
@@ -90,6 +97,18 @@ def test_a_ratio_space_is_for_every_method_that_takes_shares(name: str, method: 
         plan = Plan({"a": father, "b": father}, father)
         assigned = plan.assign(space.decode(space.point(space.start)))
         assert {way.method.name for way in assigned.values()} - {"passthrough"} == {method}
+
+
+@pytest.mark.parametrize("name", shipped("recipe"))
+def test_a_recipe_merges_any_parents(name: str) -> None:
+    data = yaml.safe_load(find_shipped("recipe", name).read_text())
+    places = {
+        p["name"]: f"shipped:strings/{s}"
+        for p, s in zip(data["parents"], ("sort", "shift"), strict=True)
+    }
+    loaded = load_recipe_file(name, places)
+    plan = Plan({n: ArchitectureMap.of(parent) for n, parent in loaded.parents.items()}, None)
+    assert {way.method.name for way in plan.assign(loaded.recipe).values()} - {"passthrough"}
 
 
 @pytest.mark.parametrize("name", shipped("task"))

@@ -131,6 +131,32 @@ def tables(card: str) -> list[list[list[str]]]:
 # -- the card --------------------------------------------------------------------------------
 
 
+def measured(component: str, **shares: float) -> dict[str, Any]:
+    """What an attribution says of a component; no shares: the parents are alike there."""
+    return {
+        "component": component,
+        "shares": shares or None,
+        "explained": 0.987 if shares else None,
+    }
+
+
+def test_the_card_says_what_was_measured_of_the_weights() -> None:
+    card = build_card(
+        lineage(
+            attribution=[
+                measured("attention", father=0.93, mother=0.07),
+                measured("mlp", father=0.07, mother=0.93),
+                measured("norm"),
+            ]
+        )
+    )
+    assert "attention 93% father (99% explained), mlp 93% mother (99% explained)" in card
+    assert "cannot be told apart in norm" in card
+    assert "Measured from the weights" in card
+    for unmeasured in (lineage(), lineage(attribution=[measured("norm")])):
+        assert "Measured" not in build_card(unmeasured)
+
+
 def test_the_front_matter_says_what_the_hub_wants_to_know() -> None:
     parents = parents_with(father="mit", mother="mit")
     parents[1]["hub"] = "someone/mother"

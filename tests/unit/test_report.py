@@ -14,7 +14,8 @@ import pytest
 
 from orchestrator.judgement import judge
 from orchestrator.ledger import Ledger
-from orchestrator.report import REPORT_FILE, weighted_shares, write_report
+from orchestrator.report import REPORT_FILE, write_report
+from orchestrator.shares import weighted_shares
 from orchestrator.state import CampaignState
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
@@ -309,6 +310,56 @@ def test_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(set(ids)) == len(ids)
     assert {link[1:] for link in links if link.startswith("#")} == set(ids)
+
+
+def part(component: str, layer: int | None, shares: dict[str, float] | None) -> dict[str, Any]:
+    """An attribution's entry; no shares: the parents are alike there."""
+    coefficients = shares or {}
+    return {
+        "component": component, "layer": layer, "elements": 10, "tensors": 3, "shares": shares,
+        "coefficients": coefficients, "explained": 0.876 if shares else None, "uniform": None,
+        "residual": 0.0, "undetermined": [], "identical": {"wolf": 2, "dog": 0},
+    }  # fmt: skip
+
+
+def write_attribution(store: Store, base: bool = True) -> None:
+    shares = {"wolf": 0.111, "dog": 0.639} | ({"base": 0.25} if base else {"fox": 0.25})
+    attribution = {
+        "base": base,
+        "components": [part("mlp", None, shares), part("norm", None, None)],
+        "cells": [part("mlp", 0, shares), part("norm", None, None)],
+    }
+    store.write("child-1/attribution.json", json.dumps(attribution).encode())
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_shows_what_was_measured_where_there_is_an_attribution(base: bool, tmp_path: Path) -> None:
+    store = write_campaign(tmp_path)
+    before = read_page(store).text
+    assert "Measured" not in before
+    write_attribution(store, base)
+    page = read_page(store)
+    assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 5
+    assert "whose coefficients sum to 1" in page.text
+    assert "magnitude of its weight" not in page.text
+    intended = weighted_shares(lineage_of(store)["tensors"], ["wolf", "dog", "fox"], "component")
+    wolf, dog, fox = (f"{100 * intended['mlp',][name]:.0f} %" for name in ("wolf", "dog", "fox"))
+    last = f"0.000 {fox} 0.250" if base else f"0.250 {fox}"
+    assert f"mlp 0.111 {wolf} 0.639 {dog} {last} 87.6 % 3 2 wolf" in page.text
+    assert "norm alike" in page.text
+    for drawn in ("11%", "64%", "parents alike"):  # the bars
+        assert drawn in page.text
+    assert ("grey: the base" in page.text) == base
+
+
+def test_parents_that_are_alike_everywhere(tmp_path: Path) -> None:
+    store = write_campaign(tmp_path)
+    alike = [part("mlp", 0, None)]
+    store.write(
+        "child-1/attribution.json",
+        json.dumps({"base": False, "components": alike, "cells": alike}).encode(),
+    )
+    assert "parents alike" in read_page(store).text
 
 
 def test_same_store_same_bytes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import transformers
 import yaml
 from tokenizers import Tokenizer
 
+from orchestrator.attribution import attribute_checkpoint
 from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import read_tensors, to_float64
 from tests.families import SMALL
@@ -102,6 +103,17 @@ def test_the_child_speaks_the_chosen_vocabulary(family: Path, tmp_path: Path, ch
     assert loaded.decode(ids[0]) == text
     assert int(ids.max()) < len(merged[EMBEDDING])
     assert model(ids).logits.isfinite().all()
+
+
+def test_rows_are_attributed_token_by_token(family: Path, tmp_path: Path) -> None:
+    rules = [{"method": "linear", "parameters": {"weight": {"father": 0.7, "mother": 0.3}}}]
+    child = merge(family, tmp_path / "child", rules=rules, vocabulary="union")
+    parents = {name: str(family / name) for name in ("father", "mother")}
+    found = attribute_checkpoint(str(child), parents, str(family / "base"))
+    embedding = next(part for part in found["components"] if part["component"] == "embedding")
+    wanted = {"father": 0.7, "mother": 0.3, "base": 0.0}
+    assert embedding["coefficients"] == pytest.approx(wanted, abs=2e-3)
+    assert embedding["explained"] > 0.999
 
 
 def test_a_parent_is_taken_over_row_by_row(family: Path, tmp_path: Path) -> None:
