@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
-from typing import Any
 
 from scipy.stats import wilcoxon
 
@@ -25,20 +24,25 @@ from orchestrator.calls import LocalCalls
 from orchestrator.config import CampaignConfig, config_from_dict
 from orchestrator.genome import build_space
 from orchestrator.inputs import Inputs, open_inputs
-from orchestrator.prescription import Prescription, prescribe
+from orchestrator.prescription import prescribe
+from orchestrator.probe_scan import ActivationProbe, load_calibration_sets
 from orchestrator.scan import scan_parents
 from orchestrator.search import build_optimizer
+from orchestrator.space import Space
 from orchestrator.statistics import objective
 from workers.actors import MergeSpec, MergeWorker
 from workers.evaluation import make_batches, score_batch
 from workers.merging import Recipe
 
-SETUPS: dict[str, dict[str, Any]] = {
-    "components, no scan": {"space": "components"},
-    "darwin14, no scan": {"space": "darwin14", "scan": False},
-    "darwin14 + MRI": {"space": "darwin14"},
-    "darwin14 + MRI, trust 1 at the start": {"space": "darwin14", "trust": 1.0},
+SETUPS: dict[str, tuple[str, dict[str, bool]]] = {
+    "components, no scan": ("components", {"static": False}),
+    "darwin14, no scan": ("darwin14", {"static": False}),
+    "darwin14, static MRI": ("darwin14", {}),
+    "darwin14, static and probe": ("darwin14", {"probe": True}),
+    "darwin14, probe": ("darwin14", {"static": False, "probe": True}),
 }
+"""Name -> genome space, and what of the parents is scanned; the probe's sets are those of both skills."""
+
 PAIRS = (("reverse", "sort"), ("reverse", "shift"), ("sort", "shift"))
 STEP = 0.25
 BATCH = 128
@@ -52,6 +56,7 @@ class Found:
     setup: str
     seed: int
     genes: int
+    """That are searched: the trust is not where the scan tells nothing."""
     search: float
     holdout: float
 
@@ -86,16 +91,8 @@ def search(
 
     config = configuration(pair, setup, seed, items, method)
     inputs = open_inputs(config)
-    scans = SETUPS[setup].get("scan", setup != "components, no scan")
-    space = build_space(
-        config.genome, inputs.father_map, inputs.references, inputs.base_reference, seed, scans,
-        prescription_of(inputs, config) if scans else None,
-    )  # fmt: skip
-    start = list(space.start)
-    for number, gene in enumerate(space.genes):
-        if gene.name == "mri_trust" and "trust" in SETUPS[setup]:
-            start[number] = SETUPS[setup]["trust"]
-    optimizer = build_optimizer("cma_es", start, STEP, None, seed)
+    space = space_of(inputs, config)
+    optimizer = build_optimizer("cma_es", space.start, STEP, None, seed)
     engine = TransformersEngine(inputs.parents, inputs.base, dtype="float32")
 
     def fitness(recipe: Recipe, split: str) -> float:
@@ -129,33 +126,44 @@ def search(
 def configuration(
     pair: tuple[str, str], setup: str, seed: int, items: int, method: str
 ) -> CampaignConfig:
+    space, scan = SETUPS[setup]
     return config_from_dict(
         {
             "name": "bench",
             "parents": [{"name": name, "path": f"shipped:strings/{name}"} for name in pair],
             "base": "shipped:strings/base",
             "tasks": [{"name": name, "search_items": items} for name in pair],
-            "genome": {"space": SETUPS[setup]["space"], "method": method},
+            "genome": {"space": space, "method": method},
+            "scan": scan | {"sets": [f"strings_{name}" for name in pair]},
             "objective": "worst",
             "seed": seed,
         }
     )
 
 
-def prescription_of(inputs: Inputs, config: CampaignConfig) -> Prescription:
+def space_of(inputs: Inputs, config: CampaignConfig) -> Space:
+    """The campaign's space, with what the scan prescribes."""
+    given = (
+        config.genome, inputs.father_map, inputs.references, inputs.base_reference, config.seed,
+        config.scan.scans,
+    )  # fmt: skip
+    space = build_space(*given)
+    if not space.to_prescribe:
+        return space
     worker = MergeWorker(MergeSpec({}, None, {}))
     worker.parents, worker.base = inputs.parents, inputs.base
-    scan = scan_parents(inputs.parents, inputs.base, LocalCalls(worker), None)
-    space = build_space(
-        config.genome, inputs.father_map, inputs.references, inputs.base_reference, 0, True
-    )
-    return prescribe(scan, space.to_prescribe, config.scan.alpha)
+    probe = ActivationProbe(load_calibration_sets(config.scan.sets)) if config.scan.probe else None
+    scan = scan_parents(inputs.parents, inputs.base, LocalCalls(worker), None, probe)
+    if not config.scan.static:
+        scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
+    prescription = prescribe(scan, space.to_prescribe, config.scan.alpha)
+    return build_space(*given, prescription)
 
 
 def table(found: list[Found]) -> str:
     """Means over seeds, and each setup against the first one, seed by seed."""
     lines = [
-        "| parents | genome space | genes | best on search items | the same held out | against the first (p) |",
+        "| parents | genome space | genes | on search items | held out | against the first (p) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for pair, setup in product(PAIRS, SETUPS):
