@@ -82,11 +82,12 @@ def attribute_checkpoint(
     lineage = _read_lineage(child)
     opened = {name: open_checkpoint(place) for name, place in parents.items()}
     opened_base = open_checkpoint(base) if base is not None else None
-    vocabulary = lineage.get("recipe", {}).get("vocabulary")
+    stored = lineage.get("recipe", {})
+    vocabulary = stored.get("vocabulary")
     check_parents(opened | ({BASE: opened_base} if opened_base else {}), vocabulary)
     names = list(opened)
     try:
-        layers = [parse_slice(part, names) for part in lineage.get("recipe", {}).get("layers", ())]
+        layers = [parse_slice(part, names) for part in stored.get("layers") or ()]
         form = parse_form({"vocabulary": vocabulary}, names)
     except BadInputError as error:
         raise BadInputError(
@@ -251,6 +252,6 @@ def _intended(lineage: dict[str, Any]) -> dict[str, dict[str, float]] | None:
     try:
         parents = [parent["name"] for parent in lineage["parents"]]
         shares = weighted_shares(lineage["tensors"], parents, "component")
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
     return {component: found for (component,), found in shares.items()}

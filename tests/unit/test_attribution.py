@@ -347,6 +347,30 @@ def test_layers_that_are_stacked_are_compared_with_those_they_came_from(tmp_path
         )
 
 
+@pytest.mark.parametrize("change", [
+    {"tensors": "x"}, {"tensors": [{"component": "mlp", "elements": 1, "method": "ties",
+     "parameters": {"weight": 3}}]}, {"parents": None}, {"recipe": []}, {"recipe": {"layers": None}},
+], ids=str)  # fmt: skip
+def test_a_lineage_that_is_none_is_not_read(change: dict[str, Any], tmp_path: Path) -> None:
+    folders = write_family(tmp_path, torch.float32, {})
+    child = write_child(folders, "ab", False, rule("linear", EVERYTHING, weight=1.0))
+    wanted = measured(child, folders, "ab", False)
+    lineage = {"recipe": {}, "parents": [{"name": "a"}], "tensors": []} | change
+    (child / "lineage.json").write_text(json.dumps(lineage))
+    assert measured(child, folders, "ab", False)["cells"] == wanted["cells"]
+
+
+def test_values_that_are_no_numbers_tell_nothing(tmp_path: Path) -> None:
+    folders = write_family(tmp_path, torch.float32, {})
+    own = read_tensors(folders["a"])
+    own["model.norm.weight"][3] = math.nan
+    broken = write_checkpoint(tmp_path / "broken", own)
+    parts = {p["name"]: p for p in measured(broken, folders, "ab", False)["tensors"]}
+    norm = parts.pop("norm.weight")
+    assert norm["shares"] is norm["explained"] is norm["residual"] is None
+    assert {part["shares"]["a"] for part in parts.values()} == {1.0}
+
+
 def test_a_model_of_another_family_is_no_child(tmp_path: Path) -> None:
     folders = write_family(tmp_path, torch.float32, {})
     stranger = write_checkpoint(tmp_path / "stranger", {"model.norm.weight": torch.ones(3)})
