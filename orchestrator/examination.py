@@ -12,7 +12,7 @@ from workers.evaluation.health import Examination, Prompts
 from workers.evaluation.task import Item, Task
 from workers.storage import ObjectNotFoundError, open_store
 
-SHIPPED_TEXT = SHIPPED / "calibration" / "text.txt"
+SHIPPED_TEXT = SHIPPED / "health" / "text.txt"
 FROM_TASKS = "tasks"
 MOST_ITEMS = 64
 """So many search items are read where these are the texts, from all tasks together."""
