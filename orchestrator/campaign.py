@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 from orchestrator.attribution import attribute_written
 from orchestrator.card import build_card
-from orchestrator.child_writer import ChildWriter
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
+from orchestrator.ending import Ending
+from orchestrator.examination import fingerprint, load_examination
 from orchestrator.flat_fitness import FlatFitness, flat_fitness
+from orchestrator.gates import engine_gates, summarize
 from orchestrator.genome import build_space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.judgement import Judgement, judge
@@ -67,7 +69,9 @@ class Campaign:
             for name in self.inputs.parents
         }
         self._check_recipes()
+        self.examination = load_examination(config.health, self.inputs.tasks)
         self.identity = self.inputs.identity(config) | {"genome": self.space.identity}
+        self.identity["health"]["text"] = fingerprint(self.examination)
         self.flat: FlatFitness | None = None
         self.ended = ""
         self.pool: Pool | None = None
@@ -144,7 +148,7 @@ class Campaign:
         self.state = CampaignState(self.config.objective, ledger.records)
         if next(self.store.list_objects(REPORT_FILE), None) is None:
             write_report(self.store)  # the driver was stopped just before it
-        return {"status": "done", **result}
+        return result
 
     def _open_ledger(self, ledger: Ledger) -> None:
         """Begin to write, and make sure that the ledger is this campaign's."""
@@ -160,7 +164,10 @@ class Campaign:
             self._record("campaign", identity=self.identity, config=config_to_dict(self.config))
 
     def _check_identity(self, recorded: dict[str, Any]) -> None:
-        different = differing_keys(recorded, self.identity)
+        # What a child must be like to be published steers no search.
+        different = [
+            key for key in differing_keys(recorded, self.identity) if not key.startswith("health.")
+        ]
         old, new = recorded["search"]["evaluations"], self.config.search.evaluations
         if new > old:
             different.remove("search.evaluations")  # a larger budget is welcome
@@ -396,16 +403,23 @@ class Campaign:
 
     def _finish(self, candidate: Candidate, judgement: Judgement) -> dict[str, Any]:
         """Write and publish the child, then the report; the campaign's result."""
-        assert self.pool is not None
-        self.watcher.stage("writing the child")
+        assert self.pool is not None and self._ledger is not None
         recipe = self.recipes[candidate.recipe_id]
-        folder = f"child-{recipe.id[:12]}"
-        target = self.store.substore(folder)
-        self._record("child", recipe=recipe.id, folder=folder)
-        writer = ChildWriter.create(recipe, self.inputs.parents, self.inputs.base, target)
-        weights = writer.write(self.pool)
+        measured = self._examine(recipe)
+        self.watcher.stage("writing the child")
+        known = [record for record in self._ledger.since_begun() if record["kind"] == "child"]
+        written = Ending(
+            self.store, recipe, self.inputs.parents, self.inputs.base, self.config.health
+        ).write(
+            self.pool,
+            engine_gates(measured, self.config.health),
+            lambda folder: self._record("child", recipe=recipe.id, folder=folder),
+            known[-1]["folder"] if known else None,
+        )
+        health = summarize(written.gates, self.config.health, measured)
+        target = self.store.substore(written.folder)
         self.watcher.stage("measuring the child")
-        attribution = attribute_written(writer, self.pool)
+        attribution = attribute_written(written.writer, self.pool)
         lineage = build_lineage(
             self.config,
             self.inputs,
@@ -414,7 +428,9 @@ class Campaign:
             self.parent_recipes,
             candidate.genome,
             judgement,
-            weights.to_dict() | {"attribution": attribution["components"]},
+            {"health": health}
+            | written.weights.to_dict()
+            | {"attribution": attribution["components"]},
         )
         lineage["search"] |= {
             "space": describe_space(self.space, self.prescription),
@@ -428,21 +444,41 @@ class Campaign:
         }
         # A record before each step that others see: a driver that was replaced stops here.
         self._record("publishing", recipe=recipe.id)
-        writer.publish(files)
+        written.writer.publish(files)
         open_checkpoint(target.uri)  # as any user would; raises if it is not one
         self.watcher.stage("writing the report")
         self._record(
-            "finished",
-            child=folder,
+            "rejected" if health["rejected"] else "finished",
+            child=written.folder,
             recipe_id=recipe.id,
             evaluations=self.state.evaluated(self.config.search.evaluations),
             search_ended=self.ended,
             **judgement.to_dict(),
+            gates={gate["name"]: gate["result"] for gate in health["gates"]},
+            reasons=[
+                f"{gate.name}: {gate.finding}"
+                for gate in written.gates
+                if gate.name in health["rejected"]
+            ],
             report=REPORT_FILE,
         )
         write_report(self.store)
         self.watcher.notify(self)
-        assert self._ledger is not None
         result = self._ledger.result()
         assert result is not None
-        return {"status": "done", **result}
+        return result
+
+    def _examine(self, recipe: Recipe) -> dict[str, Any]:
+        """What the live child and parents do on the calibration texts and prompts."""
+        assert self.pool is not None and self._ledger is not None
+        shown = fingerprint(self.examination)
+        for record in self._ledger.of_kind("examined"):
+            if record["recipe"] == recipe.id and record["examination"] == shown:
+                found: dict[str, Any] = record["measured"]
+                return found
+        self.watcher.stage("health check")
+        parents = {name: parent.to_dict() for name, parent in self.parent_recipes.items()}
+        given = (recipe.to_dict(), parents, self.examination)
+        ((_, measured),) = self.pool.each("examine", [given])
+        self._record("examined", recipe=recipe.id, examination=shown, measured=measured)
+        return dict(measured)

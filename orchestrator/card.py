@@ -12,6 +12,9 @@ from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.prescribing import notes_on_search
 from orchestrator.statistics import format_p_value
 
+MOST_WARNINGS = 10
+"""Of the health check, on the card."""
+
 
 @dataclass(frozen=True)
 class ComponentChange:
@@ -43,6 +46,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         f"A merge of {_join(names)} by Darwin, found by evolutionary search, without training.\n",
         f"**{verdict(lineage)}**\n",
         f"{reservations(lineage)}\n",
+        _health(lineage),
         "## Results on held-out items\n",
         "Items that steered the search are not among these. Intervals are 95 % Wilson intervals. "
         f"Children of this campaign that these items have judged: {lineage['children_judged']}.\n",
@@ -65,7 +69,9 @@ def build_card(lineage: dict[str, Any]) -> str:
 
 
 def verdict(lineage: dict[str, Any]) -> str:
-    """In one sentence, which parents the child beats on the held-out items."""
+    """In one sentence, which parents the child beats on the held-out items, or why it may not claim to."""
+    if failed := (lineage.get("health") or {}).get("rejected"):
+        return f"Rejected: this child did not pass the gates {_join(failed)}, so it is kept aside."
     beaten = lineage["beaten"]
     rest = [p["name"] for p in lineage["parents"] if p["name"] not in beaten]
     if not beaten:
@@ -86,9 +92,26 @@ def reservations(lineage: dict[str, Any]) -> str:
         f"To beat a parent is to have a higher {lineage['search']['objective']} of the tasks, and "
         "significantly more right answers over all items."
     )
+    if allowed := (lineage.get("health") or {}).get("allowed"):
+        meaning = f"Published although it did not pass {_join(allowed)}: the campaign allows that. {meaning}"
     if not better:
         return meaning
     return f"{meaning} On single tasks these parents are better than the child: {_join(better)}."
+
+
+def _health(lineage: dict[str, Any]) -> str:
+    """What was checked before the child was published; empty for children from before there were gates."""
+    health = lineage.get("health")
+    if not health:
+        return ""
+    rows = [["check", "result", "found", "bound"]]
+    rows += [[g["name"], g["result"], g["finding"], g["bound"]] for g in health["gates"]]
+    warnings = [w for g in health["gates"] for w in g["warnings"]]
+    some = warnings[:MOST_WARNINGS]
+    if warnings[MOST_WARNINGS:]:
+        some.append(f"{len(warnings) - len(some)} more are in `{LINEAGE_FILE}`")
+    lines = "".join(f"- {' '.join(warning.split())}\n" for warning in some)
+    return f"## Health check\n\n{_table(rows)}" + (f"\n{lines}" if lines else "")
 
 
 def _score_table(lineage: dict[str, Any], names: list[str]) -> str:

@@ -45,7 +45,9 @@ class ChildReport:
     """File -> SHA-256, read back from the store."""
     tensors: list[dict[str, Any]]
     """Of each logical tensor: name, component, layer, elements, method, parameters; how many elements
-    differ from each parent that has it (`changed`); how many are `not_finite`."""
+    differ from each parent that has it (`changed`), and of a sample how many by more than rounding
+    (`moved`: differing, looked at); how many are `not_finite`, and how many of these are `broken`: not the
+    father's own. A blend that changed nothing has `reach` (see `workers.merging.child.PartReport`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"files": self.files, "tensors": self.tensors}
@@ -87,10 +89,20 @@ class ChildWriter:
         return sum(part.stop - part.start for part in self.parts)
 
     def write(self, calls: Calls, notify: Callable[[int], None] = lambda done: None) -> ChildReport:
-        """Write what is missing, publish each file, read it back; `notify` is told of bytes written.
+        """`merge`, check that all is finite, `finish`. `publish` then makes the folder a checkpoint.
 
-        The folder is no checkpoint yet: `publish` makes it one. Raises `BadInputError` if a tensor of
-        the child holds a NaN or an infinity, and is not the father's own.
+        Raises `BadInputError` if a tensor of the child holds a NaN or an infinity, and is not the father's
+        own.
+        """
+        report = self.merge(calls, notify)
+        check_finite(report)
+        return self.finish(calls, report)
+
+    def merge(self, calls: Calls, notify: Callable[[int], None] = lambda done: None) -> ChildReport:
+        """Write the parts that are missing; what the child is like. No file of it appears yet.
+
+        `notify` is told of bytes written. If this very child is there already, whole, it is read and its
+        own report given.
         """
         earlier = self._written_before(calls)
         if earlier is not None:
@@ -116,9 +128,14 @@ class ChildWriter:
                 pending, size = [], 0
         if pending:
             self._record({"parts": pending})
-        report = self._report()
-        self._publish_files(calls)
-        report.files = {file.name: self._files[file.name] for file in self.plan.layout.weight_files}
+        return self._report()
+
+    def finish(self, calls: Calls, report: ChildReport) -> ChildReport:
+        """Let each file appear and read it back; the `report` of `merge`, with the files' hashes."""
+        if not report.files:
+            self._publish_files(calls)
+            names = [file.name for file in self.plan.layout.weight_files]
+            report.files = {name: self._files[name] for name in names}
         return report
 
     def publish(self, files: dict[str, bytes]) -> None:
@@ -280,6 +297,8 @@ class ChildWriter:
 
     def _report(self) -> ChildReport:
         changed: dict[str, dict[str, int]] = {}
+        moved: dict[str, dict[str, list[int]]] = {}
+        reach: dict[str, dict[str, list[int]]] = {}
         broken: dict[str, int] = {}
         fathers: dict[str, int] = {}
         for report in self._written.values():
@@ -287,6 +306,8 @@ class ChildWriter:
                 total = changed.setdefault(name, {})
                 for parent, count in counts.items():
                     total[parent] = total.get(parent, 0) + count
+            _add_lists(moved, report.get("moved", {}))
+            _add_lists(reach, report.get("reach", {}))
             for total, counts in (
                 (broken, report["not_finite"]),
                 (fathers, report["not_finite_in_father"]),
@@ -295,13 +316,9 @@ class ChildWriter:
                     total[name] = total.get(name, 0) + count
         tensors = []
         father = self.recipe.father.name
-        bad = []
         for tensor in self.plan.child.tensors:
             way = self.assigned[self.plan.merged_as(tensor).name]
             is_fathers = way.copies and way.parents == (father,)
-            # Of what is copied, too, a narrower dtype may not hold all.
-            if broken.get(tensor.name, 0) > (fathers.get(tensor.name, 0) if is_fathers else 0):
-                bad.append(tensor.name)
             tensors.append(
                 {
                     "name": tensor.name,
@@ -311,15 +328,37 @@ class ChildWriter:
                     "method": way.method.name,
                     "parameters": way.values,
                     "changed": changed.get(tensor.name, {}),
+                    "moved": moved.get(tensor.name, {}),
                     "not_finite": broken.get(tensor.name, 0),
                 }
             )
+            # Of what is copied, too, a narrower dtype may not hold all.
+            own = fathers.get(tensor.name, 0) if is_fathers else 0
+            if broken.get(tensor.name, 0) > own:
+                tensors[-1]["broken"] = broken[tensor.name]
+            if tensor.name in reach and not changed[tensor.name].get(father):
+                tensors[-1]["reach"] = reach[tensor.name]
             if way.post is not None:
                 tensors[-1]["post"] = {"method": way.post.name, "parameters": way.post_values}
-        if bad:
-            raise BadInputError(
-                f"tensor {bad[0]!r} of the child has {broken[bad[0]]} elements that are NaN or infinite "
-                f"({len(bad)} such tensors): a parent is damaged, a parameter too large, or the dtype too "
-                "narrow"
-            )
         return ChildReport({}, tensors)
+
+
+def check_finite(report: ChildReport) -> None:
+    """Raise `BadInputError` if a tensor holds a NaN or an infinity that is not the father's own."""
+    bad = [tensor for tensor in report.tensors if tensor.get("broken")]
+    if bad:
+        raise BadInputError(
+            f"tensor {bad[0]['name']!r} of the child has {bad[0]['broken']} elements that are NaN or "
+            f"infinite ({len(bad)} such tensors): a parent is damaged, a parameter too large, or the dtype "
+            "too narrow"
+        )
+
+
+def _add_lists(
+    totals: dict[str, dict[str, list[int]]], report: dict[str, dict[str, list[int]]]
+) -> None:
+    for tensor, parents in report.items():
+        total = totals.setdefault(tensor, {})
+        for parent, counts in parents.items():
+            known = total.setdefault(parent, [0] * len(counts))
+            total[parent] = [one + other for one, other in zip(known, counts, strict=True)]

@@ -21,7 +21,7 @@ app = typer.Typer(
 OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """Python looks for garbage after every 700 objects by default: a third of the time to import torch."""
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
 PIPE_WIDTH = 1000
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -38,7 +38,7 @@ def run(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run a campaign, or resume it if its store already holds it."""
+    """Run a campaign, or resume it if its store already holds it. Ends with 3 if the child is rejected."""
     from orchestrator.config import load_config
 
     config = load_config(campaign, overrides)
@@ -50,8 +50,16 @@ def run(
         result = Campaign(config, view).run()
     if as_json:
         _print_json(result)
-        return
+    else:
+        _say_result(result)
+    if result["status"] == "rejected":
+        raise typer.Exit(REJECTED)
+
+
+def _say_result(result: dict[str, Any]) -> None:
     beaten = result["beaten"]
+    for reason in result.get("reasons", ()):
+        _say(f"rejected {reason}")
     _say(f"child    {result['child']}")
     _say(f"report   {result['report']}")
     if "search_ended" in result:

@@ -31,6 +31,10 @@ OPERATIONAL_KEYS = ("store", "address", "workers.count", "workers.cpus", "worker
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
 
+GATES = ("finite", "different", "changed", "perplexity", "repetition", "endings", "layers")
+"""What is checked before a child is published."""
+
+
 @dataclass
 class ParentConfig:
     """One parent. The first of the list is the father: the child has its layout and tokenizer."""
@@ -128,6 +132,32 @@ class WorkersConfig:
 
 
 @dataclass
+class HealthConfig:
+    """What a child must be like to be published; all of it may change when a campaign is resumed."""
+
+    text: str | None = None
+    """A text file, its texts separated by blank lines; `tasks` for search items; None is the shipped one."""
+    prompts: int = 16
+    """Search prompts that child and parents go on from."""
+    new_tokens: int = 64
+    """The most tokens of each, unless the task has fewer."""
+    perplexity: float = 1.5
+    """The child's may be so many times the worst parent's."""
+    repetition: float = 0.25
+    """The child may loop on this share of the prompts more than the worst parent."""
+    endings: float = 0.25
+    """The same for generations that the token limit has cut."""
+    difference: float = 0.001
+    """The share of a component that must differ from a parent by more than rounding."""
+    interference: float = 2.0
+    """A layer's output may be so many times as far from the parents' as these are from each other."""
+    function_loss: float = 0.5
+    """A layer must add this share of what it adds in the parent where that is least."""
+    allow: list[str] = field(default_factory=list)
+    """Gates that do not keep a child from being published; the card says so."""
+
+
+@dataclass
 class CampaignConfig:
     """One campaign."""
 
@@ -145,6 +175,7 @@ class CampaignConfig:
     """Fitness from the scores of the tasks: their `mean`, or the `worst` of them."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     address: str | None = None
     """A running Ray cluster (`auto` or `host:port`); None starts Ray on this machine."""
     seed: int = 0
@@ -308,6 +339,8 @@ def _check_values(config: CampaignConfig, file: str) -> None:
         "engine.threads": config.engine.threads,
         "engine.batch_size": config.engine.batch_size,
         "workers.count": config.workers.count,
+        "health.prompts": config.health.prompts,
+        "health.new_tokens": config.health.new_tokens,
     }
     for number, task in enumerate(config.tasks):
         whole_numbers[f"tasks.{number}.search_items"] = task.search_items
@@ -322,6 +355,15 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):
         if not 0 <= share < math.inf:
             refuse(f"workers.{key}", f"{share} must be a number from 0 on")
+    for key in ("repetition", "endings", "difference", "function_loss"):
+        if not 0 <= (value := getattr(config.health, key)) <= 1:
+            refuse(f"health.{key}", f"{value} must be a share from 0 to 1")
+    for key in ("perplexity", "interference"):
+        if not 0 < (value := getattr(config.health, key)) < math.inf:
+            refuse(f"health.{key}", f"{value} must be a number above 0")
+    for name in config.health.allow:
+        if name not in GATES:
+            refuse("health.allow", f"{name!r} is none of {', '.join(GATES)}")
     if config.seed < 0:
         refuse("seed", f"{config.seed} must not be negative")
     if config.engine.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", config.engine.device):

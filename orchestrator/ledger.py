@@ -84,14 +84,18 @@ class Ledger:
         return [] if begun is None else self.records[begun:]
 
     def result(self) -> dict[str, Any] | None:
-        """What the campaign came to, if it has come to its end with its present budget."""
-        finished = [record for record in self.since_begun() if record["kind"] == "finished"]
-        if not finished:
+        """What the campaign came to, if it has come to its end with its present budget.
+
+        Its `status` is "done", or "rejected" if the child did not pass the gates.
+        """
+        ends = [r for r in self.since_begun() if r["kind"] in ("finished", "rejected")]
+        if not ends:
             return None
-        found = {key: value for key, value in finished[-1].items() if key not in ("kind", "epoch")}
+        found = {key: value for key, value in ends[-1].items() if key not in ("kind", "epoch")}
+        status = "done" if ends[-1]["kind"] == "finished" else "rejected"
         # Names are recorded, not places: a campaign's folder may be moved.
         places = {key: f"{self.store.uri}/{found[key]}" for key in ("child", "report")}
-        return {"campaign": self.store.uri, **found, **places}
+        return {"status": status, "campaign": self.store.uri, **found, **places}
 
     def _try_append(self, record: Record) -> bool:
         key = _key(len(self.records))

@@ -36,7 +36,7 @@ def campaign_overview(place: str) -> dict[str, Any]:
     best = state.best(budget)
     result = ledger.result()
     return {
-        "status": "done" if result else "unfinished",
+        "status": result["status"] if result else "unfinished",
         "campaign": store.uri,
         "generation": len(state.generations),
         "evaluations": state.evaluated(budget),
@@ -48,6 +48,8 @@ def campaign_overview(place: str) -> dict[str, Any]:
         "drivers": sum(1 for _ in ledger.of_kind("epoch")),
         "child": result["child"] if result else None,
         "holdout_fitness": result["holdout_fitness"] if result else None,
+        "gates": result.get("gates") if result else None,
+        "reasons": result.get("reasons") if result else None,
         "report": result["report"] if result else None,
     }
 
@@ -60,6 +62,8 @@ def render_overview(overview: dict[str, Any]) -> RenderableType:
     best = overview["best"]
     table.add_row("campaign", overview["campaign"])
     table.add_row("status", overview["status"])
+    for reason in overview["reasons"] or ():
+        table.add_row("rejected for", reason)
     table.add_row(
         "evaluations",
         f"{overview['evaluations']} of {overview['budget']}, generation {overview['generation']}, "

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from workers.diagnostics.probe import PackedStates, Rows
     from workers.diagnostics.static import StaticScan
     from workers.diagnostics.streaming import StreamedModel
+    from workers.evaluation.health import Examination
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
     from workers.merging.sources import Source
@@ -266,3 +267,14 @@ class EvaluationWorker(MergeWorker):
                 results = score_batch(self.engine, task, batch)
                 scored.setdefault(task.name, []).extend(result.to_dict() for result in results)
         return Scored(scored, complete, realized - started, time.monotonic() - realized)
+
+    def examine(
+        self, recipe: dict[str, Any], parents: dict[str, dict[str, Any]], examination: Examination
+    ) -> dict[str, Any]:
+        """See `workers.evaluation.health.examine`."""
+        from workers.evaluation.health import examine
+
+        assert self.engine is not None, "describe comes first"
+        self.realized = None
+        given = {name: Recipe.from_dict(parent) for name, parent in parents.items()}
+        return examine(self.engine, Recipe.from_dict(recipe), given, examination)

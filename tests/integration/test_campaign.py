@@ -116,8 +116,8 @@ def test_a_finished_campaign_is_not_run_again(undisturbed: dict) -> None:
     )  # fmt: skip
 
 
-def test_killed_at_five_points_the_child_is_the_same(undisturbed: dict, tmp_path: Path) -> None:
-    """SIGKILL the driver at five stages; the same command goes on, and repeats nothing."""
+def test_killed_at_six_points_the_child_is_the_same(undisturbed: dict, tmp_path: Path) -> None:
+    """SIGKILL the driver at six stages; the same command goes on, and repeats nothing."""
     campaign = write_campaign(tmp_path)
     store = open_store(str(tmp_path / "store" / "small"))
 
@@ -132,6 +132,7 @@ def test_killed_at_five_points_the_child_is_the_same(undisturbed: dict, tmp_path
         lambda: count("asked") >= 1 and count("scored") >= 6,  # within a generation
         lambda: count("asked") >= 3,  # between asking and scoring
         lambda: count("scored", split="holdout") >= 2,  # in the held-out evaluation
+        lambda: count("examined") >= 1,  # between the health check and the writing
         lambda: count("child") >= 1,  # while the child is written
     ]
     for reached in points:
@@ -148,7 +149,8 @@ def test_killed_at_five_points_the_child_is_the_same(undisturbed: dict, tmp_path
     items = scored_items(ledger)
     assert len(items) == len(set(items)), "an item was scored twice"
     assert sorted(items) == sorted(scored_items(records(open_store(undisturbed["campaign"]))))
-    assert count("epoch") == 6
+    assert count("epoch") == 7
+    assert count("examined") == 1
 
 
 def test_killed_workers_cost_nothing_but_time(undisturbed: dict, tmp_path: Path) -> None:

@@ -392,6 +392,52 @@ def test_status_tells_from_the_store_where_a_campaign_stands(
         assert part in shown.out
 
 
+def test_a_rejected_child_is_named_with_the_reason(darwin: Darwin, tmp_path: Path) -> None:
+    place = begun_campaign(tmp_path)
+    ledger = Ledger(open_store(place))
+    ledger.open_epoch(2)
+    reason = "perplexity: 99 on the shipped text (a 3, b 4)"
+    ledger.append(
+        "rejected", child="rejected/child-1", recipe_id="r1", evaluations=5, report="report.html",
+        holdout_fitness={"child": 1.0, "a": 0.5, "b": 0.5}, gates={"perplexity": "failed"},
+        reasons=[reason],
+    )  # fmt: skip
+    found = darwin("status", place, "--json").json
+    assert (found["status"], found["reasons"]) == ("rejected", [reason])
+    assert found["child"] == f"{place}/rejected/child-1"
+    assert found["gates"] == {"perplexity": "failed"}
+    shown = darwin("status", place)
+    for part in ("rejected", reason, "rejected/child-1"):
+        assert part in shown.out
+
+
+def test_a_run_that_ends_with_a_rejected_child_has_an_exit_code_of_its_own(
+    darwin: Darwin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a campaign gives back is seen in tests/integration/test_gates.py."""
+    from orchestrator import campaign
+
+    result = {
+        "status": "rejected", "child": "runs/x/rejected/child-1", "report": "runs/x/report.html",
+        "beaten": [], "holdout_fitness": {"child": 0.2, "a": 0.5}, "reasons": ["layers: layer 2 is silent"],
+    }  # fmt: skip
+
+    class Ended:
+        def __init__(self, *given: Any) -> None:
+            pass
+
+        def run(self) -> dict[str, Any]:
+            return result
+
+    monkeypatch.setattr(campaign, "Campaign", Ended)
+    begun_campaign(tmp_path)
+    ended = darwin("run", tmp_path / "campaign.yaml")
+    assert ended.code == 3
+    assert "rejected layers: layer 2 is silent" in ended.out
+    with_json = darwin("run", tmp_path / "campaign.yaml", "--json")
+    assert (with_json.code, with_json.json) == (3, result)
+
+
 def test_there_is_no_report_of_an_unfinished_campaign(darwin: Darwin, tmp_path: Path) -> None:
     refused = darwin("report", begun_campaign(tmp_path), "--json")
     assert refused.code == 2

@@ -26,6 +26,7 @@ CHECKED = {
     "recipe": ".yaml",
     "task": ".yaml",
     "calibration": ".jsonl",
+    "health": ".txt",  # tests/unit/test_gates.py
 }
 FATHER = "shipped:strings/base"
 

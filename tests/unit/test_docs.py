@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from orchestrator.calls import open_calls
 from orchestrator.child_writer import ChildWriter
-from orchestrator.config import load_config
+from orchestrator.config import GATES, HealthConfig, load_config
 from orchestrator.genome import build_space
 from orchestrator.inputs import open_inputs
 from orchestrator.recipe_file import load_recipe_file
@@ -90,6 +91,22 @@ def test_a_scan_is_as_documented() -> None:
         assert row[part][key] == pytest.approx(documented[key], rel=1e-3)
     for one, two in zip(found["parents"], wanted["parents"], strict=True):
         assert one["fingerprint"].startswith(two["fingerprint"].removesuffix("..."))
+
+
+def test_every_bound_of_the_health_check_is_told_with_its_default() -> None:
+    page = (ROOT / "docs" / "campaigns.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 5]
+    told = {row.split("`")[1]: row for row in rows}
+    assert set(GATES) <= told.keys()
+    for key in fields(HealthConfig):
+        assert f"health.{key.name}" in page, key.name
+        if isinstance(key.default, float):
+            (row,) = [row for row in told.values() if f"`health.{key.name}`" in row]
+            keys, defaults = (cell.split(",") for cell in row.split("|")[3:5])
+            place = [cell.strip() for cell in keys].index(f"`health.{key.name}`")
+            assert float(defaults[place]) == key.default
+        elif isinstance(key.default, int):
+            assert f"`health.{key.name}` ({key.default})" in page
 
 
 def test_links_lead_somewhere() -> None:

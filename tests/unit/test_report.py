@@ -407,3 +407,26 @@ def test_shares_are_weighted_by_elements() -> None:
         ("mlp",): {"a": 0.625, "b": 0.375},
         ("norm",): {"a": 0.75, "b": 0.25},
     }
+
+
+def test_the_health_check_is_shown_where_there_was_one(tmp_path: Path) -> None:
+    store = write_campaign(tmp_path)
+    assert "Health check" not in read_page(store).text
+    lineage = lineage_of(store)
+    finding = f"loops after 9 of 16 prompts: {HOSTILE}"
+    gates = [
+        {"name": "finite", "result": "passed", "finding": "all", "bound": "none", "warnings": []},
+        {
+            "name": "repetition",
+            "result": "failed",
+            "finding": finding,
+            "bound": "25 %",
+            "warnings": [],
+        },
+    ]
+    lineage["health"] = {"rejected": ["repetition"], "allowed": [], "gates": gates, "measured": {}}
+    store.write("child-1/lineage.json", json.dumps(lineage).encode())
+    page = read_page(store)
+    assert "Rejected: this child did not pass the gates repetition" in page.text
+    assert finding in page.text
+    assert ("p", "class", "verdict none") in page.attributes

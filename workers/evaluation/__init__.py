@@ -5,7 +5,7 @@ continuation, and what does the model generate. A task is data (`Task`): items a
 scoring rule. Results are kept per item; nothing here knows what a score is used for.
 """
 
-from workers.evaluation.engine import Continuation, Engine, Generation
+from workers.evaluation.engine import Continuation, Engine, Generation, Reading
 from workers.evaluation.scoring import ItemResult, score_batch
 from workers.evaluation.task import Item, Task, load_task, make_batches
 
@@ -15,6 +15,7 @@ __all__ = [
     "Generation",
     "Item",
     "ItemResult",
+    "Reading",
     "Task",
     "load_task",
     "make_batches",

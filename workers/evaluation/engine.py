@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from workers.merging import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,20 @@ class Generation:
     """Whether the token limit ended it, not the model or a stop text."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What went on in a model while it read texts."""
+
+    logprob: float
+    """Sum of the log-probabilities (nats) of the tokens that are to be expected."""
+    tokens: int
+    """How many these are."""
+    outputs: list[torch.Tensor]
+    """Of each decoder layer, its output for the first tokens read, `[tokens, hidden]`, on the CPU."""
+    contributions: list[float]
+    """Of each decoder layer, the median over those tokens of |output - input| / |input|."""
+
+
 class Engine(Protocol):
     """A live model. One batch a call: the caller decides what is computed together."""
 
@@ -40,6 +57,15 @@ class Engine(Protocol):
         self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
     ) -> list[Generation]:
         """Greedy continuations."""
+
+    def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
+        """Read texts, each a beginning that is given (or "") and a rest that is to be expected.
+
+        A text's first token is never to be expected. Very long texts are read in part.
+        """
+
+    def expresses(self, text: str) -> bool:
+        """Whether the tokenizer can write the text down, but for a few characters."""
 
     def describe(self, prompt: str) -> dict[str, Any]:
         """What scores depend on besides weights and items: versions, dtype, device kind, threads, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,10 +13,14 @@ from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
-from workers.evaluation.engine import Continuation, Generation
+from workers.evaluation.engine import Continuation, Generation, Reading
+from workers.evaluation.reading import read_texts
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger
 from workers.merging.sources import TORCH_DTYPES
+
+EXPRESSED_SHARE = 0.9
+"""Of a text's characters, so many must come back from its tokens: normalization may change some."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -222,6 +227,17 @@ class TransformersEngine:
         ended = torch.isin(written, torch.tensor(ends, device=written.device)).any(-1).tolist()
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [_finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
+
+    def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
+        """See `Engine.read`."""
+        return read_texts(self.model, self.tokenizer, texts)
+
+    def expresses(self, text: str) -> bool:
+        """See `Engine.expresses`."""
+        ids = self.tokenizer(text)["input_ids"]
+        back = self.tokenizer.decode(ids, skip_special_tokens=True)
+        given, found = (Counter("".join(t.split())) for t in (text, back))
+        return (given & found).total() >= EXPRESSED_SHARE * given.total()
 
     def _encode_uncached(self, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(list(prompts), padding=True, return_tensors="pt")

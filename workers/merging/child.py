@@ -14,9 +14,10 @@ import torch
 from awscrt import checksums
 
 from workers.checkpoints.health import count_not_finite
+from workers.merging.differences import count_by_steps, count_moved, sample
 from workers.merging.executor import Run, in_threads
 from workers.merging.parts import Part
-from workers.merging.plan import MergeUnit
+from workers.merging.plan import BASE, MergeUnit
 from workers.merging.sources import TORCH_DTYPES
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
 
@@ -35,6 +36,12 @@ class PartReport:
     """CRC-64/NVME of the bytes, taken before they were written."""
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
     """Logical tensor -> parent -> how many elements of the child differ from it."""
+    moved: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Logical tensor -> parent -> how many of a sample of its elements differ by more than rounding (see
+    `differences`), and how many there are in the sample."""
+    reach: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Where parents were blended, yet each element is the father's: logical tensor -> mother -> how far she
+    is from what the blend begins with, the base or the father (`differences.count_by_steps` of a sample)."""
     not_finite: dict[str, int] = field(default_factory=dict)
     """Logical tensor -> elements that are NaN or infinite, where there are any."""
     not_finite_in_father: dict[str, int] = field(default_factory=dict)
@@ -106,11 +113,36 @@ def _describe(run: Run, unit: MergeUnit, values: torch.Tensor, report: PartRepor
             source.shape == unit.target.shape or run.plan.has_mapped_rows(unit.target)
         ):
             own = run.read(parent, unit.target, unit.first, unit.count)
-            changed[parent] = changed.get(parent, 0) + count_changes(values, own)
+            differing = count_changes(values, own)
+            changed[parent] = changed.get(parent, 0) + differing
+            total = report.moved.setdefault(name, {}).setdefault(parent, [0, 0])
+            looked_at = sample(values)
+            total[0] += count_moved(looked_at, sample(own)) if differing else 0
+            total[1] += len(looked_at)
+            if not differing and number == 0:
+                _describe_unchanged(run, unit, own, report)
             if broken and number == 0:
                 fathers = int((~torch.isfinite(own.double())).sum())
                 found = report.not_finite_in_father
                 found[name] = found.get(name, 0) + fathers
+
+
+def _describe_unchanged(
+    run: Run, unit: MergeUnit, father: torch.Tensor, report: PartReport
+) -> None:
+    """Where a blend has left every element as the father's: how much of the mothers there was to be seen."""
+    way, tensor = run.way(unit.target), unit.tensor
+    if way.copies:
+        return
+    # A mother adds her difference to the base where there is one: none, if she is as it is there.
+    has_base = way.uses_base(run.recipe.base is not None) and run.plan.source(BASE, tensor)
+    begin = run.read(BASE, tensor, unit.first, unit.count) if has_base else father
+    for mother in [name for name in way.parents if name != run.recipe.father.name]:
+        own = run.read(mother, tensor, unit.first, unit.count)
+        counts = count_by_steps(sample(own).to(father.dtype), sample(begin))
+        bins = report.reach.setdefault(unit.target.name, {}).setdefault(mother, [0] * len(counts))
+        for number, count in enumerate(counts):
+            bins[number] += count
 
 
 def count_changes(values: torch.Tensor, others: torch.Tensor) -> int:
