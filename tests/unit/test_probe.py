@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -284,6 +285,36 @@ def test_memory_holds_one_layer(kind: str, checkpoints: dict[str, Checkpoint]) -
     model.run_span(0, len(own), states, around)
     assert sorted(set(held)) == list(enumerate(own))
     assert model.materialized == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_the_process_gives_back_what_a_layer_took(tmp_path: Path) -> None:
+    """Not only the tensors go: what the process holds does not grow from layer to layer."""
+    size = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "head_dim": 64}
+    wide = SMALL | size | {"num_attention_heads": 16, "num_key_value_heads": 8}
+    model = T.AutoModelForCausalLM.from_config(T.Qwen3Config(**wide), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    del model
+    write_tokenizer(tmp_path)
+
+    def held() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) * 1024
+
+    model = StreamedModel(open_checkpoint(str(tmp_path)))
+    layer = 2 * sum(weight.numel() for weight in model.layers[0].module.parameters())
+    states = model.begin(encode(model.tokenizer, SETS, "model"))
+    taken: list[int] = []
+
+    def around(layer: Any, number: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        taken.append(held())
+        return run()
+
+    model.run_span(0, 6, states, around)
+    by_layer = [max(taken[first : first + len(states)]) for first in range(0, len(taken), 6)]
+    assert len(by_layer) == 6
+    # The first layers also pay for what the kernels keep for themselves.
+    assert max(by_layer[3:]) - by_layer[2] < layer
 
 
 def run_spans(folder: str, first: int, last: int, packed: Any, answers: Any) -> None:

@@ -7,6 +7,7 @@ memory. Weights are read as merges read them, whatever layout the checkpoint has
 
 from __future__ import annotations
 
+import mmap
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,9 @@ FLOATING = {name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_po
 
 READ_ELEMENTS = 1 << 24
 """Elements that are read at once: what is computed on the way is as large, in fp32."""
+
+ALIGNMENT = 64
+"""Bytes: where torch's own tensors begin, which its kernels like."""
 
 READ_THREADS = 16
 """Requests at a time to a store that is not this machine's disk."""
@@ -158,17 +162,41 @@ class LazyModel:
                 setattr(module, own, _parameter(torch.empty_like(old, device="meta")))
 
     def _load(self, names: list[str]) -> None:
+        old = [getattr(*self._place(name)) for name in names]
+        kinds = [
+            torch.float32 if self._fp32 and self._fp32.search(name) else tensor.dtype
+            for name, tensor in zip(names, old, strict=True)
+        ]
+        memory = self._allocate([(t.numel(), kind) for t, kind in zip(old, kinds, strict=True)])
         work = []
-        for name in names:
+        for name, tensor, flat in zip(names, old, memory, strict=True):
             module, own = self._place(name)
-            old = getattr(module, own)
-            dtype = torch.float32 if self._fp32 and self._fp32.search(name) else old.dtype
-            values = torch.empty(old.shape, dtype=dtype, device=self.device)
+            values = flat.view(tensor.shape)
             setattr(module, own, _parameter(values) if own in module._parameters else values)
             for piece in self._logical[name]:
-                flat = values.view(-1)[piece.offset : piece.offset + piece.elements]
-                work.append((self._map.by_name[piece.name], flat))
+                part = flat[piece.offset : piece.offset + piece.elements]
+                work.append((self._map.by_name[piece.name], part))
         in_threads(self._fill, work, READ_THREADS if self._source.is_remote else 1)
+
+    def _allocate(self, wanted: list[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
+        """Flat tensors of so many elements and of these dtypes.
+
+        Those on the CPU share one mapping, which goes back to the system as soon as the last of them is
+        dropped: what `malloc` has once had of a layer it would keep, in holes of other sizes than the next
+        layer wants.
+        """
+        if self.device.type != "cpu" or not wanted:
+            return [torch.empty(size, dtype=kind, device=self.device) for size, kind in wanted]
+        starts, end = [], 0
+        for size, kind in wanted:
+            starts.append(end)
+            end += -(-size * kind.itemsize // ALIGNMENT) * ALIGNMENT
+        private = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(private, dtype=torch.uint8)
+        return [
+            memory[start : start + size * kind.itemsize].view(kind)
+            for start, (size, kind) in zip(starts, wanted, strict=True)
+        ]
 
     @torch.inference_mode()  # each thread has its own mode
     def _fill(self, work: tuple[LogicalTensor, torch.Tensor]) -> None:
