@@ -141,7 +141,7 @@ def _probes(probe: dict[str, Any], parents: list[str]) -> dict[tuple[int, str], 
                 if value is None or not math.isfinite(value):
                     raise BadInputError(
                         f"the probe {name!r} of {parent} found {value} at the {place[1]} of layer "
-                        f"{place[0]}: its activations are not finite. Repair the parent, or set "
+                        f"{place[0]}: it adds nothing there, or nothing finite. Repair the parent, or set "
                         "scan.probe: false"
                     )
                 found.setdefault(place, {}).setdefault(parent, []).append(value)

@@ -292,7 +292,11 @@ def test_the_process_gives_back_what_a_layer_took(tmp_path: Path) -> None:
     """Not only the tensors go: what the process holds does not grow from layer to layer."""
     size = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "head_dim": 64}
     wide = SMALL | size | {"num_attention_heads": 16, "num_key_value_heads": 8}
-    model = T.AutoModelForCausalLM.from_config(T.Qwen3Config(**wide), dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = T.AutoModelForCausalLM.from_config(T.Qwen3Config(**wide), dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    for weight in model.parameters():
+        weight.data.fill_(0.01)
     model.save_pretrained(tmp_path)
     del model
     write_tokenizer(tmp_path)
