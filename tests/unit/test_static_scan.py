@@ -17,12 +17,13 @@ import torch
 
 from orchestrator import scan as scan_module
 from orchestrator.calls import LocalCalls
-from orchestrator.importance import changed_by, distance_by, static_importance
+from orchestrator.importance import changed_by, distance_by, importance_by, static_importance
 from orchestrator.scan import find_scan, scan_key, scan_parents
 from tests.checkpoint_files import CONFIG, open_remote, to_float64, write_checkpoint
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import Checkpoint, open_checkpoint
 from workers.diagnostics import distribution, static
+from workers.diagnostics.comparison import Comparison
 from workers.diagnostics.static import StaticScan
 from workers.storage.folder import FolderStore
 
@@ -203,6 +204,28 @@ def test_size_is_no_importance(tmp_path: Path) -> None:
     assert len({round(of["father"], 9) for of in found.values()}) == 1
 
 
+def test_importance_of_numbers_worked_out_by_hand() -> None:
+    def row(tensor: str, entropy: float, std: float, rms: float, elements: int) -> dict[str, Any]:
+        of = {"entropy": entropy, "std": std, "rms": rms, "nan": 0, "inf": 0}
+        return {"tensor": tensor, "component": "mlp", "elements": elements, "of": {"father": of}}
+
+    rows = [
+        row("small", 0.6, 1.0, 2.0, 10),
+        row("usual", 0.9, 3.0, 4.0, 1000),
+        row("huge", 0.0, 9.0, 64.0, 10),
+    ]
+    # Medians: std 3, rms 4, so that the cap of rms is at 16.
+    found = static_importance(rows, ["father"])
+    assert found["small"]["father"] == pytest.approx((0.6 + 1 / 4 + 2 / 16) / 3)
+    assert found["usual"]["father"] == pytest.approx((0.9 + 3 / 6 + 4 / 16) / 3)
+    assert found["huge"]["father"] == pytest.approx((0.0 + 9 / 12 + 1.0) / 3)
+    rows[1]["of"]["father"]["nan"] = 1
+    assert static_importance(rows, ["father"])["usual"] == {}
+    weighted = importance_by(rows, ["father"], "component")["father"]["mlp",]
+    without = static_importance(rows, ["father"])
+    assert weighted == pytest.approx((without["small"]["father"] + without["huge"]["father"]) / 2)
+
+
 def test_norms_around_one_have_no_entropy_and_those_around_zero_have(tmp_path: Path) -> None:
     """The same norm, as Llama stores it and as Gemma does: bins lie around 0, so entropies compare
     parents of one convention, never tensors of different ones."""
@@ -267,6 +290,12 @@ def test_equal_opposite_and_zero_tensors(tmp_path: Path) -> None:
     assert between["father|zero"]["cosine"] is None
     norm = float(numpy.linalg.norm(to_float64(tensor)))
     assert between["father|zero"]["distance"] == pytest.approx(norm, rel=1e-12)
+
+
+def test_a_cosine_is_never_beyond_one() -> None:
+    sums = Comparison()
+    sums.product, sums.changed = -math.nextafter(1.0, 2.0), 1
+    assert sums.finish((1.0, 1.0))["cosine"] == -1.0
 
 
 def test_places_sum_up_their_tensors(tmp_path: Path) -> None:
@@ -349,12 +378,15 @@ def test_fp8_codes_and_adapters_are_scanned_as_what_they_stand_for(tmp_path: Pat
 
 def test_what_cannot_be_paired_is_left_out(tmp_path: Path) -> None:
     table, lone = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+    down = "model.layers.0.mlp.down_proj.weight"
     ids = {"model.layers.0.self_attn.position_ids": torch.arange(5)}
     father = opened(
-        tmp_path / "f", {UP: random(4, 4), table: random(9, 4), lone: random(4, 4)} | ids
+        tmp_path / "f",
+        {UP: random(4, 4), table: random(9, 4), lone: random(4, 4), down: random(2, 8)} | ids,
     )
     mother = opened(
-        tmp_path / "m", {UP: random(4, 4, seed=1), table: random(11, 4), NORM: random(4)}
+        tmp_path / "m",
+        {UP: random(4, 4, seed=1), table: random(11, 4), NORM: random(4), down: random(8, 2)},
     )
     found = scan_all({"father": father, "mother": mother})
     rows = {row["tensor"]: row for row in found["static"]}
@@ -365,6 +397,9 @@ def test_what_cannot_be_paired_is_left_out(tmp_path: Path) -> None:
     assert set(rows["embed_tokens.weight"]["of"]) == {"father", "mother"}
     assert rows["embed_tokens.weight"]["between"] == {}
     assert set(rows["layers.0.mlp.up_proj.weight"]["between"]) == {"father|mother"}
+    # As many elements, but others.
+    assert set(rows["layers.0.mlp.down_proj.weight"]["of"]) == {"father", "mother"}
+    assert rows["layers.0.mlp.down_proj.weight"]["between"] == {}
 
 
 def test_an_empty_tensor_has_no_statistics(tmp_path: Path) -> None:
