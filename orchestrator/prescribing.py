@@ -45,13 +45,12 @@ def recorded_or_scanned(
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
-    from orchestrator.probe_scan import ActivationProbe, load_calibration_sets
+    from orchestrator.probe_scan import ActivationProbe
     from orchestrator.scan import scan_parents
 
     probe = None
     if config.scan.probe:
-        sets = load_calibration_sets(config.scan.sets)
-        probe = ActivationProbe(sets, device=config.engine.device)
+        probe = ActivationProbe(inputs.calibration, device=config.engine.device)
     stage("scanning the parents")
     scan = scan_parents(inputs.parents, inputs.base, calls, open_store(config.store), probe)
     if not config.scan.static:

@@ -72,9 +72,9 @@ class Prescription:
 def prescribe(scan: dict[str, Any], tensors: Collection[str], alpha: float) -> Prescription:
     """Shares of the named `tensors` from a scan's JSON; `alpha` is the weight of the static part.
 
-    With one part alone, static or probe, that part is the MRI. A tensor of one element, one that is
-    constant and the same everywhere, and without a static part one that no probe is about, has no
-    distribution to measure: no share is advised.
+    With one part alone, static or probe, that part is the MRI. No share is advised for what cannot be
+    measured: a tensor of one element, one that is constant and the same everywhere, one that a parent
+    lacks, and without a static part one that no probe is about.
 
     Raises `BadInputError` naming the tensor whose numbers are not finite, that is constant, or whose MRI
     is 0 in all parents: a share made of these would be a pretence.
@@ -87,7 +87,7 @@ def prescribe(scan: dict[str, Any], tensors: Collection[str], alpha: float) -> P
     measured = {
         name: row
         for name, row in rows.items()
-        if row["elements"] > 1 and not (has_static and name in equal and _is_constant(row, parents))
+        if row["elements"] > 1 and (not has_static or _has_distribution(row, parents, equal))
     }
     static: dict[str, Values] = {}
     if has_static:
@@ -127,8 +127,12 @@ def _is_equal(row: dict[str, Any]) -> bool:
     return bool(pairs) and all(pair["changed"] == 0 for pair in pairs)
 
 
-def _is_constant(row: dict[str, Any], parents: list[str]) -> bool:
-    return all(row["of"][parent]["std"] == 0.0 for parent in parents)
+def _has_distribution(row: dict[str, Any], parents: list[str], equal: frozenset[str]) -> bool:
+    """Whether all parents have the tensor, and it is not constant everywhere alike."""
+    if not all(parent in row["of"] for parent in parents):
+        return False
+    constant = all(row["of"][parent]["std"] == 0.0 for parent in parents)
+    return not (constant and row["tensor"] in equal)
 
 
 def _probes(probe: dict[str, Any], parents: list[str]) -> dict[tuple[int, str], Values]:

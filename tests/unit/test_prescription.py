@@ -228,15 +228,19 @@ def test_a_probe_that_is_not_finite_is_an_error() -> None:
 
 
 def test_tensors_without_a_distribution_have_no_share() -> None:
-    """A single number, and what is constant and the same everywhere, such as norms never trained."""
+    """A single number, what the mother lacks, and what is constant and the same everywhere: norms never
+    trained."""
     constant = row("ones", "norm", 0, 64, {"a": {"std": 0.0}, "b": {"std": 0.0}})
     constant["between"]["a|b"]["changed"] = 0.0
+    lacking = row("fathers", "norm", 0, 64, {"a": {}, "b": {}})
+    del lacking["of"]["b"]
     scan = scan_of(
         constant,
+        lacking,
         row("scalar", "norm", 0, 1, {"a": {"std": 0.0}, "b": {"std": 0.0}}),
         row("other", "norm", 0, 64, {"a": {}, "b": {"rms": 0.3}}),
     )
-    found = prescribe(scan, ["ones", "scalar", "other"], 0.5)
+    found = prescribe(scan, ["ones", "scalar", "other", "fathers"], 0.5)
     assert found.shares.keys() == {"other"}
     assert found.equal == {"ones"}
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.config import SHIPPED
 from orchestrator.ledger import Ledger
 from orchestrator.prescription import Prescription
 from orchestrator.report import write_report
@@ -164,6 +165,34 @@ def test_fine_tunes_that_the_scan_cannot_tell_apart_are_not_mixed_by_it(tmp_path
     with pytest.raises(BadInputError, match="trusts the scan alone, but the scan does not tell"):
         scripted(tmp_path, answers, name="alone", search=SEARCH,
                  genome={"space": "mri_only", "method": "slerp"}).run()  # fmt: skip
+
+
+def test_a_probe_tells_the_same_fine_tunes_apart(tmp_path: Path) -> None:
+    """Where a skill acts differs between who has it and who has not, and attention and mlp differ."""
+    own = tmp_path / "sort.jsonl"
+    shutil.copy(SHIPPED / "calibration" / "strings_sort.jsonl", own)
+    changes: dict[str, Any] = {
+        "scan": {"probe": True, "sets": ["strings_reverse", str(own)]},
+        "genome": {"space": "darwin14", "method": "linear"},
+        "search": SEARCH | {"evaluations": 2},
+    }
+    campaign = scripted(tmp_path, answers, **changes)
+    campaign.run()
+    assert campaign.prescription is not None
+    assert campaign.prescription.is_telling
+    shares = campaign.prescription.shares
+    in_layer = {kind: shares[f"layers.2.{kind}.weight"]["sort"]
+                for kind in ("self_attn.q_proj", "mlp.up_proj")}  # fmt: skip
+    assert abs(in_layer["self_attn.q_proj"] - in_layer["mlp.up_proj"]) > 0.005
+
+    (tmp_path / "moved").mkdir()
+    own.rename(tmp_path / "moved" / own.name)
+    changes["scan"]["sets"][1] = str(tmp_path / "moved" / own.name)
+    assert scripted(tmp_path, answers, **changes).identity == campaign.identity
+    with open(changes["scan"]["sets"][1], "a") as file:
+        file.write('{"id": "more", "conditioned": "Sba=", "generic": "ba"}\n')
+    with pytest.raises(BadInputError, match=r"these keys differ: scan\.sets"):
+        scripted(tmp_path, answers, **changes).run()
 
 
 def test_mri_only_evaluates_one_candidate_and_writes_it(
