@@ -9,8 +9,9 @@ from rich.table import Table
 
 from orchestrator.config import config_from_dict
 from orchestrator.ledger import Ledger
+from orchestrator.places import open_parent
 from orchestrator.state import CampaignState
-from workers.checkpoints import COMPONENTS, ArchitectureMap, open_checkpoint
+from workers.checkpoints import COMPONENTS, ArchitectureMap
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
 
@@ -80,7 +81,7 @@ def render_overview(overview: dict[str, Any]) -> RenderableType:
 
 def checkpoint_overview(location: str) -> dict[str, Any]:
     """The architecture map of a checkpoint, summed up per component."""
-    checkpoint = open_checkpoint(location)
+    checkpoint = open_parent(location)
     mapped = ArchitectureMap(checkpoint)
     components: dict[str, dict[str, Any]] = {}
     for component in COMPONENTS:
