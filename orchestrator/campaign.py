@@ -15,6 +15,7 @@ from orchestrator.card import build_card
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
 from orchestrator.ending import Ending
 from orchestrator.examination import fingerprint, load_examination
+from orchestrator.family_tree import add_ancestry
 from orchestrator.flat_fitness import FlatFitness, flat_fitness
 from orchestrator.gates import engine_gates, summarize
 from orchestrator.genome import build_space
@@ -437,6 +438,7 @@ class Campaign:
             "ended": self.ended,
             "flat": self.flat.to_dict() if self.flat else None,
         }
+        add_ancestry(lineage, self.inputs.parents, self.inputs.base)
         files = {
             "README.md": build_card(lineage).encode(),
             ATTRIBUTION_FILE: lineage_bytes(attribution),
