@@ -63,11 +63,20 @@ class Ancestor:
     note: str | None = None
     """What is wrong with what it says of itself, or what was left out."""
 
+    @property
+    def nearest(self) -> tuple[Descent, ...]:
+        """Those right behind it: what it was bred through, or else its parents."""
+        return self.through or self.parents
+
     def overall(self, shares: Mapping[str, float]) -> float:
         """One share of all components, by their elements."""
         total = sum((self.elements or {}).values())
         given = sum(n * shares.get(part, 0.0) for part, n in (self.elements or {}).items())
         return given / total if total else 0.0
+
+
+Following = Callable[[Ancestor], Iterable[Descent]]
+"""Which ways are followed back from somebody."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +93,23 @@ class Ancestry:
             "ancestors": {key: _to_dict(found) for key, found in self.ancestors.items()},
         }
 
-    def shares(self) -> dict[str, Shares]:
+    def shares(self, following: Following = lambda ancestor: ancestor.parents) -> dict[str, Shares]:
         """Key -> component -> share in the child, of everybody that it is merged of.
 
         Shares multiply from generation to generation, component by component, and add up over the ways
         that lead to an ancestor. An ancestor's share is in that of its parents, too: those of the
-        founders are what adds up to the child.
+        founders are what adds up to the child. With `following`, other ways than those to the parents.
         """
-        components = list(self.child.elements or {})
         found: dict[str, Shares] = {}
-        _give(self.child, dict.fromkeys(components, 1.0), found)
-        for key in _in_order(self.child, self.ancestors, lambda ancestor: ancestor.parents):
-            _give(self.ancestors[key], found[key], found)
+        own = dict.fromkeys(self.child.elements or {}, 1.0)
+        _give(self.child, following(self.child), own, found)
+        for key in self.in_order(following):
+            _give(self.ancestors[key], following(self.ancestors[key]), found[key], found)
         return found
+
+    def in_order(self, following: Following) -> list[str]:
+        """The keys of all that are reached, each behind all of its descendants."""
+        return _in_order(self.child, self.ancestors, following)
 
     def founders(self) -> list[str]:
         """The keys of those that nothing older is known of, each once; the largest share first."""
@@ -108,16 +121,16 @@ class Ancestry:
         """Licence ("" for none declared) -> keys of those that declare it, bases among them."""
         found: dict[str, list[str]] = {}
         for key, ancestor in self.ancestors.items():
-            if (
-                ancestor.fingerprint is not None
-            ):  # else it is the campaign's own, and was never written
+            if ancestor.fingerprint is not None:  # else it was never written
                 found.setdefault(ancestor.license or "", []).append(key)
-        return dict(sorted(found.items()))
+        return dict(sorted(found.items(), key=lambda item: (not item[0], item[0])))
 
 
-def _give(giver: Ancestor, own: Shares, found: dict[str, Shares]) -> None:
-    """Add to each parent's shares what it has in the child through this one."""
-    for descent in giver.parents:
+def _give(
+    giver: Ancestor, descents: Iterable[Descent], own: Shares, found: dict[str, Shares]
+) -> None:
+    """Add to each one's shares what it has in the child through this giver, who has `own`."""
+    for descent in descents:
         shares = found.setdefault(descent.node, dict.fromkeys(own, 0.0))
         for component, share in own.items():
             shares[component] += share * share_in(giver, descent, component)
@@ -133,7 +146,7 @@ def share_in(child: Ancestor, descent: Descent, component: str) -> float:
 def _in_order(
     child: Ancestor,
     ancestors: Mapping[str, Ancestor],
-    following: Callable[[Ancestor], Iterable[Descent]],
+    following: Following,
 ) -> list[str]:
     """The keys of all that are reached, each behind all of its descendants.
 

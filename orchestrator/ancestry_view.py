@@ -65,13 +65,13 @@ def tree_lines(ancestry: Ancestry) -> list[str]:
 def _lines_below(
     ancestry: Ancestry, child: Ancestor, own: Shares, margin: str, seen: set[str]
 ) -> Iterator[str]:
-    shown = drawn_descents(child)
+    shown = child.nearest
     for number, descent in enumerate(shown):
         ancestor = ancestry.ancestors[descent.node]
         last = number == len(shown) - 1
         shares = {part: share * share_in(child, descent, part) for part, share in own.items()}
         share = ancestry.child.overall(shares)
-        again = descent.node in seen and bool(drawn_descents(ancestor))
+        again = descent.node in seen and bool(ancestor.nearest)
         yield (
             f"{margin}{'└── ' if last else '├── '}{share:6.1%} "
             f"{describe(descent, ancestor)}{', see above' if again else ''}"
@@ -82,26 +82,25 @@ def _lines_below(
             yield from _lines_below(ancestry, ancestor, shares, below, seen)
 
 
-def drawn_descents(child: Ancestor) -> tuple[Descent, ...]:
-    """Those that stand right behind a child: what it was bred through, else its parents, and its base."""
-    if child.through:
-        return child.through
-    return child.parents
-
-
 def describe(descent: Descent, ancestor: Ancestor) -> str:
     """Who an ancestor is, in a few words on one line."""
-    words = [ancestor.hub or descent.name]
+    name = ancestor.hub or descent.name
     if descent.role == "base" and ancestor.hub:
-        words[0] += " (base)"
-    if descent.role == "bred":
+        name += " (base)"
+    return " ".join(", ".join([name, *details(ancestor)]).split())
+
+
+def details(ancestor: Ancestor) -> list[str]:
+    """What is known of an ancestor besides its name and its licence."""
+    words = []
+    if ancestor.recipe_id and ancestor.fingerprint is None:
         words.append("bred, never written")
-    elif ancestor.campaign and ancestor.campaign != words[0]:
-        words.append(f"child of campaign {ancestor.campaign}")
+    elif ancestor.campaign and ancestor.campaign != ancestor.name:
+        words.append(f"child of {ancestor.campaign}")
     elif ancestor.recipe_id:
         words.append("merged")
     if ancestor.scores:
-        words.append(f"{ancestor.scores['objective']} {ancestor.scores['fitness']:.3f} held out")
+        words.append(f"held out {ancestor.scores['fitness']:.3f}")
     if ancestor.note:
         words.append(ancestor.note)
-    return " ".join(", ".join(words).split())
+    return words

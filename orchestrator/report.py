@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from orchestrator.ancestry import parse_ancestry
+from orchestrator.ancestry_view import founders, licences
 from orchestrator.card import component_changes, reservations, verdict
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
@@ -44,6 +46,7 @@ def build_report(store: Store) -> str:
     from jinja2 import Environment, StrictUndefined
 
     from orchestrator import charts
+    from orchestrator.ancestry_chart import ancestry_chart
 
     ledger = Ledger(store)
     begun, child = ledger.last("campaign"), ledger.last("child")
@@ -65,6 +68,7 @@ def build_report(store: Store) -> str:
     template = environment.from_string(
         files(__package__).joinpath(TEMPLATE_FILE).read_text("utf-8")
     )
+    ancestry = parse_ancestry(lineage["ancestry"]) if "ancestry" in lineage else None
     intended = weighted_shares(lineage["tensors"], parents, "component")
     attribution = _attribution(target)
     if attribution is None:
@@ -99,6 +103,9 @@ def build_report(store: Store) -> str:
         attribution=attribution,
         intended={component: shares for (component,), shares in intended.items()},
         changes=component_changes(lineage),
+        ancestry=ancestry,
+        founders=founders(ancestry) if ancestry else [],
+        licences=licences(ancestry) if ancestry else [],
         significant=SIGNIFICANCE,
         configuration=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         software=lineage["software"] | (_scalars(engine["description"]) if engine else {}),
@@ -106,6 +113,7 @@ def build_report(store: Store) -> str:
         | {
             "bars": charts.share_bars(by_component, parents),
             "maps": charts.share_maps(by_layer, parents),
+            "ancestry": ancestry_chart(ancestry, parents) if ancestry else None,
         },
     )
 
