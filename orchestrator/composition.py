@@ -104,6 +104,30 @@ class Composer:
             shard_bytes=recipe.shard_bytes,
         )
 
+    def shares(self, recipe: Recipe) -> dict[str, dict[str, float]]:
+        """Component -> child -> how much of what the parents give comes by way of it, by weights.
+
+        So that these shares times the parents' shares in each child are those in the composed child.
+        """
+        over = self._rows_of("the recipe over them", recipe, self._over)
+        totals: dict[str, dict[str, float]] = {}
+        elements: dict[str, int] = {}
+        for name, row in over.items():
+            tensor = self._plan.child.by_name[name]
+            total = totals.setdefault(tensor.component, dict.fromkeys(self._rows, 0.0))
+            elements[tensor.component] = elements.get(tensor.component, 0) + tensor.elements
+            given = {
+                child: abs(factor) * sum(abs(n) for p, n in self._rows[child][name] if p != BASE)
+                for child, factor in row
+                if child != BASE
+            }
+            for child, part in given.items():
+                total[child] += tensor.elements * part / (sum(given.values()) or 1.0)
+        return {
+            component: {child: part / max(elements[component], 1) for child, part in total.items()}
+            for component, total in totals.items()
+        }
+
     def _common_base(self, recipe: Recipe) -> ParentReference | None:
         bases = self._bases | ({recipe.base} if recipe.base else set())
         if len({base.fingerprint for base in bases if base}) > 1:

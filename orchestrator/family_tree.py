@@ -29,7 +29,8 @@ def add_ancestry(
 ) -> None:
     """Add the key `ancestry` to a child's lineage, with all that its parents' own lineages tell.
 
-    `measured` shares, where there are any, stand in for those that the recipe's weights give. `bred`, by
+    `measured` shares, or else those that the lineage has as `attribution`, stand in for those that the
+    recipe's weights give, component by component. `bred`, by
     key: children that were bred from and never written; the child came `through` some of them. A
     parent's lineage that cannot be read is noted, and the parent taken for a founder.
     """
@@ -116,9 +117,14 @@ def describe_child(lineage: dict[str, Any], measured: ShareTable | None = None) 
     elements: dict[str, int] = {}
     for tensor in tensors:
         elements[tensor["component"]] = elements.get(tensor["component"], 0) + tensor["elements"]
-    table: ShareTable = measured or {
-        component: given | {BASE: max(0.0, 1.0 - sum(given.values())) if base else 0.0}
+    measured = measured or measured_shares(lineage)
+    of_recipe = {
+        component: given
         for (component,), given in weighted_shares(tensors, names, "component").items()
+    }
+    table: ShareTable = {  # what the parents leave is the base's
+        component: {BASE: max(0.0, 1.0 - sum(given.values())) if base else 0.0, **given}
+        for component, given in (of_recipe | dict(measured)).items()
     }
     descents = [
         Descent(
@@ -137,9 +143,18 @@ def describe_child(lineage: dict[str, Any], measured: ShareTable | None = None) 
         campaign=lineage.get("campaign"),
         scores=_scores(lineage),
         elements=elements,
-        based_on="recipe" if measured is None else "measured",
+        based_on="measured" if measured else "recipe",
         parents=tuple(descents),
     )
+
+
+def measured_shares(lineage: dict[str, Any]) -> ShareTable:
+    """What was measured on the child's bytes, of the components whose parents can be told apart."""
+    return {
+        part["component"]: part["shares"]
+        for part in lineage.get("attribution") or ()
+        if part["shares"] is not None
+    }
 
 
 def shares_of(table: ShareTable, parent: str) -> dict[str, float]:

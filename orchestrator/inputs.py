@@ -79,6 +79,8 @@ class Inputs:
             for part in path:
                 holder = holder[part]
             del holder[last]
+        if config.breeding.rounds == 1:
+            del data["breeding"]  # without breeding nothing of it counts
         data["parents"] = [
             {"name": reference.name, "content": reference.fingerprint}
             for reference in self.references

@@ -159,6 +159,11 @@ def _draw_search(
     parents = [parent["name"] for parent in lineage["parents"]]
     search = lineage["search"]
     candidates = [candidate for generation in generations for candidate in generation]
+    # Of a child that was bred in a later round the genes weigh those that it was bred from.
+    bred = [
+        descent["name"]
+        for descent in lineage.get("ancestry", {}).get("child", {}).get("through", ())
+    ]
     return {
         "fitness": charts.fitness_chart(
             [[state.fitness(candidate.recipe_id) for candidate in asked] for asked in generations],
@@ -167,7 +172,9 @@ def _draw_search(
             axis=f"fitness ({search['objective']} of the tasks)",
         ),
         "holdout": charts.holdout_chart(lineage["holdout"], parents, list(lineage["tasks"])),
-        "genome": charts.genome_chart(_gene_values(lineage["genome"], candidates, parents), parents)
+        "genome": charts.genome_chart(
+            _gene_values(lineage["genome"], candidates, bred or parents), bred or parents
+        )
         if lineage["genome"]
         else None,
     }
@@ -189,7 +196,8 @@ def _gene_values(
     for name, parts in split.items():
         owned = parts[0] not in shared
         row = ".".join([parts[0], *parts[2:]]) if owned else name
-        values = [candidate.genome[name] for candidate in candidates]
+        # Other rounds of breeding have other genes.
+        values = [candidate.genome[name] for candidate in candidates if name in candidate.genome]
         genes.append(GeneValues(row, parts[1] if owned else ALL_PARENTS, genome[name], values))
     return genes
 
