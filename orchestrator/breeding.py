@@ -20,7 +20,7 @@ from orchestrator.genome import build_space
 from orchestrator.inputs import Inputs
 from orchestrator.search import Optimizer, build_optimizer
 from orchestrator.space import Gene, RemovedGene, Space
-from orchestrator.state import Candidate
+from orchestrator.state import CampaignState, Candidate
 from workers.errors import BadInputError
 from workers.merging import MergeMethod, ParentReference, Recipe, get_method
 from workers.merging.plan import Plan
@@ -186,6 +186,17 @@ def bred_ancestors(
         return tuple(descents)
 
     return descend(number, genome), bred
+
+
+def rounds_for_lineage(state: CampaignState, config: CampaignConfig, own: int) -> dict[str, Any]:
+    """What a lineage says of the rounds: the best fitness of each, and which one the child is `own` to."""
+    budget = config.search.evaluations
+    best = {number: state.best_of_round(number, 1, budget) for number in sorted(state.rounds)}
+    return {
+        "survivors": config.breeding.survivors,
+        "best": [state.fitness(found[0].recipe_id) if found else None for found in best.values()],
+        "child_is_of": own,
+    }
 
 
 def _never_written(

@@ -19,6 +19,7 @@ from orchestrator.breeding import (
     check_breeding,
     limit_of,
     round_record,
+    rounds_for_lineage,
 )
 from orchestrator.card import build_card
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
@@ -496,6 +497,8 @@ class Campaign:
         through, bred = bred_ancestors(
             lineage, self.rounds, number, candidate.genome, self.plan, self.recipes
         )
+        if self.config.breeding.rounds > 1:
+            lineage["search"]["rounds"] = rounds_for_lineage(self.state, self.config, number)
         add_ancestry(lineage, self.inputs.parents, self.inputs.base, through=through, bred=bred)
         files = {
             "README.md": build_card(lineage).encode(),

@@ -171,7 +171,21 @@ def _making(lineage: dict[str, Any]) -> str:
     return (
         f"{search['evaluations']} candidates were scored by `{search['optimizer']}` over the parameters of "
         f"`{search['method']}` (seed {search['seed']}, objective: {search['objective']} of the tasks). "
-        f"On the search items the child reached {search['fitness']:.3f}; the parents: {parents}.\n"
+        f"{breeding(lineage)}On the search items the child reached {search['fitness']:.3f}; the parents: "
+        f"{parents}.\n"
+    )
+
+
+def breeding(lineage: dict[str, Any]) -> str:
+    """That the child was bred in rounds, in a sentence and a space; empty if it was not."""
+    rounds = lineage["search"].get("rounds")
+    if not rounds:
+        return ""
+    best = ", ".join("none" if value is None else f"{value:.3f}" for value in rounds["best"])
+    return (
+        f"They were bred in {len(rounds['best'])} rounds, each but the first over the best "
+        f"{rounds['survivors']} of the one before; the best of each reached {best}. This child is of "
+        f"round {rounds['child_is_of']}. "
     )
 
 

@@ -153,7 +153,7 @@ def measured_shares(lineage: dict[str, Any]) -> ShareTable:
     return {
         part["component"]: part["shares"]
         for part in lineage.get("attribution") or ()
-        if part["shares"] is not None
+        if part["shares"]
     }
 
 
