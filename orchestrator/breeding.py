@@ -124,7 +124,9 @@ def begin_round(
     """The round whose parents are the `survivors` of the one before."""
     named = {f"round{number - 1}-{place}": one for place, one in enumerate(survivors, 1)}
     over = build_space(
-        config.genome,
+        replace(
+            config.genome, start=None
+        ),  # a start for the father and the mother says nothing here
         inputs.father_map,
         tuple(ParentReference(name, recipe.id) for name, (_, recipe) in named.items()),
         inputs.base_reference,

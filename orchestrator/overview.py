@@ -40,6 +40,8 @@ def campaign_overview(place: str) -> dict[str, Any]:
         "status": result["status"] if result else "unfinished",
         "campaign": store.uri,
         "generation": len(state.generations),
+        "round": max(state.rounds, default=1),
+        "rounds": config.breeding.rounds,
         "evaluations": state.evaluated(budget),
         "budget": budget,
         "failures": state.failures,
@@ -70,6 +72,8 @@ def render_overview(overview: dict[str, Any]) -> RenderableType:
         f"{overview['evaluations']} of {overview['budget']}, generation {overview['generation']}, "
         f"{overview['failures']} failures, {overview['drivers']} driver starts",
     )
+    if overview["rounds"] > 1:
+        table.add_row("round", f"{overview['round']} of {overview['rounds']}")
     table.add_row("best fitness", f"{best['fitness']:.3f}" if best else "none yet")
     if overview["holdout_fitness"]:
         scores = ", ".join(f"{name} {v:.3f}" for name, v in overview["holdout_fitness"].items())

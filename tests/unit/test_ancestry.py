@@ -141,6 +141,21 @@ def test_measured_shares_stand_in_for_the_recipes(family: dict[str, Any], tmp_pa
     assert dog.shares == pytest.approx({"mlp": 0.1 * 0.45, "norm": 0.8}, abs=1e-5)
 
 
+def test_what_a_lineage_has_measured_counts(family: dict[str, Any], tmp_path: Path) -> None:
+    """By component; where the parents could not be told apart, the recipe's weights go on to count."""
+    lineage = family["lineage"]
+    lineage["attribution"] = [
+        {"component": "mlp", "shares": {"fox": 0.75, "grand": 0.25}},
+        {"component": "norm", "shares": None},
+    ]
+    parents = {name: open_checkpoint(str(tmp_path / name)) for name in ("fox", "grand")}
+    add_ancestry(lineage, parents, None)
+    ancestry = parse_ancestry(lineage["ancestry"])
+    assert ancestry.child.based_on == "measured"
+    assert [descent.shares["mlp"] for descent in ancestry.child.parents] == [0.75, 0.25]
+    assert [descent.shares["norm"] for descent in ancestry.child.parents] == [0.0, 1.0]
+
+
 def test_a_lineage_without_ancestry_tells_of_one_generation(tmp_path: Path) -> None:
     wolf, dog = founder(tmp_path, "wolf", "mit"), founder(tmp_path, "dog", "mit")
     lineage = merge(tmp_path / "pup", {"wolf": wolf, "dog": dog}, [1.0, 3.0], [0.2, 0.8])
