@@ -205,7 +205,7 @@ class Campaign:
         # Here, not above: what runs on workers needs torch, and a driver that only reads does not.
         from workers.actors import WorkerSpec
 
-        parents, base = absolute_places(self.config)
+        parents, base = absolute_places(self.inputs)
         engine = self.config.engine
         spec = WorkerSpec(
             parents=parents,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
-from orchestrator.places import absolute_parent_location, open_parent
+from orchestrator.places import open_parent
 from orchestrator.probe_scan import load_calibration_sets
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.tokens import has_tokens, read_tokens
@@ -118,10 +118,10 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     return Inputs(parents, base, tuple(tasks), calibration)
 
 
-def absolute_places(config: CampaignConfig) -> tuple[dict[str, str], str | None]:
+def absolute_places(inputs: Inputs) -> tuple[dict[str, str], str | None]:
     """Locations of parents and base as another process, started elsewhere, can open them."""
-    parents = {parent.name: absolute_parent_location(parent.path) for parent in config.parents}
-    return parents, absolute_parent_location(config.base) if config.base else None
+    parents = {name: parent.location for name, parent in inputs.parents.items()}
+    return parents, inputs.base.location if inputs.base else None
 
 
 def check_parents(parents: dict[str, Checkpoint], vocabulary: str | None = None) -> None:

@@ -6,7 +6,7 @@ Workers know nothing of campaigns, so a place is resolved here before any of the
 from __future__ import annotations
 
 from orchestrator.ledger import FOLDER, Ledger
-from workers.checkpoints import Checkpoint, absolute_checkpoint_location, open_checkpoint
+from workers.checkpoints import Checkpoint, open_checkpoint
 from workers.checkpoints.opening import split_adapter
 from workers.errors import BadInputError
 from workers.storage.hub import HUB_SCHEME
@@ -19,11 +19,6 @@ def open_parent(location: str) -> Checkpoint:
     Raises `BadInputError` as `open_checkpoint` does, and for a campaign that has no child.
     """
     return open_checkpoint(resolve(location))
-
-
-def absolute_parent_location(location: str) -> str:
-    """The same checkpoint as another process, started elsewhere, can open it."""
-    return absolute_checkpoint_location(resolve(location))
 
 
 def resolve(location: str) -> str:

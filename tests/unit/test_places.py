@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.ledger import Ledger
 from orchestrator.overview import checkpoint_overview
-from orchestrator.places import absolute_parent_location, open_parent, resolve
+from orchestrator.places import open_parent, resolve
 from orchestrator.single_merge import merge_recipe
 from orchestrator.verification import verify_child
 from tests.checkpoint_files import read_tensors, write_checkpoint
@@ -56,9 +56,9 @@ def test_a_finished_campaign_is_its_present_child(
     assert open_parent(str(campaign)).fingerprint == child.fingerprint
     assert open_parent(f"file://{campaign}/").fingerprint == child.fingerprint
     monkeypatch.chdir(campaign.parent)
-    assert absolute_parent_location("first") == str(campaign / "child-new")
+    assert open_parent("first").location == str(campaign / "child-new")
     # A folder within the campaign is a checkpoint as it stands.
-    assert absolute_parent_location("first/child-old") == str(campaign / "child-old")
+    assert open_parent("first/child-old").location == str(campaign / "child-old")
 
 
 def test_a_checkpoint_is_itself(tmp_path: Path) -> None:
