@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.alignment_record import (
-    ALIGNMENT_FILE,
     Coverage,
     alignment_bytes,
     alignment_head,
@@ -24,7 +23,7 @@ from orchestrator.alignment_record import (
 from orchestrator.architecture_mapper import LEAST_COMPATIBILITY, LayerMatch, map_layers
 from orchestrator.calibration_text import Calibration, read_calibration
 from orchestrator.family_tree import add_ancestry
-from orchestrator.lineage import LINEAGE_FILE, lineage_bytes
+from orchestrator.lineage import ALIGNMENT_FILE, LINEAGE_FILE, lineage_bytes
 from orchestrator.places import open_parent
 from orchestrator.progress_bar import progress_bar
 from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions

@@ -22,6 +22,9 @@ SHARES_ARE = {
 }
 
 
+BRED_SHARES = "By way of children that were bred and never written, they are those of recipes."
+
+
 @dataclass(frozen=True)
 class ComponentChange:
     """What became of one component."""
@@ -277,7 +280,7 @@ def _ancestry(ancestry: Ancestry) -> str:
         [
             "### Ancestors\n",
             "Percentages are shares of this child. They multiply from generation to generation: "
-            f"{SHARES_ARE[ancestry.child.based_on]}\n",
+            f"{SHARES_ARE[ancestry.child.based_on]}{' ' + BRED_SHARES if ancestry.child.through else ''}\n",
             f"```text\n{tree}\n```\n",
             "Founders, of whom nothing older is known, each summed over all the ways that lead to it:\n",
             _table(rows),

@@ -14,7 +14,7 @@ import yaml
 
 from orchestrator.ancestry import parse_ancestry
 from orchestrator.ancestry_view import founders, licences
-from orchestrator.card import breeding, component_changes, reservations, verdict
+from orchestrator.card import BRED_SHARES, breeding, component_changes, reservations, verdict
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
@@ -82,6 +82,7 @@ def build_report(store: Store) -> str:
         verdict=verdict(lineage),
         reservations=reservations(lineage),
         breeding=breeding(lineage),
+        bred_shares=BRED_SHARES,
         parents=parents,
         colours=charts.parent_colours(parents),
         best_parent=max(parents, key=lambda name: lineage["holdout_fitness"][name]),

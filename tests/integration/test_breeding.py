@@ -82,10 +82,13 @@ def test_the_childs_ancestry_has_those_that_were_never_written(undisturbed: dict
     assert own > 1, "choose a seed whose best child is bred in a later round"
     assert [d.name for d in ancestry.child.through] == [f"round{own - 1}-{n}" for n in (1, 2)]
     assert [p["name"] for p in lineage["recipe"]["parents"]] == ["reverse", "sort", "shift"]
-    # By way of those in between, the founders' shares are those of the recipe itself.
+    # By way of those in between, the shares that recipes give are about those measured on the child.
+    assert ancestry.child.based_on == "measured"
     direct, by_way = ancestry.shares(), ancestry.shares(lambda one: one.nearest)
     for descent in ancestry.child.parents:
-        assert by_way[descent.node] == pytest.approx(direct[descent.node], abs=1e-4)
+        for component in ("embedding", "attention", "mlp"):  # not norms: there rounding decides
+            share = direct[descent.node][component]
+            assert by_way[descent.node][component] == pytest.approx(share, abs=0.05)
     card = open_store(undisturbed["child"]).read("README.md").decode()
     assert "bred, never written" in card
     assert f"This child is of round {own}." in card
