@@ -372,7 +372,7 @@ class Campaign:
             self._evaluate((self.recipes[c.recipe_id] for c in candidates), "search")
             if len(candidates) < len(asked):
                 return "the budget is spent"
-            self.optimizer.tell(points, self._fitness_for_tell(asked))
+            self.optimizer.tell(points, self._fitness_for_tell(generation))
             self.flat = flat_fitness(self.state, self.inputs.tasks, self.config.objective, budget)
             if self.flat is not None:
                 return self.flat.reason
@@ -405,14 +405,16 @@ class Campaign:
             )
         return asked
 
-    def _fitness_for_tell(self, asked: list[Candidate]) -> list[float]:
-        """Fitness in ask order; a failed candidate counts as the worst of its generation, or of all."""
+    def _fitness_for_tell(self, number: int) -> list[float]:
+        """Fitness in ask order; a failed candidate counts as the worst of its generation, or of all
+        until then: a replay must not know of those that came later."""
+        asked = self.state.generations[number]
         fitness = [self.state.fitness(candidate.recipe_id) for candidate in asked]
         known = [value for value in fitness if value is not None]
         if not known:
             known = [
                 value
-                for generation in self.state.generations
+                for generation in self.state.generations[:number]
                 for candidate in generation
                 if (value := self.state.fitness(candidate.recipe_id)) is not None
             ]

@@ -35,24 +35,16 @@ def resolve(location: str) -> str:
     store = open_store(found)
     if next(store.list_objects(f"{FOLDER}/"), None) is None:
         return location
-    ledger = Ledger(store)
-    result = ledger.result()
-    if _is_rejected(ledger, result):
-        raise BadInputError(
-            f"{location}: this campaign's child was rejected, so it has none that could be a parent; "
-            f"see its report. What it wrote lies under {store.uri}/rejected"
-        )
+    result = Ledger(store).result()
     if result is None:
         raise BadInputError(
             f"{location}: this campaign is not finished, so it has no child yet; run `darwin run` with "
             "its campaign file again, or name a checkpoint"
         )
     child: str = result["child"]
+    if result["status"] == "rejected":
+        raise BadInputError(
+            f"{location}: this campaign's child was rejected, so it has none that could be a parent; its "
+            f"report says why. Whoever wants it nevertheless names its folder, {child}"
+        )
     return child
-
-
-def _is_rejected(ledger: Ledger, result: dict[str, object] | None) -> bool:
-    """Whether the campaign ended, with its present budget, without a child fit to be published."""
-    if result is not None:
-        return result.get("status") == "rejected"
-    return any(record["kind"] == "rejected" for record in ledger.since_begun())

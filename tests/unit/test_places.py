@@ -86,16 +86,13 @@ def test_an_unfinished_campaign_is_no_parent(campaign: Path, tmp_path: Path) -> 
         open_parent(str(campaign))
 
 
-@pytest.mark.parametrize("as_status", [False, True])
-def test_a_rejected_child_is_no_parent(tmp_path: Path, as_status: bool) -> None:
-    place = tmp_path / "rejected"
-    ledger = begin_campaign(place)
-    if as_status:
-        finish(ledger, "rejected/child-1", status="rejected")
-    else:
-        ledger.append("rejected", child="rejected/child-1")
-    with pytest.raises(BadInputError, match="child was rejected"):
+def test_a_rejected_child_is_no_parent(tmp_path: Path) -> None:
+    place = tmp_path / "campaign"
+    child = write_plain(place / "rejected" / "child-1", 1.0)
+    begin_campaign(place).append("rejected", child="rejected/child-1", report="report.html")
+    with pytest.raises(BadInputError, match=f"child was rejected.*{child}"):
         open_parent(str(place))
+    assert open_parent(str(child)).location == str(child)
 
 
 def test_every_command_takes_a_campaign(campaign: Path, tmp_path: Path) -> None:
