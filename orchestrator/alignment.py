@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.alignment_record import (
-    ALIGNMENT_FILE,
     Coverage,
     alignment_bytes,
     alignment_head,
@@ -23,9 +22,11 @@ from orchestrator.alignment_record import (
 )
 from orchestrator.architecture_mapper import LEAST_COMPATIBILITY, LayerMatch, map_layers
 from orchestrator.calibration_text import Calibration, read_calibration
-from orchestrator.lineage import LINEAGE_FILE, lineage_bytes
+from orchestrator.family_tree import add_ancestry
+from orchestrator.lineage import ALIGNMENT_FILE, LINEAGE_FILE, lineage_bytes
+from orchestrator.places import open_parent
 from orchestrator.progress_bar import progress_bar
-from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint, publish_companions
+from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
 from workers.checkpoints.quantization import check_values_readable
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe
@@ -72,7 +73,7 @@ def align_mother(
     nothing written, if less than `LEAST_COVERAGE` of the parameters would change.
     """
     threshold = LEAST_COMPATIBILITY if threshold is None else threshold
-    father, mother = open_checkpoint(father_place), open_checkpoint(mother_place)
+    father, mother = open_parent(father_place), open_parent(mother_place)
     calibration = read_calibration(calibration_file)
     target = open_store(out)
     if next(target.list_objects(), None) is not None:
@@ -106,6 +107,7 @@ def align_mother(
     }
     files = written.publish()
     lineage = build_alignment_lineage(plan, written, father, mother, alignment, files)
+    add_ancestry(lineage, {"father": father, "mother": mother}, None)
     companions = {
         LINEAGE_FILE: lineage_bytes(lineage),
         ALIGNMENT_FILE: alignment_bytes(alignment),

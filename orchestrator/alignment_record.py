@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.architecture_mapper import LayerMatch
-from orchestrator.lineage import LINEAGE_FORMAT, hub_source, licence_of, package_version
+from orchestrator.lineage import (
+    LINEAGE_FORMAT,
+    hub_source,
+    licence_of,
+    package_version,
+)
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.merging.plan import Plan
 
 if TYPE_CHECKING:
     from workers.merging.transplant import NeuronMatching, Transplanted
 
-ALIGNMENT_FILE = "alignment.json"
 ALIGNMENT_FORMAT = 1
 
 NOT_ACCOUNTED = (

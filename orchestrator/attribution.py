@@ -12,6 +12,7 @@ from orchestrator.calls import Calls, LocalCalls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.inputs import check_parents
 from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
+from orchestrator.places import open_parent
 from orchestrator.shares import weighted_shares
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import (
@@ -19,7 +20,6 @@ from workers.checkpoints import (
     ArchitectureMap,
     Checkpoint,
     LogicalTensor,
-    open_checkpoint,
 )
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.diagnostics.attribution import (
@@ -78,10 +78,10 @@ def attribute_checkpoint(
     has one; nothing else is taken from there. What the lineage's recipe intended goes beside it as
     `intended`. Raises `BadInputError` for parents that do not fit together or to the child.
     """
-    child = open_checkpoint(location)
+    child = open_parent(location)
     lineage = _read_lineage(child)
-    opened = {name: open_checkpoint(place) for name, place in parents.items()}
-    opened_base = open_checkpoint(base) if base is not None else None
+    opened = {name: open_parent(place) for name, place in parents.items()}
+    opened_base = open_parent(base) if base is not None else None
     stored = lineage.get("recipe", {})
     vocabulary = stored.get("vocabulary")
     check_parents(opened | ({BASE: opened_base} if opened_base else {}), vocabulary)

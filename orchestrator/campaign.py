@@ -11,10 +11,21 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from orchestrator.attribution import attribute_written
+from orchestrator.breeding import (
+    LEAST_SURVIVORS,
+    Round,
+    begin_round,
+    bred_ancestors,
+    check_breeding,
+    limit_of,
+    round_record,
+    rounds_for_lineage,
+)
 from orchestrator.card import build_card
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
 from orchestrator.ending import Ending
 from orchestrator.examination import fingerprint, load_examination
+from orchestrator.family_tree import add_ancestry
 from orchestrator.flat_fitness import FlatFitness, flat_fitness
 from orchestrator.gates import engine_gates, summarize
 from orchestrator.genome import build_space
@@ -63,6 +74,10 @@ class Campaign:
         # Built here so that a bad configuration fails before anything is written.
         self._enter_space(None)
         self.state = CampaignState(config.objective)
+        self.round = 1
+        self.rounds: dict[int, Round] = {}
+        """Those after the first, which have spaces and optimizers of their own."""
+        self.described: dict[str, Any] = {}
         self.recipes: dict[str, Recipe] = {}
         self.parent_recipes = {
             name: self._know(passthrough_recipe(self.inputs.references, name))
@@ -97,10 +112,11 @@ class Campaign:
 
     def _check_recipes(self) -> None:
         """Raise `BadInputError` now if what the search will ask cannot be merged from these parents."""
-        plan = Plan(self.inputs.maps, self.inputs.base_map)
+        self.plan = Plan(self.inputs.maps, self.inputs.base_map)
         start = self.space.decode(self.space.point(self.space.start))
         for recipe in (start, *self.parent_recipes.values()):
-            plan.assign(recipe)
+            self.plan.assign(recipe)
+        check_breeding(self.config, self.inputs, self.plan, start)
 
     # -- the whole way -----------------------------------------------------------------------
 
@@ -169,7 +185,8 @@ class Campaign:
             key for key in differing_keys(recorded, self.identity) if not key.startswith("health.")
         ]
         old, new = recorded["search"]["evaluations"], self.config.search.evaluations
-        if new > old:
+        # With rounds, another budget would end the first one elsewhere.
+        if new > old and self.config.breeding.rounds == 1:
             different.remove("search.evaluations")  # a larger budget is welcome
         if different:
             raise BadInputError(
@@ -188,7 +205,7 @@ class Campaign:
         # Here, not above: what runs on workers needs torch, and a driver that only reads does not.
         from workers.actors import WorkerSpec
 
-        parents, base = absolute_places(self.config)
+        parents, base = absolute_places(self.inputs)
         engine = self.config.engine
         spec = WorkerSpec(
             parents=parents,
@@ -237,7 +254,7 @@ class Campaign:
                 )
             )  # fmt: skip
             self._check_recipes()
-        described = describe_space(self.space, self.prescription)
+        self.described = described = describe_space(self.space, self.prescription)
         if self.prescription is not None or self.space.removed:
             self._record_once("space", **described)
         for note in notes_on_search({"space": described}):
@@ -284,7 +301,7 @@ class Campaign:
         assert self.pool is not None and self._ledger is not None
         self.watcher.stage("search")
         started, idle = time.monotonic(), self.pool.idle_seconds
-        self.ended = reason = self._run_generations()
+        self.ended = reason = self._run_rounds()
         if self.flat is not None:
             self.watcher.stage(f"stopped: {reason}")
         seconds = time.monotonic() - started
@@ -299,16 +316,54 @@ class Campaign:
                 **({"flat": self.flat.to_dict()} if self.flat else {}),
             )
 
+    def _run_rounds(self) -> str:
+        """One round, or several of which each begins with the best children of the one before; why the
+        last one ended."""
+        rounds = self.config.breeding.rounds
+        if rounds > 1:
+            self._record_round(round_record(1, limit_of(self.config, 1), {}))
+        reason = self._run_generations()
+        for number in range(2, rounds + 1):
+            best = self.state.best_of_round(
+                self.round, self.config.breeding.survivors, self.config.search.evaluations
+            )
+            if self.flat is not None:
+                return reason
+            if len(best) < LEAST_SURVIVORS:
+                return f"round {self.round} had fewer than {LEAST_SURVIVORS} children to breed from"
+            survivors = [(candidate, self.recipes[candidate.recipe_id]) for candidate in best]
+            found = begin_round(self.config, self.inputs, self.plan, number, survivors)
+            self._record_round(found.to_record())
+            self.watcher.stage(f"search, round {number} of {rounds}: {len(best)} parents")
+            self.round, self.rounds[number] = number, found
+            self.space, self.optimizer = found.space, found.optimizer
+            reason = self._run_generations()
+        return reason
+
+    def _record_round(self, content: dict[str, Any]) -> None:
+        """Record that a round begins, or make sure that it began so before."""
+        known = self.state.rounds.get(content["round"])
+        if known is None:
+            self._record("round", **content)
+        elif any(known[key] != value for key, value in content.items()):
+            raise CampaignError(
+                f"{self.store.uri}: round {content['round']} does not begin as recorded: another version "
+                "of Darwin ran before. Restore it, or start a campaign of another name"
+            )
+
     def _run_generations(self) -> str:
         """Generations until the budget is spent or the optimizer has nothing left to ask; which."""
         budget = self.config.search.evaluations
-        generation = stagnant = 0
-        known: set[str] = set()
+        limit = limit_of(self.config, self.round)
+        generation, stagnant = self.state.generations_through(self.round - 1), 0
+        earlier = self.state.within_budget(budget)[:generation]
+        known = {candidate.recipe_id for asked in earlier for candidate in asked}
         while stagnant < STAGNANT_GENERATIONS:
             stopped = self.optimizer.stopped()
             if stopped is not None:
                 return f"the optimizer stopped: {stopped}"
-            if len(known) >= budget and generation == len(self.state.generations):
+            asked_before = self.state.generations_through(self.round)
+            if len(known) >= limit and generation == asked_before:
                 return "the budget is spent"
             points = self.optimizer.ask()
             asked = self._asked(generation, points)
@@ -317,7 +372,7 @@ class Campaign:
             self._evaluate((self.recipes[c.recipe_id] for c in candidates), "search")
             if len(candidates) < len(asked):
                 return "the budget is spent"
-            self.optimizer.tell(points, self._fitness_for_tell(asked))
+            self.optimizer.tell(points, self._fitness_for_tell(generation))
             self.flat = flat_fitness(self.state, self.inputs.tasks, self.config.objective, budget)
             if self.flat is not None:
                 return self.flat.reason
@@ -335,6 +390,7 @@ class Campaign:
             self._record(
                 "asked",
                 generation=generation,
+                **({"round": self.round} if self.config.breeding.rounds > 1 else {}),
                 candidates=[
                     {"genome": genome, "recipe": recipe.id}
                     for genome, recipe in zip(genomes, recipes, strict=True)
@@ -349,14 +405,16 @@ class Campaign:
             )
         return asked
 
-    def _fitness_for_tell(self, asked: list[Candidate]) -> list[float]:
-        """Fitness in ask order; a failed candidate counts as the worst of its generation, or of all."""
+    def _fitness_for_tell(self, number: int) -> list[float]:
+        """Fitness in ask order; a failed candidate counts as the worst of its generation, or of all
+        until then: a replay must not know of those that came later."""
+        asked = self.state.generations[number]
         fitness = [self.state.fitness(candidate.recipe_id) for candidate in asked]
         known = [value for value in fitness if value is not None]
         if not known:
             known = [
                 value
-                for generation in self.state.generations
+                for generation in self.state.generations[:number]
                 for candidate in generation
                 if (value := self.state.fitness(candidate.recipe_id)) is not None
             ]
@@ -433,10 +491,17 @@ class Campaign:
             | {"attribution": attribution["components"]},
         )
         lineage["search"] |= {
-            "space": describe_space(self.space, self.prescription),
+            "space": self.described,
             "ended": self.ended,
             "flat": self.flat.to_dict() if self.flat else None,
         }
+        number = self.state.round_of_recipe(recipe.id)
+        through, bred = bred_ancestors(
+            lineage, self.rounds, number, candidate.genome, self.plan, self.recipes
+        )
+        if self.config.breeding.rounds > 1:
+            lineage["search"]["rounds"] = rounds_for_lineage(self.state, self.config, number)
+        add_ancestry(lineage, self.inputs.parents, self.inputs.base, through=through, bred=bred)
         files = {
             "README.md": build_card(lineage).encode(),
             ATTRIBUTION_FILE: lineage_bytes(attribution),

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from orchestrator.ancestry import Ancestry, parse_ancestry
+from orchestrator.ancestry_view import founders, licences, tree_lines
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.prescribing import notes_on_search
@@ -14,6 +16,13 @@ from orchestrator.statistics import format_p_value
 
 MOST_WARNINGS = 10
 """Of the health check, on the card."""
+SHARES_ARE = {
+    "recipe": "those of this child's parents are its recipe's weights.",
+    "measured": "those of this child's parents were measured on its bytes.",
+}
+
+
+BRED_SHARES = "By way of children that were bred and never written, they are those of recipes."
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,12 @@ def build_card(lineage: dict[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["merge", "evolutionary-merge", "darwin"],
     }
-    licences = sorted({parent["license"] for parent in lineage["parents"] if parent["license"]})
-    if len(licences) == 1 and all(parent["license"] for parent in lineage["parents"]):
-        metadata["license"] = licences[0]
+    declared = {parent["license"] for parent in lineage["parents"]}
+    ancestry = parse_ancestry(lineage["ancestry"]) if "ancestry" in lineage else None
+    if ancestry:
+        declared |= {licence or None for licence in ancestry.licences()}
+    if len(declared) == 1 and None not in declared:
+        metadata["license"] = declared.pop()
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
         f"# {lineage['campaign']}\n",
@@ -62,6 +74,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         "## Lineage\n",
         _parent_table(lineage),
         _unused(lineage),
+        _ancestry(ancestry) if ancestry else "",
         f"Recipe `{lineage['recipe_id']}`. The recipe, the genome, the held-out results, and for every "
         f"tensor its method, parameters, changes and SHA-256 are in `{LINEAGE_FILE}`.\n",
     ]
@@ -161,7 +174,21 @@ def _making(lineage: dict[str, Any]) -> str:
     return (
         f"{search['evaluations']} candidates were scored by `{search['optimizer']}` over the parameters of "
         f"`{search['method']}` (seed {search['seed']}, objective: {search['objective']} of the tasks). "
-        f"On the search items the child reached {search['fitness']:.3f}; the parents: {parents}.\n"
+        f"{breeding(lineage)}On the search items the child reached {search['fitness']:.3f}; the parents: "
+        f"{parents}.\n"
+    )
+
+
+def breeding(lineage: dict[str, Any]) -> str:
+    """That the child was bred in rounds, in a sentence and a space; empty if it was not."""
+    rounds = lineage["search"].get("rounds")
+    if not rounds:
+        return ""
+    best = ", ".join("none" if value is None else f"{value:.3f}" for value in rounds["best"])
+    return (
+        f"They were bred in {len(rounds['best'])} rounds, each but the first over the best "
+        f"{rounds['survivors']} of the one before; the best of each reached {best}. This child is of "
+        f"round {rounds['child_is_of']}. "
     )
 
 
@@ -230,6 +257,37 @@ def _parent_table(lineage: dict[str, Any]) -> str:
             ["base", "", base["license"] or "not declared", f"`{base['fingerprint'][:16]}`"]
         )
     return _table(rows)
+
+
+def _ancestry(ancestry: Ancestry) -> str:
+    """The tree over all generations, what of the child comes from each founder, and all licences."""
+    tree = "\n".join(line.replace("`", "'") for line in tree_lines(ancestry))
+    components = list(ancestry.child.elements or {})
+    rows = [["founder", "share", *components, "licence", "fingerprint"]]
+    for founder in founders(ancestry):
+        rows.append(
+            [
+                founder.name,
+                f"{founder.share:.1%}",
+                *(f"{founder.shares.get(component, 0.0):.1%}" for component in components),
+                founder.ancestor.license or "not declared",
+                f"`{(founder.ancestor.fingerprint or '')[:16]}`",
+            ]
+        )
+    declared = [["licence", "ancestors"]]
+    declared += [[licence, ", ".join(names)] for licence, names in licences(ancestry)]
+    return "\n".join(
+        [
+            "### Ancestors\n",
+            "Percentages are shares of this child. They multiply from generation to generation: "
+            f"{SHARES_ARE[ancestry.child.based_on]}{' ' + BRED_SHARES if ancestry.child.through else ''}\n",
+            f"```text\n{tree}\n```\n",
+            "Founders, of whom nothing older is known, each summed over all the ways that lead to it:\n",
+            _table(rows),
+            "Licences that all these ancestors declare; each of them counts:\n",
+            _table(declared),
+        ]
+    )
 
 
 def _unused(lineage: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.calls import Calls
-from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE, package_version
+from orchestrator.lineage import ALIGNMENT_FILE, ATTRIBUTION_FILE, LINEAGE_FILE, package_version
 from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe
@@ -142,7 +142,8 @@ class ChildWriter:
         """Make the written files a checkpoint, with `files` (card, lineage) beside them."""
         vocabulary = self.plan.vocabulary
         # What was measured of a father that is a child itself says nothing about this one.
-        removed = (vocabulary.removed if vocabulary else frozenset()) | {ATTRIBUTION_FILE}
+        removed = vocabulary.removed if vocabulary else frozenset()
+        removed |= {ATTRIBUTION_FILE, ALIGNMENT_FILE}
         files = {**(vocabulary.companions if vocabulary else {}), **files}
         publish_companions(self.father, self.plan.layout, self.target, files, removed)
         self.target.delete_folder(PROGRESS)

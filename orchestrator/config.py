@@ -102,6 +102,16 @@ class SearchConfig:
 
 
 @dataclass
+class BreedingConfig:
+    """Rounds of breeding: the best children of one search are the parents of the next."""
+
+    rounds: int = 1
+    """Searches, one after the other; 1 is a campaign without breeding."""
+    survivors: int = 2
+    """Children of a round that are the parents of the next."""
+
+
+@dataclass
 class TaskConfig:
     """A task of the campaign and how many of its items are used."""
 
@@ -171,6 +181,7 @@ class CampaignConfig:
     genome: GenomeConfig = field(default_factory=GenomeConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    breeding: BreedingConfig = field(default_factory=BreedingConfig)
     objective: str = "mean"
     """Fitness from the scores of the tasks: their `mean`, or the `worst` of them."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -336,6 +347,7 @@ def _check_values(config: CampaignConfig, file: str) -> None:
         "genome.blocks": config.genome.blocks,
         "search.evaluations": config.search.evaluations,
         "search.population": config.search.population,
+        "breeding.rounds": config.breeding.rounds,
         "engine.threads": config.engine.threads,
         "engine.batch_size": config.engine.batch_size,
         "workers.count": config.workers.count,
@@ -350,6 +362,12 @@ def _check_values(config: CampaignConfig, file: str) -> None:
             refuse(key, f"{value} must be 1 or more")
     if not 0 <= config.scan.alpha <= 1:
         refuse("scan.alpha", f"{config.scan.alpha} is not between 0 and 1")
+    if config.breeding.survivors < 2:
+        refuse("breeding.survivors", f"{config.breeding.survivors} must be 2 or more")
+    rounds = config.breeding.rounds
+    if rounds > 1 and rounds * config.breeding.survivors > config.search.evaluations:
+        refuse("breeding.rounds", f"{rounds} rounds of so many evaluations cannot have "
+                                  f"{config.breeding.survivors} survivors each")  # fmt: skip
     if not 0 < config.search.step < math.inf:
         refuse("search.step", f"{config.search.step} must be a number above 0")
     for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
+from orchestrator.places import open_parent
 from orchestrator.probe_scan import load_calibration_sets
-from workers.checkpoints import (
-    ArchitectureMap,
-    Checkpoint,
-    absolute_checkpoint_location,
-    open_checkpoint,
-)
+from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.diagnostics.calibration import CalibrationSet
 from workers.errors import BadInputError
@@ -83,6 +79,8 @@ class Inputs:
             for part in path:
                 holder = holder[part]
             del holder[last]
+        if config.breeding.rounds == 1:
+            del data["breeding"]  # without breeding nothing of it counts
         data["parents"] = [
             {"name": reference.name, "content": reference.fingerprint}
             for reference in self.references
@@ -97,8 +95,8 @@ class Inputs:
 
 def open_inputs(config: CampaignConfig) -> Inputs:
     """Open everything that the configuration names. Raises `BadInputError` for what does not fit."""
-    parents = {parent.name: open_checkpoint(parent.path) for parent in config.parents}
-    base = open_checkpoint(config.base) if config.base else None
+    parents = {parent.name: open_parent(parent.path) for parent in config.parents}
+    base = open_parent(config.base) if config.base else None
     check_parents(parents | ({"base": base} if base else {}))
     method = METHODS.get(
         config.genome.method
@@ -120,10 +118,10 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     return Inputs(parents, base, tuple(tasks), calibration)
 
 
-def absolute_places(config: CampaignConfig) -> tuple[dict[str, str], str | None]:
+def absolute_places(inputs: Inputs) -> tuple[dict[str, str], str | None]:
     """Locations of parents and base as another process, started elsewhere, can open them."""
-    parents = {parent.name: absolute_checkpoint_location(parent.path) for parent in config.parents}
-    return parents, absolute_checkpoint_location(config.base) if config.base else None
+    parents = {name: parent.location for name, parent in inputs.parents.items()}
+    return parents, inputs.base.location if inputs.base else None
 
 
 def check_parents(parents: dict[str, Checkpoint], vocabulary: str | None = None) -> None:

@@ -19,6 +19,7 @@ from workers.storage.hub import pinned_parts
 
 LINEAGE_FILE = "lineage.json"
 LINEAGE_FORMAT = 2
+ALIGNMENT_FILE = "alignment.json"
 ATTRIBUTION_FILE = "attribution.json"
 """Beside the lineage: which parent the weights come from, measured (see `attribution`)."""
 

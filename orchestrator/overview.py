@@ -9,8 +9,9 @@ from rich.table import Table
 
 from orchestrator.config import config_from_dict
 from orchestrator.ledger import Ledger
+from orchestrator.places import open_parent
 from orchestrator.state import CampaignState
-from workers.checkpoints import COMPONENTS, ArchitectureMap, open_checkpoint
+from workers.checkpoints import COMPONENTS, ArchitectureMap
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
 
@@ -39,6 +40,8 @@ def campaign_overview(place: str) -> dict[str, Any]:
         "status": result["status"] if result else "unfinished",
         "campaign": store.uri,
         "generation": len(state.generations),
+        "round": max(state.rounds, default=1),
+        "rounds": config.breeding.rounds,
         "evaluations": state.evaluated(budget),
         "budget": budget,
         "failures": state.failures,
@@ -69,6 +72,8 @@ def render_overview(overview: dict[str, Any]) -> RenderableType:
         f"{overview['evaluations']} of {overview['budget']}, generation {overview['generation']}, "
         f"{overview['failures']} failures, {overview['drivers']} driver starts",
     )
+    if overview["rounds"] > 1:
+        table.add_row("round", f"{overview['round']} of {overview['rounds']}")
     table.add_row("best fitness", f"{best['fitness']:.3f}" if best else "none yet")
     if overview["holdout_fitness"]:
         scores = ", ".join(f"{name} {v:.3f}" for name, v in overview["holdout_fitness"].items())
@@ -80,7 +85,7 @@ def render_overview(overview: dict[str, Any]) -> RenderableType:
 
 def checkpoint_overview(location: str) -> dict[str, Any]:
     """The architecture map of a checkpoint, summed up per component."""
-    checkpoint = open_checkpoint(location)
+    checkpoint = open_parent(location)
     mapped = ArchitectureMap(checkpoint)
     components: dict[str, dict[str, Any]] = {}
     for component in COMPONENTS:

@@ -16,7 +16,8 @@ from orchestrator.config import find_shipped, read_yaml
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.mergekit_file import from_mergekit, is_mergekit
 from orchestrator.mother_centric import PRESET, expand
-from workers.checkpoints import COMPONENTS, ArchitectureMap, Checkpoint, open_checkpoint
+from orchestrator.places import open_parent
+from workers.checkpoints import COMPONENTS, ArchitectureMap, Checkpoint
 from workers.errors import BadInputError
 from workers.merging import (
     CARRIED,
@@ -68,7 +69,7 @@ def load_recipe_file(
     `BadInputError` naming file and key.
     """
     data = read_recipe_data(path)
-    opened = cache(open_checkpoint)
+    opened = cache(open_parent)
     if not is_mergekit(data):
         return load_recipe_data(path, _placed(path, data, places or {}, base), opened)
     if places or base:

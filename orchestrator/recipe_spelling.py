@@ -10,8 +10,9 @@ import yaml
 
 from orchestrator.mergekit_file import from_mergekit, is_mergekit
 from orchestrator.mergekit_writer import MERGED, Places, to_mergekit
+from orchestrator.places import open_parent
 from orchestrator.recipe_file import load_recipe_data, read_recipe_data
-from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
+from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.errors import BadInputError
 from workers.merging import Recipe
 from workers.merging.plan import Plan, form_of
@@ -30,7 +31,7 @@ def respell(path: str, to: str | None = None) -> str:
     to = to or ("darwin" if given else "mergekit")
     if to not in SPELLINGS:
         raise BadInputError(f"--to: {to!r} is none of {', '.join(SPELLINGS)}")
-    opened = cache(open_checkpoint)
+    opened = cache(open_parent)
     notes: list[str] = []
     if given:
         translated = from_mergekit(path, data, opened)

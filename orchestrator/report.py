@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.card import component_changes, reservations, verdict
+from orchestrator.ancestry import parse_ancestry
+from orchestrator.ancestry_view import founders, licences
+from orchestrator.card import BRED_SHARES, breeding, component_changes, reservations, verdict
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
@@ -44,6 +46,7 @@ def build_report(store: Store) -> str:
     from jinja2 import Environment, StrictUndefined
 
     from orchestrator import charts
+    from orchestrator.ancestry_chart import ancestry_chart
 
     ledger = Ledger(store)
     begun, child = ledger.last("campaign"), ledger.last("child")
@@ -65,6 +68,7 @@ def build_report(store: Store) -> str:
     template = environment.from_string(
         files(__package__).joinpath(TEMPLATE_FILE).read_text("utf-8")
     )
+    ancestry = parse_ancestry(lineage["ancestry"]) if "ancestry" in lineage else None
     intended = weighted_shares(lineage["tensors"], parents, "component")
     attribution = _attribution(target)
     if attribution is None:
@@ -77,6 +81,8 @@ def build_report(store: Store) -> str:
         lineage=lineage,
         verdict=verdict(lineage),
         reservations=reservations(lineage),
+        breeding=breeding(lineage),
+        bred_shares=BRED_SHARES,
         parents=parents,
         colours=charts.parent_colours(parents),
         best_parent=max(parents, key=lambda name: lineage["holdout_fitness"][name]),
@@ -99,6 +105,9 @@ def build_report(store: Store) -> str:
         attribution=attribution,
         intended={component: shares for (component,), shares in intended.items()},
         changes=component_changes(lineage),
+        ancestry=ancestry,
+        founders=founders(ancestry) if ancestry else [],
+        licences=licences(ancestry) if ancestry else [],
         significant=SIGNIFICANCE,
         configuration=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         software=lineage["software"] | (_scalars(engine["description"]) if engine else {}),
@@ -106,6 +115,7 @@ def build_report(store: Store) -> str:
         | {
             "bars": charts.share_bars(by_component, parents),
             "maps": charts.share_maps(by_layer, parents),
+            "ancestry": ancestry_chart(ancestry, parents) if ancestry else None,
         },
     )
 
@@ -151,6 +161,11 @@ def _draw_search(
     parents = [parent["name"] for parent in lineage["parents"]]
     search = lineage["search"]
     candidates = [candidate for generation in generations for candidate in generation]
+    # Of a child that was bred in a later round the genes weigh those that it was bred from.
+    bred = [
+        descent["name"]
+        for descent in lineage.get("ancestry", {}).get("child", {}).get("through", ())
+    ]
     return {
         "fitness": charts.fitness_chart(
             [[state.fitness(candidate.recipe_id) for candidate in asked] for asked in generations],
@@ -159,7 +174,9 @@ def _draw_search(
             axis=f"fitness ({search['objective']} of the tasks)",
         ),
         "holdout": charts.holdout_chart(lineage["holdout"], parents, list(lineage["tasks"])),
-        "genome": charts.genome_chart(_gene_values(lineage["genome"], candidates, parents), parents)
+        "genome": charts.genome_chart(
+            _gene_values(lineage["genome"], candidates, bred or parents), bred or parents
+        )
         if lineage["genome"]
         else None,
     }
@@ -181,7 +198,8 @@ def _gene_values(
     for name, parts in split.items():
         owned = parts[0] not in shared
         row = ".".join([parts[0], *parts[2:]]) if owned else name
-        values = [candidate.genome[name] for candidate in candidates]
+        # Other rounds of breeding have other genes.
+        values = [candidate.genome[name] for candidate in candidates if name in candidate.genome]
         genes.append(GeneValues(row, parts[1] if owned else ALL_PARENTS, genome[name], values))
     return genes
 

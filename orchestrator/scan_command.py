@@ -6,10 +6,11 @@ from typing import Any
 
 from orchestrator.calls import open_calls
 from orchestrator.config import WorkersConfig
+from orchestrator.places import open_parent
 from orchestrator.progress_bar import progress_bar
 from orchestrator.scan import Probe, find_scan, scan_bytes, scan_key, scan_parents
 from orchestrator.scan_page import build_page
-from workers.checkpoints import Checkpoint, open_checkpoint
+from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
 from workers.storage import open_store
 
@@ -29,8 +30,8 @@ def scan_checkpoints(
     The scan, and where it and its page lie. What `out` holds already is not made again. With `workers`,
     actors scan on the Ray cluster at `address`, or on this machine; else processes of this one.
     """
-    parents = name_parents([open_checkpoint(location) for location in locations])
-    opened = open_checkpoint(base) if base else None
+    parents = name_parents([open_parent(location) for location in locations])
+    opened = open_parent(base) if base else None
     store = open_store(out)
     key = scan_key(parents, opened, probe)
     page = key.removesuffix(".json") + ".html"

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.calls import open_calls
 from orchestrator.child_writer import PROGRESS, ChildWriter
 from orchestrator.config import WorkersConfig
+from orchestrator.family_tree import add_ancestry
 from orchestrator.lineage import (
     LINEAGE_FILE,
     LINEAGE_FORMAT,
@@ -66,6 +67,7 @@ def merge_recipe(
         "recipe": loaded.recipe.to_dict(),
         **report.to_dict(),
     }
+    add_ancestry(lineage, loaded.parents, loaded.base)
     writer.publish(loaded.files | {LINEAGE_FILE: lineage_bytes(lineage)})
     return {
         "status": "done",

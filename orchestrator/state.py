@@ -46,6 +46,10 @@ class CampaignState:
         self.evaluations: dict[tuple[str, str], Evaluation] = {}
         """(recipe id, split) -> evaluation."""
         self.generations: list[list[Candidate]] = []
+        self.round_of: list[int] = []
+        """The round of breeding of each generation; a campaign without breeding has one round."""
+        self.rounds: dict[int, Record] = {}
+        """Number -> what is recorded of a round when it begins: its parents, and its `limit`."""
         self.failures = 0
         """Attempts that failed, whether or not another one succeeded."""
         for record in records:
@@ -57,6 +61,9 @@ class CampaignState:
             self.generations.append(
                 [Candidate(c["genome"], c["recipe"]) for c in record["candidates"]]
             )
+            self.round_of.append(record.get("round", 1))
+        elif record["kind"] == "round":
+            self.rounds[record["round"]] = record
         elif record["kind"] == "epoch":
             self._forgive()
         elif record["kind"] == "scored":
@@ -107,18 +114,51 @@ class CampaignState:
     def within_budget(self, budget: int) -> list[list[Candidate]]:
         """The candidates of each generation that the budget pays for, in the order they were asked.
 
-        A recipe asked for again costs nothing, because it is not scored again.
+        A recipe asked for again costs nothing, because it is not scored again. A round of breeding has
+        spent, with those before it, no more than its limit.
         """
         seen: set[str] = set()
         paid: list[list[Candidate]] = []
-        for generation in self.generations:
+        spent: set[int] = set()
+        considered = 0
+        for generation, number in zip(self.generations, self.round_of, strict=True):
+            limit = min(budget, self.rounds.get(number, {}).get("limit", budget))
             paid.append([])
+            if number in spent:
+                continue
+            considered = len(paid)
             for candidate in generation:
-                if candidate.recipe_id not in seen and len(seen) >= budget:
-                    return paid
+                if candidate.recipe_id not in seen and len(seen) >= limit:
+                    spent.add(number)
+                    break
                 seen.add(candidate.recipe_id)
                 paid[-1].append(candidate)
-        return paid
+        return paid[:considered]
+
+    def generations_through(self, number: int) -> int:
+        """How many generations were asked for in this round of breeding and those before it."""
+        return sum(own <= number for own in self.round_of)
+
+    def round_of_recipe(self, recipe_id: str) -> int:
+        """The round in which the recipe was asked for first."""
+        return next(
+            number
+            for generation, number in zip(self.generations, self.round_of, strict=True)
+            if any(candidate.recipe_id == recipe_id for candidate in generation)
+        )
+
+    def best_of_round(self, number: int, count: int, budget: int) -> list[Candidate]:
+        """The fittest different candidates of a round; of equals those that were asked for first."""
+        fitness: dict[str, float] = {}
+        candidates: dict[str, Candidate] = {}
+        for generation, own in zip(self.within_budget(budget), self.round_of, strict=False):
+            for candidate in generation if own == number else ():
+                value = self.fitness(candidate.recipe_id)
+                if value is not None and candidate.recipe_id not in candidates:
+                    fitness[candidate.recipe_id] = value
+                    candidates[candidate.recipe_id] = candidate
+        order = sorted(candidates, key=lambda recipe_id: -fitness[recipe_id])  # stable
+        return [candidates[recipe_id] for recipe_id in order[:count]]
 
     def evaluated(self, budget: int) -> int:
         """How many different candidates within the budget were scored or have failed."""

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT
-from workers.checkpoints import ArchitectureMap, Checkpoint, WeightFile, open_checkpoint
+from orchestrator.places import open_parent
+from workers.checkpoints import ArchitectureMap, Checkpoint, WeightFile
 from workers.checkpoints.health import count_not_finite
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError
@@ -29,7 +30,7 @@ def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
     `parents` (any of those in the lineage) also element by element against these. Raises
     `BadInputError` for what is no child of Darwin, or no checkpoint at all.
     """
-    child = open_checkpoint(location)
+    child = open_parent(location)
     lineage = _read_lineage(child)
     problems = [*_check_files(child, lineage), *_check_tensors(child, lineage)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
@@ -162,7 +163,7 @@ def _changed_by_reading(
     own, own_map = Source(child), ArchitectureMap.of(child)
     changed = {}
     for location in locations:
-        parent = open_checkpoint(location)
+        parent = open_parent(location)
         if parent.fingerprint not in names:
             raise BadInputError(f"{parent.location}: is none of the parents that the lineage names")
         name = names[parent.fingerprint]

@@ -103,7 +103,7 @@ def test_a_base_is_not_needed(project: Project) -> None:
     inputs = project.open("base=null")
     assert inputs.base is None
     assert inputs.base_reference is None
-    assert absolute_places(project.config("base=null"))[1] is None
+    assert absolute_places(inputs)[1] is None
 
 
 def test_a_method_without_two_task_vectors_is_refused_unless_allowed(project: Project) -> None:
@@ -152,11 +152,16 @@ def test_places_are_made_absolute_for_workers_elsewhere(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project.folder)
+    monkeypatch.setenv("HOME", str(project.folder))
     parents, base = absolute_places(
-        project.config("parents.0.path=models/one", "parents.1.path=s3://bucket/two", "base=~/base")
+        project.open(
+            "parents.0.path=models/one",
+            f"parents.1.path=file://{project.model('two')}/",
+            "base=~/models/base",
+        )
     )
-    assert parents == {"one": str(project.model("one")), "two": "s3://bucket/two"}
-    assert base == str(Path.home() / "base")
+    assert parents == {name: str(project.model(name)) for name in ("one", "two")}
+    assert base == str(project.model("base"))
 
 
 # -- do the parents fit ----------------------------------------------------------------------

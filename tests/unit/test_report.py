@@ -289,6 +289,43 @@ def test_campaigns_of_all_shapes(tmp_path: Path, shape: dict[str, Any]) -> None:
     assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 5
 
 
+def test_the_ancestors_of_all_generations_are_shown(tmp_path: Path) -> None:
+    """A grandparent through two parents, one of which was bred and never written; all names hostile."""
+    store = write_campaign(tmp_path)
+    elements = {"mlp": 3, "norm": 1}
+
+    def descend(node: str, role: str, share: float) -> dict[str, Any]:
+        return {
+            "node": node,
+            "name": HOSTILE,
+            "role": role,
+            "shares": dict.fromkeys(elements, share),
+        }
+
+    def one(**content: Any) -> dict[str, Any]:
+        return {"name": HOSTILE, "elements": elements, "based_on": "recipe"} | content
+
+    old = descend("old", "father", 0.25)
+    ancestry = {
+        "child": one(parents=[descend("pup", "father", 0.5), descend("old", "mother", 0.5)],
+                     through=[descend("recipe:1", "bred", 1.0)]),
+        "ancestors": {
+            "recipe:1": one(recipe_id="1", parents=[descend("pup", "father", 1.0)]),
+            "pup": one(fingerprint="pup", license=HOSTILE, parents=[old, descend("new", "mother", 0.75)]),
+            "old": one(fingerprint="old", license="gpl-3.0"),
+            "new": one(fingerprint="new"),
+        },
+    }  # fmt: skip
+    lineage = lineage_of(store) | {"ancestry": ancestry}
+    store.write("child-1/lineage.json", json.dumps(lineage).encode())
+    page = read_page(store)
+    assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 6
+    assert not any(tag == "script" or name.startswith("on") for tag, name, _ in page.attributes)
+    assert f"{HOSTILE} 62.5 % 62.5 % 62.5 % gpl-3.0" in page.text  # 1/2 + 1/2 x 1/4
+    assert f"{HOSTILE} 37.5 % 37.5 % 37.5 % not declared" in page.text
+    assert f"gpl-3.0 ({HOSTILE}); not declared ({HOSTILE})." in page.text
+
+
 def test_names_from_data_are_escaped(tmp_path: Path) -> None:
     store = write_campaign(
         tmp_path, tasks=(HOSTILE, "plain"), components=(HOSTILE, "mlp"), licence=HOSTILE

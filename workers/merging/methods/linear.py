@@ -11,11 +11,15 @@ def merge(piece: Slice, values: Values) -> None:
 
     Weights that sum to 0 are refused if they are to be normalized, where mergekit divides by zero.
     """
-    weights = values["weight"]
+    factors = coefficients(values)
+    combine(piece.parents.values(), [factors[name] for name in piece.parents], None, piece.out)
+
+
+def coefficients(values: Values) -> dict[str, float]:
+    """w_i / sum_i w_i; w_i if `normalize` is 0."""
+    weights: dict[str, float] = values["weight"]
     total = sum(weights.values()) if values["normalize"] else 1.0
-    combine(
-        piece.parents.values(), [weights[name] / total for name in piece.parents], None, piece.out
-    )
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def check(values: Values) -> str | None:
@@ -32,5 +36,6 @@ register(
         ),
         merge=merge,
         check=check,
+        coefficients=coefficients,
     )
 )

@@ -111,6 +111,9 @@ class MergeMethod:
     """Whether, with these values, it hands over one parent's stored bits instead of computing."""
     post: bool = False
     """Whether it is a post-step: it refines in place what another method has put into `out`."""
+    coefficients: Callable[[Values], dict[str, float]] | None = None
+    """Each parent's factor, if the result is the sum of factor times parent and nothing more; a method
+    that always uses the base gives it what the factors leave to 1. Such methods compose."""
     exact: bool = True
     """Whether its bits are the same on every processor; LAPACK's are not."""
 

@@ -21,6 +21,7 @@ register(
             Parameter("scale", "shared", default=1.0),
         ),
         merge=merge,
+        coefficients=lambda values: {values["source"]: values["scale"]},
         copies=lambda values: bool(values["scale"] == 1.0),
     )
 )

@@ -12,13 +12,19 @@ def merge(piece: Slice, values: Values) -> None:
     Divided by sum_i w_i if `normalize` is 1, unless that is nearly 0.
     """
     assert piece.base is not None
-    weights: dict[str, float] = values["weight"]
-    divisor = sum(weights.values()) if values["normalize"] else 1.0
-    scale = values["lambda"] / (divisor if abs(divisor) >= NO_DIVISOR else 1.0)
+    factors = coefficients(values)
     piece.out.copy_(piece.base)
     for name, parent in piece.parents.items():
         delta = parent.sub_(piece.base)
-        piece.out.add_(delta.mul_(scale * weights[name]))
+        piece.out.add_(delta.mul_(factors[name]))
+
+
+def coefficients(values: Values) -> dict[str, float]:
+    """What each task vector is multiplied by: lambda * w_i, divided as `merge` says."""
+    weights: dict[str, float] = values["weight"]
+    divisor = sum(weights.values()) if values["normalize"] else 1.0
+    scale = values["lambda"] / (divisor if abs(divisor) >= NO_DIVISOR else 1.0)
+    return {name: scale * weight for name, weight in weights.items()}
 
 
 register(
@@ -32,5 +38,6 @@ register(
         ),
         merge=merge,
         uses_base="always",
+        coefficients=coefficients,
     )
 )
