@@ -363,7 +363,7 @@ def main() -> None:
 def _is_foreseen(error: Exception) -> bool:
     """Whether the message says it all; anything else is a bug, and its traceback is wanted."""
     from orchestrator.alignment import LowCoverageError
-    from orchestrator.campaign import CampaignError
+    from orchestrator.errors import CampaignError
     from orchestrator.ledger import LeaseLostError
     from orchestrator.pool import PoolError
     from workers.storage import StorageError

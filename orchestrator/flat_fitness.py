@@ -58,10 +58,13 @@ class FlatFitness:
 
 
 def flat_fitness(
-    state: CampaignState, tasks: Sequence[Task], objective: str, budget: int
+    state: CampaignState, tasks: Sequence[Task], objective: str, budget: int, told: int
 ) -> FlatFitness | None:
-    """What is known so far if it is flat; None if candidates differ, or too few were scored."""
-    generations = state.within_budget(budget)
+    """What is known if it is flat; None if candidates differ, or too few were scored.
+
+    Of the first `told` generations alone: a replay must not know of one that was only asked for.
+    """
+    generations = state.within_budget(budget)[:told]
     known = {
         candidate.recipe_id: fitness
         for generation in generations

@@ -143,7 +143,7 @@ class ProgressView:
             f"[bold]{self.stage_name}[/bold]",
             f"generation {len(campaign.state.generations)}",
             f"{items_per_second:.0f} items/s",
-            f"{campaign.pool.busy if campaign.pool else 0}/{campaign.config.workers.count} workers busy",
+            f"{campaign.busy_workers}/{campaign.config.workers.count} workers busy",
             f"{campaign.state.failures} failures",
             f"{self._clock()} elapsed",
             f"about {_duration(left)} left" if left is not None and done < budget else "",

@@ -130,7 +130,8 @@ class RatioSpace:
         if self.method.parameter("weight") is None:
             parameters: dict[str, Any] = {"t": shares[0]}
         else:
-            all_shares = (round(1.0 - math.fsum(shares), DECIMALS) + 0.0, *shares)
+            # Shares are rounded one by one, so that their sum may be a trace above 1.
+            all_shares = (max(round(1.0 - math.fsum(shares), DECIMALS), 0.0), *shares)
             names = (parent.name for parent in self.parents)
             parameters = {"weight": dict(zip(names, all_shares, strict=True))}
         if density:

@@ -104,8 +104,8 @@ def test_the_worst_of_the_tasks_rests_on_the_items_of_one(tmp_path: Path) -> Non
         genome=GENOME, scan=NO_SCAN, search=SEARCH, objective="worst",
     )  # fmt: skip
     campaign.run()
-    assert campaign.flat is not None
-    assert campaign.flat.items == 24
+    assert campaign.search.flat is not None
+    assert campaign.search.flat.items == 24
 
 
 def test_a_single_candidate_that_differs_keeps_the_search_going(tmp_path: Path) -> None:
@@ -130,4 +130,27 @@ def test_too_few_candidates_are_not_called_flat(tmp_path: Path) -> None:
         genome=GENOME, scan=NO_SCAN, search=SEARCH | {"evaluations": 10},
     )  # fmt: skip
     assert campaign.run()["search_ended"] == "the budget is spent"
-    assert campaign.flat is None
+    assert campaign.search.flat is None
+
+
+def test_a_replay_does_not_stop_before_a_generation_that_was_only_asked_for(tmp_path: Path) -> None:
+    """The driver is stopped before the first generation that is not flat is scored."""
+    seen: list[str] = []
+    is_stopped = True
+
+    def answers(recipe: Recipe, item: Item) -> bool:
+        if recipe.id not in seen:
+            seen.append(recipe.id)
+        number = seen.index(recipe.id) - 2  # the parents come first
+        if number == 12 and is_stopped:
+            raise KeyboardInterrupt
+        return number >= 12
+
+    search = SEARCH | {"population": 6, "evaluations": 18}
+    given = {"genome": GENOME, "scan": NO_SCAN, "search": search}
+    with pytest.raises(KeyboardInterrupt):
+        scripted(tmp_path, answers, **given).run()
+    is_stopped = False
+    resumed = scripted(tmp_path, answers, **given)
+    assert resumed.run()["search_ended"] == "the budget is spent"
+    assert resumed.search.flat is None

@@ -132,14 +132,14 @@ def test_killed_before_the_scan_was_recorded_it_is_made_again(
 ) -> None:
     expected = campaign_of(tmp_path / "whole", relatives).run()
     broken = campaign_of(tmp_path / "broken", relatives)
-    record = broken._record
+    record = broken.record
 
     def dying(kind: str, **content: Any) -> None:
         if kind == "prescription":
             raise Killed
         record(kind, **content)
 
-    broken._record = dying  # type: ignore[method-assign]
+    broken.record = dying  # type: ignore[method-assign]
     with pytest.raises(Killed):
         broken.run()
     result = campaign_of(tmp_path / "broken", relatives).run()
