@@ -176,7 +176,10 @@ class Campaign:
     def _check_identity(self, recorded: dict[str, Any]) -> None:
         # What a child must be like to be published steers no search.
         different = [
-            key for key in differing_keys(recorded, self.identity) if not key.startswith("health.")
+            # Of the genome only its content is recorded, wherever its file lies.
+            "genome" if key.startswith("genome.") else key
+            for key in differing_keys(recorded, self.identity)
+            if not key.startswith("health.")
         ]
         old, new = recorded["search"]["evaluations"], self.config.search.evaluations
         # With rounds, another budget would end the first one elsewhere.
@@ -185,7 +188,7 @@ class Campaign:
         if different:
             raise BadInputError(
                 f"{self.store.uri}: holds a campaign with another configuration; these keys differ: "
-                f"{', '.join(different)}. Give the old values back, or choose another name"
+                f"{', '.join(dict.fromkeys(different))}. Give the old values back, or choose another name"
             )
 
     def record(self, kind: str, **content: Any) -> None:

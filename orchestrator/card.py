@@ -171,12 +171,21 @@ def _making(lineage: dict[str, Any]) -> str:
         f"{name} {'not scored' if value is None else f'{value:.3f}'}"
         for name, value in search["parents_fitness"].items()
     )
+    evaluations = search["evaluations"]
     return (
-        f"{search['evaluations']} candidates were scored by `{search['optimizer']}` over the parameters of "
-        f"`{search['method']}` (seed {search['seed']}, objective: {search['objective']} of the tasks). "
+        f"{evaluations} candidate{'s were' if evaluations != 1 else ' was'} scored by "
+        f"`{search['optimizer']}` over {what_was_searched(search)} "
+        f"(seed {search['seed']}, objective: {search['objective']} of the tasks). "
         f"{breeding(lineage)}On the search items the child reached {search['fitness']:.3f}; the parents: "
         f"{parents}.\n"
     )
+
+
+def what_was_searched(search: dict[str, Any]) -> str:
+    """What the search varied: the genome space, and the method that it feeds."""
+    if "genome_space" not in search:  # a child of an earlier version
+        return f"the parameters of {search['method']}"
+    return f"the genome space {search['genome_space']} for {search['method']}"
 
 
 def breeding(lineage: dict[str, Any]) -> str:

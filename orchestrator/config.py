@@ -360,6 +360,8 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, value in whole_numbers.items():
         if value is not None and value < 1:
             refuse(key, f"{value} must be 1 or more")
+    if config.scan.sets and not config.scan.probe:
+        refuse("scan.sets", "is for a probe: set scan.probe to true")
     if not 0 <= config.scan.alpha <= 1:
         refuse("scan.alpha", f"{config.scan.alpha} is not between 0 and 1")
     if config.breeding.survivors < 2:

@@ -70,6 +70,14 @@ class Inputs:
             for name, parent in self.maps.items()
         }
 
+    @property
+    def same_checkpoints(self) -> list[list[str]]:
+        """Names of parents that are one checkpoint, given twice."""
+        found: dict[str, list[str]] = {}
+        for name, parent in self.parents.items():
+            found.setdefault(parent.fingerprint, []).append(name)
+        return [names for names in found.values() if len(names) > 1]
+
     def identity(self, config: CampaignConfig) -> dict[str, Any]:
         """What decides the campaign's result: the configuration with places replaced by contents."""
         data = config_to_dict(config)

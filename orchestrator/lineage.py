@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -68,6 +69,7 @@ def build_lineage(
         "search": {
             "optimizer": config.search.optimizer,
             "method": config.genome.method,
+            "genome_space": PurePath(config.genome.space).stem,
             "evaluations": state.evaluated(config.search.evaluations),
             "objective": config.objective,
             "seed": config.seed,

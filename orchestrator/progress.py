@@ -32,6 +32,7 @@ class ProgressView:
         self.started = time.monotonic()
         self._live: Live | None = None
         self._printed = (-1, 0.0)
+        self._items_shown = 0
         self._history: deque[tuple[float, int, int]] = deque()
         """(when, items scored, candidates evaluated), for rates."""
 
@@ -65,22 +66,35 @@ class ProgressView:
         space = campaign.space
         self.console.print(
             f"[bold]{campaign.config.name}[/bold] in {campaign.store.uri}: "
-            f"{len(campaign.inputs.parents)} parents, {len(space.genes)} genes of {space.method.name}, "
+            f"{len(campaign.inputs.parents)} parents, {len(space.genes)} genes of "
+            f"{campaign.config.genome.space} for {space.method.name}, "
             f"{campaign.config.search.evaluations} evaluations by {campaign.config.search.optimizer}",
             highlight=False,
+            soft_wrap=True,
         )
+        for names in campaign.inputs.same_checkpoints:
+            self.console.print(
+                f"[yellow]{' and '.join(names)} are the same checkpoint[/yellow]: "
+                "there is nothing to mix of them",
+                highlight=False,
+                soft_wrap=True,
+            )
         for name, tensors in campaign.inputs.unused.items():
             if tensors:
                 self.console.print(
                     f"[yellow]{len(tensors)} tensors of {name} have no counterpart in the father and are "
                     f"not used[/yellow], such as {tensors[0]}",
                     highlight=False,
+                    soft_wrap=True,
                 )
 
     def stage(self, name: str) -> None:
         if name != self.stage_name:
             self.stage_name = name
-            self.console.print(f"[dim]{self._clock()}[/dim] {name}", highlight=False)
+            self._print_unprinted()
+            self.console.print(
+                f"[dim]{self._clock()}[/dim] {name}", highlight=False, soft_wrap=True
+            )
 
     def notify(self, campaign: Campaign) -> None:
         self._remember(campaign)
@@ -90,7 +104,17 @@ class ProgressView:
             generation != last_generation or time.monotonic() - last_time > RATE_SECONDS
         ):
             self._printed = (generation, time.monotonic())
-            self.console.print(self._line(campaign), highlight=False, soft_wrap=True)
+            self._show(campaign)
+
+    def _print_unprinted(self) -> None:
+        """The last figures of a stage, before the next one begins."""
+        is_new = bool(self._history) and self._history[-1][1] != self._items_shown
+        if self._live is None and self.campaign is not None and is_new:
+            self._show(self.campaign)
+
+    def _show(self, campaign: Campaign) -> None:
+        self._items_shown = self._history[-1][1]
+        self.console.print(self._line(campaign), highlight=False, soft_wrap=True)
 
     # -- figures -------------------------------------------------------------------------------
 

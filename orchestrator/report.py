@@ -14,7 +14,14 @@ import yaml
 
 from orchestrator.ancestry import parse_ancestry
 from orchestrator.ancestry_view import founders, licences
-from orchestrator.card import BRED_SHARES, breeding, component_changes, reservations, verdict
+from orchestrator.card import (
+    BRED_SHARES,
+    breeding,
+    component_changes,
+    reservations,
+    verdict,
+    what_was_searched,
+)
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
 from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
@@ -81,6 +88,7 @@ def build_report(store: Store) -> str:
         lineage=lineage,
         verdict=verdict(lineage),
         reservations=reservations(lineage),
+        what_was_searched=what_was_searched(lineage["search"]),
         breeding=breeding(lineage),
         bred_shares=BRED_SHARES,
         parents=parents,

@@ -21,6 +21,7 @@ from orchestrator.config import (
     load_config,
     read_yaml,
 )
+from tests.campaigns import write_campaign
 from workers.errors import BadInputError
 
 SMALLEST: dict[str, Any] = {
@@ -382,3 +383,9 @@ def test_a_file_of_ones_own_may_be_a_location(tmp_path: Path) -> None:
             find_shipped("task", location)
     with pytest.raises(BadInputError, match="gopher"):
         find_shipped("task", "gopher://x/t.yaml")
+
+
+def test_sets_without_a_probe_are_refused(tmp_path: Path) -> None:
+    file = write_campaign(tmp_path, scan={"sets": ["strings_sort"]})
+    with pytest.raises(BadInputError, match=r"scan\.sets: is for a probe: set scan\.probe to true"):
+        load_config(str(file))

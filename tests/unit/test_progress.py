@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from orchestrator.progress import fitness_interval
+from orchestrator.progress import ProgressView, fitness_interval
 from orchestrator.statistics import Results, Score, score
+from tests.scripted_campaign import scripted
 
 
 def results(right: int, n: int) -> Results:
@@ -34,3 +36,22 @@ def test_the_interval_of_a_mean_is_that_of_equal_normal_tasks() -> None:
     task = Score(0.5, 100, 0.4, 0.6, 0, 0)
     low, high = fitness_interval({"a": task, "b": task}, "mean")
     assert (low, high) == pytest.approx((0.5 - 0.1 / math.sqrt(2), 0.5 + 0.1 / math.sqrt(2)))
+
+
+def test_the_last_figures_are_printed_and_parents_given_twice_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parents = [{"name": name, "path": "shipped:strings/sort"} for name in ("one", "two")]
+    campaign = scripted(
+        tmp_path,
+        lambda recipe, item: hash((recipe.id, item.id)) % 2 == 0,
+        parents=parents,
+        search={"optimizer": "random", "evaluations": 5, "population": 5},
+    )
+    with ProgressView() as view:
+        campaign.watcher = view
+        campaign.run()
+    printed = capsys.readouterr().err
+    assert "one and two are the same checkpoint" in printed
+    assert "5/5 evaluations" in printed
+    assert "genes of components for dare_ties" in printed
