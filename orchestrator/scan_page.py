@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from orchestrator.config import ScanConfig
 from orchestrator.importance import (
     Cells,
     changed_by,
@@ -15,7 +16,9 @@ from orchestrator.importance import (
     importance_by,
     not_finite,
 )
+from orchestrator.prescription import LEAST_DISPERSION, prescribe
 from workers.checkpoints import COMPONENTS
+from workers.errors import BadInputError
 from workers.merging.plan import BASE
 
 TEMPLATE_FILE = "scan.html.jinja"
@@ -58,6 +61,39 @@ def summarize(scan: dict[str, Any]) -> dict[str, Any]:
             for name, tensor, nan, inf in not_finite(scan["static"])
         ],
         "left_out": {name: len(tensors) for name, tensors in scan["left_out"].items()},
+        "advice": advice(scan),
+    }
+
+
+def advice(scan: dict[str, Any]) -> dict[str, Any]:
+    """What a campaign would take from this scan: the shares by component, and whether they tell anything.
+
+    As with a campaign's own settings if these are the defaults. `problem` says why there is none.
+    """
+    parents = parents_of(scan)
+    if len(parents) < 2:
+        return {"problem": "one parent alone has no shares"}
+    rows = {row["tensor"]: row for row in scan["static"]}
+    try:
+        found = prescribe(scan, rows.keys(), ScanConfig.alpha)
+    except BadInputError as error:
+        return {"problem": str(error)}
+    elements: dict[str, int] = {}
+    shares: dict[str, dict[str, float]] = {}
+    for name, share in found.shares.items():
+        component, count = rows[name]["component"], rows[name]["elements"]
+        elements[component] = elements.get(component, 0) + count
+        own = shares.setdefault(component, dict.fromkeys(parents, 0.0))
+        for parent in parents:
+            own[parent] += share[parent] * count
+    return {
+        "dispersion": found.dispersion,
+        "is_telling": found.is_telling,
+        "shares": {
+            component: {parent: total / elements[component] for parent, total in own.items()}
+            for component in COMPONENTS
+            if (own := shares.get(component)) is not None
+        },
     }
 
 
@@ -107,11 +143,27 @@ def notes(summary: dict[str, Any]) -> list[str]:
     ]
     if len(broken) > MOST_BROKEN:
         found.append(f"not finite: {len(broken) - MOST_BROKEN:,} more tensors")
-    return found + [
+    return [*_advice_notes(summary["advice"]), *found] + [
         f"left out: {count:,} stored tensors of {name}, which hold no floating point numbers or which "
         "the father lacks"
         for name, count in summary["left_out"].items()
     ]
+
+
+def _advice_notes(found: dict[str, Any]) -> list[str]:
+    if "problem" in found:
+        return [f"advises no shares: {found['problem']}"]
+    spread = f"advises shares that spread by {found['dispersion']:g}"
+    if not found["is_telling"]:
+        return [
+            f"{spread}, less than {LEAST_DISPERSION}: it tells nothing, and a search will not trust it"
+        ]
+    shares = (
+        f"{component} {' / '.join(f'{share:.2f}' for share in own.values())}"
+        for component, own in found["shares"].items()
+    )
+    names = " / ".join(next(iter(found["shares"].values())))
+    return [f"{spread}; by component ({names}): {', '.join(shares)}"]
 
 
 def build_page(scan: dict[str, Any]) -> str:

@@ -654,6 +654,18 @@ def test_scan_prints_a_table_and_keeps_scan_and_page(
     assert page.read_bytes() == first
 
 
+def test_scan_says_what_it_advises_and_that_it_tells_nothing(darwin: Darwin, tmp_path: Path) -> None:
+    parents = ("shipped:strings/reverse", "shipped:strings/sort")
+    done = darwin("scan", *parents, "--out", tmp_path, "--json")
+    told = done.json["advice"]
+    assert told["dispersion"] < 0.01 and not told["is_telling"]
+    for share in told["shares"].values():
+        assert sum(share.values()) == pytest.approx(1.0)
+        assert share["mother"] == pytest.approx(0.5, abs=0.01)
+    assert "it tells nothing" in darwin("scan", *parents, "--out", tmp_path).out
+    assert "advises no shares" in darwin("scan", parents[0], "--out", tmp_path).out
+
+
 def test_scan_names_tensors_that_are_not_finite(
     darwin: Darwin, family: list[Path], tmp_path: Path
 ) -> None:
@@ -672,6 +684,7 @@ def test_scan_names_tensors_that_are_not_finite(
     assert (found["nan"], found["inf"]) == (1, 0)
     page = Path(done.json["page"]).read_text()
     assert f"not finite: {found['tensor']} of mother: 1 NaN" in page
+    assert "no share can be advised" in done.json["advice"]["problem"]
     assert "Infinity" not in Path(done.json["scan"]).read_text()
     printed = darwin("scan", family[2], broken, "--out", tmp_path / "out")
     assert f"not finite: {found['tensor']} of mother" in printed.out
