@@ -411,4 +411,6 @@ def _naming(where: str, within: str = "") -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())
+    text = " ".join(str(error).split("\n    full_key")[0].split())
+    # OmegaConf names our classes.
+    return re.sub(r"^Key '(.+)' not in '\w+'$", r"there is no key \1", text)
