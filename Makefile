@@ -10,7 +10,9 @@ MERGEKIT := .venv-mergekit
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
 
-test: lint unit integration
+# Unit and integration tests side by side: most of the latter's time goes into waiting for Ray.
+test: lint
+	$(MAKE) --jobs=2 --output-sync=line unit integration
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
