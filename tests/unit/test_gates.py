@@ -423,6 +423,96 @@ def test_what_the_father_has_himself_is_no_fault(tmp_path: Path) -> None:
     assert failed(weights_of(tmp_path / "blend", merger, rule("linear", weight=1.0))) == {"finite"}
 
 
+def test_a_mother_of_little_weight_that_nobody_divides_by_is_not_missed(tmp_path: Path) -> None:
+    """base + lambda * w * (mother - base) with w = 0.01 for both: her eight steps become less than one."""
+    base = {
+        f"model.layers.{layer}.mlp.up_proj.weight": torch.linspace(1.0, 1.9, 512)
+        .reshape(32, 16)
+        .bfloat16()
+        for layer in range(2)
+    }
+    merger = relatives(tmp_path, base=base)
+    small = rule("task_arithmetic", weight=0.01)
+    assert weights_of(tmp_path / "weight", merger, small)["changed"].passed
+    scaled = rule("task_arithmetic", weight=1.0, **{"lambda": 0.01})
+    assert weights_of(tmp_path / "lambda", merger, scaled)["changed"].passed
+    divided = rule("task_arithmetic", weight=1.0, normalize=1.0, **{"lambda": 0.01})
+    assert weights_of(tmp_path / "divided", merger, divided)["changed"].passed
+
+
+@pytest.mark.parametrize(
+    ("parameters", "passed"),
+    [
+        ({"weight": 0.5, "lambda": 1.0, "normalize": 0.0}, False),
+        ({"weight": 0.01, "lambda": 1.0, "normalize": 0.0}, True),
+        ({"weight": 0.01, "lambda": 1.0, "normalize": 1.0}, False),
+        ({"weight": 0.01, "lambda": 0.01, "normalize": 1.0}, True),
+        ({"weight": 0.01}, False),
+        ({"weight": 0.01, "lambda": 1.0}, True),
+    ],
+)
+def test_what_a_blend_should_have_moved(parameters: dict[str, float], passed: bool) -> None:
+    """A mother eight steps away, in 512 elements, of which none is seen in the child."""
+    weight = dict.fromkeys(("father", "mother"), parameters["weight"])
+    tensor = tensor_report("some_method", parameters | {"weight": weight})
+    tensor["reach"] = {"mother": [0, 0, 0, 512]}
+    gates = {gate.name: gate for gate in weight_gates([tensor], ["father", "mother"], HEALTH)}
+    assert gates["changed"].passed is passed
+
+
+def tensor_report(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """One tensor of 512 elements, all the father's, as `ChildReport` has it."""
+    return {
+        "name": "layers.0.mlp.up_proj.weight",
+        "component": "mlp",
+        "layer": 0,
+        "elements": 512,
+        "method": method,
+        "parameters": parameters,
+        "changed": {"father": 0, "mother": 512},
+        "moved": {"father": [0, 512], "mother": [512, 512]},
+        "not_finite": 0,
+    }
+
+
+def test_nearswaps_step_is_no_share(tmp_path: Path) -> None:
+    """Values of 1,024 are eight apart: a step of one at most is lost in rounding, rightly."""
+    where = Selector(components=("mlp",), layers=(1, 1))
+    name = "model.layers.1.mlp.up_proj.weight"
+    write_checkpoint(tmp_path / "father", {name: torch.full((32, 16), 1024.0).bfloat16()})
+    write_checkpoint(tmp_path / "mother", {name: torch.full((32, 16), 1088.0).bfloat16()})
+    merger = open_merger({"father": tmp_path / "father", "mother": tmp_path / "mother"})
+    gates = weights_of(tmp_path / "child", merger, rule("nearswap", where, t=1.0))
+    assert "father: 0.00%" in gates["different"].finding
+    assert gates["changed"].passed
+
+
+def test_a_difference_that_was_not_measured_is_none() -> None:
+    """Parts in a journal of before differences were sampled."""
+    tensor = tensor_report("linear", {"weight": {"father": 1.0, "mother": 1.0}})
+    tensor |= {"changed": {"father": 512, "mother": 512}, "moved": {}}
+    gates = {gate.name: gate for gate in weight_gates([tensor], ["father", "mother"], HEALTH)}
+    assert not gates["different"].passed
+    assert gates["different"].finding == "father: not measured; mother: not measured"
+    tensor["changed"] = {}
+    (_, different, _) = weight_gates([tensor], ["father", "mother"], HEALTH)
+    assert different.passed, "what shares no tensor with a parent is not that parent"
+
+
+def test_a_parent_without_perplexity_leaves_the_others_bound() -> None:
+    def gate(*parents: float | None) -> Any:
+        none = {"prompts": 1, "looping": 0, "cut": 0, "examples": []}
+        values = {"child": 100.0, **{f"p{n}": value for n, value in enumerate(parents)}}
+        models = {m: {"perplexity": p, "generations": none} for m, p in values.items()}
+        measured = {"text": "own text", "models": models, "layers": []}
+        return {g.name: g for g in engine_gates(measured, HEALTH)}["perplexity"]
+
+    assert not gate(10.0, None).passed
+    assert not gate(None, 10.0).passed
+    assert gate(10.0, 90.0).passed
+    assert gate(None, None).passed
+
+
 # -- what is said of them --------------------------------------------------------------------
 
 
