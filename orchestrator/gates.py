@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +179,7 @@ def engine_gates(measured: dict[str, Any], health: HealthConfig) -> list[Gate]:
         _perplexity(child, models, measured, health),
         _share_of_prompts("repetition", "looping", "loops", child, models, health.repetition),
         _share_of_prompts("endings", "cut", "hits the limit", child, models, health.endings),
-        _layers(measured["layers"], health),
+        _layers(measured["layers"], models, health),
     ]
 
 
@@ -222,8 +223,14 @@ def _share_of_prompts(
     return Gate(name, passed, finding, f"at most {margin:.0%} of the prompts more than that parent")
 
 
-def _layers(layers: list[dict[str, Any]], health: HealthConfig) -> Gate:
-    warnings: list[str] = []
+def _layers(
+    layers: list[dict[str, Any]], parents: Iterable[str], health: HealthConfig
+) -> Gate:
+    warnings = [
+        f"layer {first}: the output of the parent {name} holds NaN or infinite values"
+        for name in parents
+        if (first := next((x["layer"] for x in layers if name in x["broken"]), None)) is not None
+    ]
     failures: list[str] = []
     for layer in layers:
         for message, extreme in [
@@ -243,10 +250,10 @@ def _layers(layers: list[dict[str, Any]], health: HealthConfig) -> Gate:
 
 
 def _interference(layer: dict[str, Any], bound: float) -> list[tuple[str, bool]]:
-    nearest, spread = layer["nearest"], layer["spread"]
-    if nearest is None:
+    if "child" in layer["broken"]:
         return [("its output holds NaN or infinite values", True)]
-    if spread is None:
+    nearest, spread = layer["nearest"], layer["spread"]
+    if nearest is None or spread is None:
         return []
     limit = bound * max(spread, LEAST_SPREAD)
     if nearest <= limit:

@@ -218,6 +218,46 @@ def test_layers_are_compared_as_by_hand() -> None:
     assert [layer["contribution"]["child"] for layer in layers] == [1.0, 2.0, None, 4.0]
 
 
+def test_a_broken_parent_is_no_fault_of_the_child() -> None:
+    """Wherever it stands among the parents, and whatever is wrong with it."""
+    chance = torch.Generator().manual_seed(5)
+    one, two, three = (torch.randn(1, 7, 5, generator=chance, dtype=torch.float64) for _ in "abc")
+    child = (one + two) / 2
+    sound = {"one": [*one], "two": [*two], "three": [*three]}
+    added = dict.fromkeys(("child", *sound), [1.0])
+    (expected,) = compare_layers([*child], {n: sound[n] for n in ("one", "two")}, added)
+    assert expected["broken"] == []
+    for wrong in (math.nan, math.inf):
+        bad = three.clone()
+        bad[0, 4, 2] = wrong
+        for order in (("bad", "one", "two"), ("one", "bad", "two"), ("one", "two", "bad")):
+            (layer,) = compare_layers(
+                [*child], {n: [*bad] if n == "bad" else sound[n] for n in order}, added
+            )
+            assert layer == expected | {"broken": ["bad"]}
+            gate = layers_gate([layer], *order)
+            assert gate.passed
+            assert gate.warnings == (
+                "layer 0: the output of the parent bad holds NaN or infinite values",
+            )
+        (layer,) = compare_layers([*bad], {n: sound[n] for n in ("one", "two")}, added)
+        assert (layer["broken"], layer["nearest"]) == (["child"], None)
+        assert not layers_gate([layer], "one", "two").passed
+        (layer,) = compare_layers([*child], {"bad": [*bad]}, added)
+        assert layers_gate([layer], "bad").passed, "nothing to hold against the child"
+
+
+def layers_gate(layers: list[dict[str, Any]], *parents: str) -> Any:
+    """The verdict on these layers, of models that do everything else alike."""
+    model = {
+        "perplexity": 2.0,
+        "generations": {"prompts": 1, "looping": 0, "cut": 0, "examples": []},
+    }
+    models = dict.fromkeys(("child", *parents), model)
+    gates = engine_gates({"text": "own text", "models": models, "layers": layers}, HEALTH)
+    return {gate.name: gate for gate in gates}["layers"]
+
+
 def test_outputs_and_contributions_are_those_of_the_layers(engine: TransformersEngine) -> None:
     """Against the model's own hidden states, text by text; the last is normed there, so it is left out."""
     engine.realize(parents_of(engine)["sort"])

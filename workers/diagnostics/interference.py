@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,29 @@ def compare_layers(
 
     `child` and each of `parents` are the outputs `[tokens, hidden]` of each layer for the same tokens.
     `contributions`: model -> layer -> size of what the layer adds, relative to what comes in. Gives
-    `nearest` (distance to the nearest parent), `spread` (distance of the two parents that are farthest
-    from each other; None of a single one) and `contribution`. Numbers that are not finite are None.
+    `broken` (models whose output holds NaN or infinite values, which are left out of what follows),
+    `nearest` (distance to the nearest parent; None without child or parents), `spread` (distance of the two
+    parents that are farthest from each other; None of a single one) and `contribution`, None where it is
+    no finite number.
     """
     layers = []
     for number, own in enumerate(child):
-        outputs = [states[number] for states in parents.values()]
-        spread = [angular_distance(one, other) for one, other in combinations(outputs, 2)]
+        sound, broken = [], []
+        for name, states in parents.items():
+            if is_finite(states[number]):
+                sound.append(states[number])
+            else:
+                broken.append(name)
+        nearest = [angular_distance(own, output) for output in sound]
+        if not is_finite(own):
+            nearest = []
+            broken.append("child")
+        spread = [angular_distance(one, other) for one, other in combinations(sound, 2)]
         layers.append(
             {
                 "layer": number,
-                "nearest": _least(angular_distance(own, output) for output in outputs),
+                "broken": broken,
+                "nearest": finite(min(nearest)) if nearest else None,
                 "spread": finite(max(spread)) if spread else None,
                 "contribution": {name: finite(c[number]) for name, c in contributions.items()},
             }
@@ -54,7 +66,8 @@ def finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _least(distances: Iterable[float]) -> float | None:
-    found = list(distances)
-    # min() of what holds a NaN depends on the order.
-    return None if any(not math.isfinite(d) for d in found) else finite(min(found))
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether all of `values` are finite."""
+    import torch
+
+    return bool(torch.isfinite(values).all())
