@@ -14,6 +14,8 @@ from workers.storage import ObjectNotFoundError, open_store
 
 SHIPPED_TEXT = SHIPPED / "health" / "text.txt"
 FROM_TASKS = "tasks"
+ITEMS_NAME = "search items"
+SETTING = "health.text"
 MOST_ITEMS = 64
 """So many search items are read where these are the texts, from all tasks together."""
 
@@ -38,10 +40,11 @@ def load_examination(health: HealthConfig, tasks: tuple[Task, ...]) -> Examinati
         for task in tasks
     )
     if health.text == FROM_TASKS:
-        return Examination("search items", items, prompts=prompts)
+        return Examination(ITEMS_NAME, items, prompts=prompts, setting=SETTING)
     if health.text is None:
-        return Examination("shipped text", _read(str(SHIPPED_TEXT)), items, prompts)
-    return Examination("own text", _read(health.text), prompts=prompts)
+        shipped = _read(str(SHIPPED_TEXT))
+        return Examination("shipped text", shipped, items, ITEMS_NAME, prompts, SETTING)
+    return Examination("own text", _read(health.text), prompts=prompts, setting=SETTING)
 
 
 def fingerprint(examination: Examination) -> str:
@@ -59,11 +62,11 @@ def _read(location: str) -> tuple[tuple[str, str], ...]:
     try:
         content = open_store(folder or slash or ".").read(file).decode()
     except ObjectNotFoundError as error:
-        raise BadInputError(f"health.text: there is no file {location}") from error
+        raise BadInputError(f"{SETTING}: there is no file {location}") from error
     except UnicodeDecodeError as error:
-        raise BadInputError(f"health.text: {location} is not UTF-8 text ({error})") from error
+        raise BadInputError(f"{SETTING}: {location} is not UTF-8 text ({error})") from error
     texts = content.replace("\r\n", "\n").split("\n\n")
     found = tuple(("", text) for text in texts if text.strip())
     if not found:
-        raise BadInputError(f"health.text: {location} is empty")
+        raise BadInputError(f"{SETTING}: {location} is empty")
     return found

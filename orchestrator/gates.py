@@ -160,11 +160,12 @@ def _part(tensor: dict[str, Any], parents: list[str], mother: str) -> float:
     """How much of the mother's distance the blend should go, at least."""
     values = tensor["parameters"]
     share = abs(parent_shares(tensor["method"], values, parents)[mother])
-    factor = abs(values.get("lambda", 1.0))
+    factor: float = abs(values.get("lambda", 1.0))
     # A sum of task vectors that is not divided by the weights goes no further than they say.
     is_normalized = values.get("normalize", values.get("normalize_weights", "lambda" not in values))
     if "weight" in values and not is_normalized:
-        return min(share, abs(values["weight"].get(mother, 0.0)) * factor)
+        weight: float = abs(values["weight"].get(mother, 0.0))
+        return min(share, weight * factor)
     return min(share, share * factor)
 
 
@@ -223,9 +224,10 @@ def _share_of_prompts(
     return Gate(name, passed, finding, f"at most {margin:.0%} of the prompts more than that parent")
 
 
-def _layers(
-    layers: list[dict[str, Any]], parents: Iterable[str], health: HealthConfig
-) -> Gate:
+def _layers(layers: list[dict[str, Any]], parents: Iterable[str], health: HealthConfig) -> Gate:
+    if not layers:
+        unseen = "not measured, as the decoder layers were not found in the model"
+        return Gate("layers", True, unseen, "none", (f"layers: {unseen}",))
     warnings = [
         f"layer {first}: the output of the parent {name} holds NaN or infinite values"
         for name in parents

@@ -224,7 +224,7 @@ def test_a_broken_parent_is_no_fault_of_the_child() -> None:
     one, two, three = (torch.randn(1, 7, 5, generator=chance, dtype=torch.float64) for _ in "abc")
     child = (one + two) / 2
     sound = {"one": [*one], "two": [*two], "three": [*three]}
-    added = dict.fromkeys(("child", *sound), [1.0])
+    added = {name: [1.0] for name in ("child", *sound)}
     (expected,) = compare_layers([*child], {n: sound[n] for n in ("one", "two")}, added)
     assert expected["broken"] == []
     for wrong in (math.nan, math.inf):
@@ -280,6 +280,42 @@ def test_outputs_and_contributions_are_those_of_the_layers(engine: TransformersE
         assert torch.allclose(reading.outputs[layer], torch.cat(outputs[layer]), atol=1e-4)
         expected = float(torch.cat(ratios[layer]).median())
         assert reading.contributions[layer] == pytest.approx(expected, rel=1e-3)
+
+
+class Opaque(torch.nn.Module):
+    """A model that does what another does, and shows none of its modules."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.hidden = [model]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["hidden"][0], name)
+
+    def get_decoder(self) -> Any:
+        return self
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self.hidden[0](*arguments, **named)
+
+
+def test_a_model_whose_layers_are_not_found_is_checked_without_them(
+    engine: TransformersEngine, tasks: tuple[Task, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, loud = rule("linear", weight=1.0), rule("task_arithmetic", weight=2.0)
+    seen = gates_of(engine, tasks, loud)
+    monkeypatch.setattr(engine, "model", Opaque(engine.model))
+    unseen = gates_of(engine, tasks, loud)
+    assert unseen.pop("layers").passed
+    assert unseen == {name: gate for name, gate in seen.items() if name != "layers"}
+    assert failed(unseen) == {"perplexity"}
+    gates = gates_of(engine, tasks, sound)
+    assert not failed(gates)
+    assert gates["layers"].warnings == (f"layers: {gates['layers'].finding}",)
+    assert gates["layers"].finding.startswith("not measured")
 
 
 @pytest.mark.parametrize(
@@ -661,5 +697,20 @@ def test_texts_that_cannot_be_read_are_refused(
 
 def test_a_text_without_a_token_to_expect_is_refused(engine: TransformersEngine) -> None:
     recipe = parents_of(engine)["sort"]
-    with pytest.raises(BadInputError, match=r"health\.text"):
-        examine(engine, recipe, parents_of(engine), Examination("own text", (("", ""),)))
+    shown = Examination("own text", (("", ""),), setting="a key of the caller's")
+    with pytest.raises(BadInputError, match=r"^a key of the caller's: .*no token"):
+        examine(engine, recipe, parents_of(engine), shown)
+
+
+def test_texts_are_called_what_their_owner_calls_them(
+    engine: TransformersEngine, tasks: tuple[Task, ...]
+) -> None:
+    """The key of the configuration, too, is the orchestrator's to know."""
+    recipe = parents_of(engine)["sort"]
+    answers = (("Scab=", "abc"),)
+    shown = Examination("own text", (("", "한국어"),), instead=answers, instead_name="some answers")
+    assert examine(engine, recipe, {"sort": recipe}, shown)["text"] == "some answers"
+    for text in (None, "tasks"):
+        examination = load_examination(HealthConfig(text=text), tasks)
+        assert examination.setting == "health.text"
+        assert "search items" in (examination.name, examination.instead_name)

@@ -24,7 +24,7 @@ from tests.families import EXPERTS, LINEAR_ATTENTION, SMALL, configuration, writ
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import Checkpoint, open_checkpoint
 from workers.diagnostics.calibration import CalibrationSet, PromptPair
-from workers.diagnostics.layers import find_decoder
+from workers.diagnostics.layers import find_decoder, find_layers
 from workers.diagnostics.probe import (
     cosine_distance,
     encode,
@@ -535,6 +535,56 @@ def test_what_cannot_be_probed_is_refused(
     )
     with pytest.raises(BadInputError, match="GPT2LMHeadModel: no decoder layers found"):
         find_decoder(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_those_of_the_configuration(kind: str) -> None:
+    with torch.device("meta"):
+        model = T.AutoModelForCausalLM.from_config(CONFIGURATIONS[kind]())
+    assert list(find_layers(model)) == [f"model.layers.{number}" for number in range(4)]
+    model.config.get_text_config().num_hidden_layers = 5
+    assert len(find_layers(model)) == 4, "the names tell"
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (T.GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=40), "transformer.h"),
+        (
+            T.GPTNeoXConfig(
+                num_hidden_layers=2, num_attention_heads=1, hidden_size=8, vocab_size=40
+            ),
+            "gpt_neox.layers",
+        ),
+        (
+            T.OPTConfig(
+                num_hidden_layers=2, num_attention_heads=1, hidden_size=8, vocab_size=40,
+                word_embed_proj_dim=8,
+            ),
+            "model.decoder.layers",
+        ),
+    ],
+)  # fmt: skip
+def test_layers_of_other_names_are_found_by_their_number(config: Any, names: str) -> None:
+    with torch.device("meta"):
+        model = T.AutoModelForCausalLM.from_config(config)
+    assert list(find_layers(model)) == [f"{names}.0", f"{names}.1"]
+    assert all(model.get_submodule(n) is layer for n, layer in find_layers(model).items())
+    with pytest.raises(BadInputError, match="no decoder layers found"):
+        find_decoder(model)
+    config.num_hidden_layers = 3
+    assert find_layers(model) == {}
+
+
+def test_a_tower_of_as_many_layers_is_not_the_decoder() -> None:
+    decoder = T.GPT2LMHeadModel(T.GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=40))
+    model = torch.nn.Module()
+    model.vision = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    model.language_model = decoder
+    model.config = decoder.config
+    model.get_decoder = decoder.get_decoder
+    found = ["language_model.transformer.h.0", "language_model.transformer.h.1"]
+    assert list(find_layers(model)) == found
 
 
 def test_torch_keeps_its_threads(checkpoints: dict[str, Checkpoint]) -> None:

@@ -1,7 +1,8 @@
 """The decoder layers of a live transformers model, and where each adds to the residual stream.
 
 They are found by the names of the modules (`layers.N.self_attn`, `layers.N.mlp`, ... behind the prefixes
-that the architecture map knows), so that any model that is spelt as others are works.
+that the architecture map knows), so that any model that is spelt as others are works; for those who need
+no more than the layers, also by their number.
 """
 
 from __future__ import annotations
@@ -60,29 +61,49 @@ def find_decoder(model: torch.nn.Module) -> Decoder:
     and mlp modules.
     """
     kind = type(model).__name__
-    found = {}
-    for name, module in model.named_modules():
-        match = re.fullmatch(r"layers\.(\d+)", _without_prefix(name))
-        if match:
-            found[int(match[1])] = (name, module)
-    if not found or sorted(found) != list(range(len(found))):
+    found = find_layers(model)
+    if not found or any(_number(name) is None for name in found):
         raise BadInputError(
             f"{kind}: no decoder layers found in it (modules named layers.0, layers.1, ...): it cannot be "
             "probed"
         )
     layers = tuple(
         DecoderLayer(index, name, module, _outputs(module, f"{kind}, {name}"))
-        for index, (name, module) in sorted(found.items())
+        for index, (name, module) in enumerate(found.items())
     )
     holder = layers[0].name.removesuffix("layers.0").removesuffix(".")
     return Decoder(holder, model.get_submodule(holder), layers)
 
 
-def _without_prefix(name: str) -> str:
+def find_layers(model: Any) -> dict[str, torch.nn.Module]:
+    """The decoder layers by their names in the model, the lowest first; empty if they are not found.
+
+    Where no modules are named `layers.0`, `layers.1`, ... they are the decoder's list of as many modules as
+    the configuration says there are layers (`transformer.h`, `gpt_neox.layers`, `backbone.layers`).
+    """
+    named = {
+        number: (name, module)
+        for name, module in model.named_modules()
+        if (number := _number(name)) is not None
+    }
+    if named and sorted(named) == list(range(len(named))):
+        return dict(named[number] for number in range(len(named)))
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    inside = set(model.get_decoder().modules())
+    for name, module in model.named_modules():
+        if module in inside and isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return {f"{name}.{number}": layer for number, layer in enumerate(module)}
+    return {}
+
+
+def _number(name: str) -> int | None:
+    """Of a decoder layer of this name, which it is."""
     for prefix in PREFIXES:
         if name.startswith(prefix):
-            return name[len(prefix) :]
-    return name
+            name = name[len(prefix) :]
+            break
+    match = re.fullmatch(r"layers\.(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def _outputs(layer: torch.nn.Module, where: str) -> dict[str, torch.nn.Module]:

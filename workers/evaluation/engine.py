@@ -61,7 +61,8 @@ class Engine(Protocol):
     def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
         """Read texts, each a beginning that is given (or "") and a rest that is to be expected.
 
-        A text's first token is never to be expected. Very long texts are read in part.
+        A text's first token is never to be expected. Very long texts are read in part. Of a model whose
+        decoder layers are not found there are no outputs and contributions.
         """
 
     def expresses(self, text: str) -> bool:

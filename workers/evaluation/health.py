@@ -9,6 +9,7 @@ from typing import Any
 
 from workers.diagnostics.interference import compare_layers, finite
 from workers.diagnostics.repetition import repeats_itself
+from workers.errors import BadInputError
 from workers.evaluation.engine import Engine, Reading
 from workers.merging import Recipe
 
@@ -35,7 +36,11 @@ class Examination:
     """Each a beginning that is given, or "", and the rest that is to be expected."""
     instead: tuple[tuple[str, str], ...] = ()
     """Read if the tokenizer cannot write the texts down; empty: they are read all the same."""
+    instead_name: str = ""
+    """What these are, for the card."""
     prompts: tuple[Prompts, ...] = ()
+    setting: str = "the examination"
+    """What a user would change to have other texts, for errors."""
 
 
 def examine(
@@ -45,16 +50,19 @@ def examine(
 
     `perplexity` is exp of the mean negative log-likelihood per token (None if it is no finite number);
     `generations` counts those that loop, and those that the limit cut short; `layers` is of
-    `compare_layers`. The engine is left with some other weights than before.
+    `compare_layers`, empty if the engine does not see the model's layers. The engine is left with some other
+    weights than before. Raises `BadInputError` if no token of the texts is to be expected.
     """
     texts, name = examination.texts, examination.name
     if examination.instead and not all(engine.expresses(rest) for _, rest in texts):
-        texts, name = examination.instead, "search items"
+        texts, name = examination.instead, examination.instead_name
     models: dict[str, dict[str, Any]] = {}
     readings: dict[str, Reading] = {}
     for model, recipe in {**parents, CHILD: child}.items():
         engine.realize(recipe)
         readings[model] = reading = engine.read(texts)
+        if not reading.tokens:
+            raise BadInputError(f"{examination.setting}: its texts have no token after the first")
         models[model] = {
             "perplexity": _perplexity(reading),
             "generations": _generations(engine, examination.prompts),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from workers.errors import BadInputError
+from workers.diagnostics.layers import find_layers
 from workers.evaluation.engine import Reading
 
 TEXTS_AT_ONCE = 4
@@ -23,7 +23,7 @@ OUTPUT_TOKENS = 512
 
 @torch.inference_mode()
 def read_texts(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Reading:
-    """See `Engine.read`. Raises `BadInputError` if there is no token to be expected."""
+    """See `Engine.read`."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = min(longest or TEXT_TOKENS, TEXT_TOKENS)
     total, tokens = 0.0, 0
@@ -50,8 +50,6 @@ def read_texts(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> 
                 chosen = scores.gather(-1, target[wanted, None]).squeeze(-1)
                 total += float((chosen - scores.logsumexp(-1)).double().sum())
             tokens += int(counted.sum())
-    if not tokens:
-        raise BadInputError("health.text: its texts have no token after the first")
     return Reading(
         total,
         tokens,
@@ -89,7 +87,7 @@ class _Watch:
 
 @contextmanager
 def _watched(model: Any) -> Iterator[_Watch]:
-    layers = decoder_layers(model)
+    layers = find_layers(model)
     watch = _Watch(len(layers))
 
     def hook(number: int) -> Any:
@@ -101,19 +99,10 @@ def _watched(model: Any) -> Iterator[_Watch]:
 
     handles = [
         layer.register_forward_hook(hook(number), with_kwargs=True)
-        for number, layer in enumerate(layers)
+        for number, layer in enumerate(layers.values())
     ]
     try:
         yield watch
     finally:
         for handle in handles:
             handle.remove()
-
-
-def decoder_layers(model: Any) -> list[Any]:
-    """The decoder layers of a causal language model of transformers, the lowest first."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise BadInputError(f"{type(model).__name__}: has no list of {count} decoder layers to look at")
