@@ -16,11 +16,11 @@ from typing import Any
 
 from orchestrator.calls import Calls
 from orchestrator.lineage import ALIGNMENT_FILE, ATTRIBUTION_FILE, LINEAGE_FILE, package_version
-from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
+from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
-from workers.merging.plan import Plan, form_of
+from workers.merging.plan import Assignment, Plan, form_of
 from workers.storage import (
     ObjectNotFoundError,
     PreconditionFailedError,
@@ -47,7 +47,8 @@ class ChildReport:
     """Of each logical tensor: name, component, layer, elements, method, parameters; how many elements
     differ from each parent that has it (`changed`), and of a sample how many by more than rounding
     (`moved`: differing, looked at); how many are `not_finite`, and how many of these are `broken`: not the
-    father's own. A blend that changed nothing has `reach` (see `workers.merging.child.PartReport`)."""
+    father's own. A blend that changed nothing has `reach` (see `workers.merging.child.PartReport`); of one
+    that was copied, elements with other bits than in its source are `miscopied`."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"files": self.files, "tensors": self.tensors}
@@ -339,9 +340,24 @@ class ChildWriter:
                 tensors[-1]["broken"] = broken[tensor.name]
             if tensor.name in reach and not changed[tensor.name].get(father):
                 tensors[-1]["reach"] = reach[tensor.name]
+            missed = changed.get(tensor.name, {}).get(way.parents[0], 0)
+            if missed and self._is_copied(tensor, way):
+                tensors[-1]["miscopied"] = missed
             if way.post is not None:
                 tensors[-1]["post"] = {"method": way.post.name, "parameters": way.post_values}
         return ChildReport({}, tensors)
+
+    def _is_copied(self, tensor: LogicalTensor, way: Assignment) -> bool:
+        """Whether `tensor` should have one parent's stored bits, all of them, in their places."""
+        source = self.plan.source(way.parents[0], tensor)
+        return (
+            way.copies
+            and source is not None
+            and source.dtype == tensor.dtype
+            and source.shape == tensor.shape
+            and not self.plan.has_mapped_rows(tensor)
+            and self.plan.merged_as(tensor) is tensor  # a tied head gets the embedding's values
+        )
 
 
 def check_finite(report: ChildReport) -> None:

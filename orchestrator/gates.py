@@ -127,17 +127,25 @@ def _different(tensors: list[dict[str, Any]], parents: list[str], health: Health
 def _changed(tensors: list[dict[str, Any]], parents: list[str]) -> Gate:
     blended = [tensor for tensor in tensors if tensor["method"] != "passthrough"]
     missed = [tensor["name"] for tensor in blended if _should_have_changed(tensor, parents)]
-    finding = f"{len(blended)} blended, {len(tensors) - len(blended)} copied"
+    miscopied = [tensor for tensor in tensors if tensor.get("miscopied")]
+    found = []
     if missed:
-        finding = (
+        found.append(
             f"{len(missed)} of {len(blended)} blended tensors have the father's values alone, such as "
             f"{missed[0]}"
         )
+    if miscopied:
+        first = miscopied[0]
+        found.append(
+            f"{len(miscopied)} copied tensors are not their source's, such as {first['name']}, of which "
+            f"{first['miscopied']} elements differ from {first['parameters']['source']}"
+        )
     return Gate(
         "changed",
-        not missed,
-        finding,
-        "every tensor that is blended, of parents that differ there, differs from the father",
+        not found,
+        "; ".join(found) or f"{len(blended)} blended, {len(tensors) - len(blended)} copied",
+        "every tensor that is blended, of parents that differ there, differs from the father; every one "
+        "that is copied is its source's",
     )
 
 

@@ -28,6 +28,7 @@ from workers.evaluation.health import Examination, examine
 from workers.evaluation.task import Task, load_task
 from workers.evaluation.transformers_engine import TransformersEngine
 from workers.merging import METHODS, MergeMethod, Recipe, Rule, Selector
+from workers.merging.executor import Run
 from workers.merging.recipe import passthrough_recipe
 from workers.storage.folder import FolderStore
 
@@ -429,6 +430,50 @@ def test_a_blend_that_changes_nothing_fails(
     finding = gates["changed"].finding
     assert finding.startswith("1 of 4 blended tensors")
     assert finding.endswith("layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("source", ["father", "mother"])
+def test_a_copy_that_is_not_its_source_fails(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a writer that confuses sources: the tensor looks like one of a child all the same."""
+    fill = Run.fill
+
+    def miscopy(run: Run, unit: Any, values: torch.Tensor) -> None:
+        fill(run, unit, values)
+        if unit.target.name == "layers.1.mlp.up_proj.weight":
+            values[-3:] = 0.5
+
+    copied = rule("passthrough", Selector(components=("mlp",)), source=source)
+    rules = copied, rule("linear", weight=1.0)
+    merger = relatives(tmp_path)
+    gates = weights_of(tmp_path / "good", merger, *rules)
+    assert not failed(gates)
+    assert gates["changed"].finding == "2 blended, 2 copied"
+    monkeypatch.setattr(Run, "fill", miscopy)
+    gates = weights_of(tmp_path / "child", merger, *rules)
+    assert failed(gates) == {"changed"}
+    assert gates["changed"].finding == (
+        "1 copied tensors are not their source's, such as layers.1.mlp.up_proj.weight, of which 3 elements "
+        f"differ from {source}"
+    )
+
+
+def test_a_copy_in_another_dtype_or_for_a_tied_head_is_none_of_bits(tmp_path: Path) -> None:
+    """What is rounded to the father's dtype, and a head that gets the values of the embedding."""
+    table = torch.linspace(1.0, 1.9, 512).reshape(32, 16)
+    for name, step, dtype in (("father", 0.0, torch.bfloat16), ("mother", 0.1, torch.float32)):
+        tensors = {
+            "model.embed_tokens.weight": (table + step).to(dtype),
+            "lm_head.weight": (table + 3 * step).bfloat16(),
+            "model.norm.weight": (torch.ones(16) + step).bfloat16(),
+        }
+        config = {"model_type": "llama", "num_hidden_layers": 0, "tie_word_embeddings": True}
+        write_checkpoint(tmp_path / name, tensors, config=config)
+    merger = open_merger({"father": tmp_path / "father", "mother": tmp_path / "mother"})
+    tables = rule("passthrough", Selector(components=("embedding",)), source="mother")
+    gates = weights_of(tmp_path / "child", merger, tables, rule("linear", weight=1.0))
+    assert not failed(gates)
 
 
 def test_where_nothing_could_change_nothing_is_missed(
