@@ -654,7 +654,9 @@ def test_scan_prints_a_table_and_keeps_scan_and_page(
     assert page.read_bytes() == first
 
 
-def test_scan_says_what_it_advises_and_that_it_tells_nothing(darwin: Darwin, tmp_path: Path) -> None:
+def test_scan_says_what_it_advises_and_that_it_tells_nothing(
+    darwin: Darwin, tmp_path: Path
+) -> None:
     parents = ("shipped:strings/reverse", "shipped:strings/sort")
     done = darwin("scan", *parents, "--out", tmp_path, "--json")
     told = done.json["advice"]
