@@ -346,6 +346,22 @@ def test_calibration_files_that_are_none(
         )
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", r"^--device: 'tpu' is neither cpu nor cuda$"),
+        (
+            "cuda:99",
+            r"^--device: cuda:99, but this process sees .* CUDA device.*: use --device cpu$",
+        ),
+    ],
+)
+def test_devices_that_are_none(device: str, message: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message):
+        align(models, models / "gemma3", models / "gemma4", tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_of_prompts_is_a_calibration_text(models: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt" if n % 2 else "text": text}) for n, text in enumerate(TEXTS)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")

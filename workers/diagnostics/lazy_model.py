@@ -20,6 +20,7 @@ import torch
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
+from workers.devices import check_device
 from workers.diagnostics.layers import find_decoder
 from workers.errors import BadInputError
 from workers.merging.executor import in_threads
@@ -49,11 +50,8 @@ class LazyModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str = "cpu") -> None:
         self.location = checkpoint.location
+        check_device(device, "device", "give the workers a share of one, or use cpu")
         self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise BadInputError(
-                f"the device {device} is asked for, but this worker sees no CUDA device"
-            )
         self._map = ArchitectureMap.of(checkpoint)
         self._source = Source(checkpoint)
         with companion_folder(checkpoint) as folder:

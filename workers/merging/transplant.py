@@ -143,7 +143,11 @@ def _values(
         for tensor in sorted(pieces[entry.name], key=lambda piece: piece.offset):
             columns = max(columns_of(tensor), 1)
             step = max(CHUNK_BYTES * 8 // (BITS_PER_ELEMENT[tensor.dtype] * columns), 1) * columns
-            move = moved.get(tensor.layer) if tensor.component == "mlp" and tensor.layer is not None else None
+            move = (
+                moved.get(tensor.layer)
+                if tensor.component == "mlp" and tensor.layer is not None
+                else None
+            )
             if move is not None:
                 role = tensor.name.removeprefix(f"layers.{tensor.layer}.")
                 hers = mother.matrix(f"layers.{move[0]}.{role}")
