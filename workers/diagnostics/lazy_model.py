@@ -226,7 +226,7 @@ def companion_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 def _parameters_on_meta() -> Iterator[None]:
     """Modules built inside have their parameters on the meta device.
 
-    Their buffers are real first, as some (rotary frequencies, the scale of an embedding) are in no checkpoint.
+    Buffers are real first, as some (rotary frequencies, the scale of an embedding) are in no checkpoint.
     """
     register = torch.nn.Module.register_parameter
 
