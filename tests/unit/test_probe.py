@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -546,6 +547,36 @@ def test_what_cannot_be_probed_is_refused(
     )
     with pytest.raises(BadInputError, match="GPT2LMHeadModel: no decoder layers found"):
         find_decoder(model)
+
+
+def test_a_kept_probe_is_of_the_same_software_and_threads(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of other versions, or of other numbers of threads, differ in the last digits."""
+    known = ActivationProbe(SETS).identity
+    assert known == ActivationProbe(SETS).identity
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as other:
+            other.setattr(
+                "orchestrator.probe_scan.version",
+                lambda name, package=package: "0.0" if name == package else version(name),
+            )
+            assert ActivationProbe(SETS).identity != known
+    seen: list[int] = []
+    begin = StreamedModel.begin
+
+    def watched(model: StreamedModel, prompts: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return begin(model, prompts)
+
+    monkeypatch.setattr(StreamedModel, "begin", watched)
+    for threads in (1, 3):
+        worker = MergeWorker(MergeSpec({}, None, {}, threads=threads))
+        worker.parents = {"father": checkpoints["llama"]}
+        worker.probe("father", SETS, True)
+        worker.probe_span("father", SETS, (0, 2), None)
+    assert len(seen) == 4
+    assert set(seen) == {known["threads"]}
 
 
 def test_torch_keeps_its_threads(checkpoints: dict[str, Checkpoint]) -> None:
