@@ -523,7 +523,9 @@ def test_a_kept_scan_is_read_under_other_names(family: dict[str, Path], tmp_path
     """As a campaign calls its parents: here even by each other's names."""
 
     class Probe:
-        identity = {"prompts": "one"}
+        @property
+        def identity(self) -> dict[str, Any]:
+            return {"prompts": "one"}
 
         def run(self, parents: Any, calls: Any) -> dict[str, Any]:
             rows = {name: {"set": [opened.fingerprint]} for name, opened in parents.items()}

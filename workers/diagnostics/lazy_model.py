@@ -24,9 +24,8 @@ from workers.devices import check_device
 from workers.diagnostics.layers import find_decoder
 from workers.errors import BadInputError
 from workers.merging.executor import in_threads
-from workers.merging.sources import TORCH_DTYPES, Source
+from workers.merging.sources import DTYPE_NAMES, TORCH_DTYPES, Source
 
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOATING = {name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point}
 
 READ_ELEMENTS = 1 << 24

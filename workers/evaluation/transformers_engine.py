@@ -18,12 +18,10 @@ from workers.evaluation.engine import Continuation, Generation, Reading
 from workers.evaluation.reading import read_texts
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger
-from workers.merging.sources import TORCH_DTYPES
+from workers.merging.sources import DTYPE_NAMES
 
 EXPRESSED_SHARE = 0.9
 """Of a text's characters, so many must come back from its tokens: normalization may change some."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TransformersEngine:
