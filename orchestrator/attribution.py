@@ -103,7 +103,7 @@ def attribute_checkpoint(
         worker.start(recipe)  # once, before the processes share it
 
     with open_calls(opened, opened_base, None, None, prepare, processes) as calls:
-        measured = _measure(calls, recipe, location, True, tensors)
+        measured = _measure(calls, recipe, child.location, True, tensors)
     if {name: measured["total"][name] for name in NOTHING} == NOTHING:
         raise BadInputError(
             f"{child.location}: has no tensor of the name and shape of one of its parents: these are none"
