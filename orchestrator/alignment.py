@@ -28,6 +28,7 @@ from orchestrator.places import open_parent
 from orchestrator.progress_bar import progress_bar
 from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions
 from workers.checkpoints.quantization import check_values_readable
+from workers.devices import check_device
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe
 from workers.merging.plan import Plan
@@ -72,6 +73,7 @@ def align_mother(
     `BadInputError` for what cannot be read or run and if `out` is not empty, and `LowCoverageError`, with
     nothing written, if less than `LEAST_COVERAGE` of the parameters would change.
     """
+    check_device(device, "--device", "use --device cpu")
     threshold = LEAST_COMPATIBILITY if threshold is None else threshold
     father, mother = open_parent(father_place), open_parent(mother_place)
     calibration = read_calibration(calibration_file)

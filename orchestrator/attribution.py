@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.calls import Calls, LocalCalls
+from orchestrator.calls import Calls, open_calls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.inputs import check_parents
 from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.places import open_parent
 from orchestrator.shares import weighted_shares
-from workers.actors import MergeSpec, MergeWorker
+from workers.actors import MergeWorker
 from workers.checkpoints import (
     COMPONENTS,
     ArchitectureMap,
@@ -39,8 +38,6 @@ ATTRIBUTION_FORMAT = 1
 
 GROUP_BYTES = 32 << 20
 """At least so much of the child is measured in one call."""
-
-MOST_PROCESSES = 16
 
 NOTHING: dict[str, Any] = {
     "coefficients": {}, "shares": None, "undetermined": [], "explained": None, "uniform": None,
@@ -100,12 +97,13 @@ def attribute_checkpoint(
         layers=tuple(layers),
         **form,
     )
-    worker = MergeWorker(MergeSpec(dict(parents), base, {}))
-    worker.parents, worker.base = opened, opened_base
-    worker.start(recipe)  # once, before the processes share it
-    calls = LocalCalls(worker, processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
     tensors = ArchitectureMap.of(child).tensors
-    measured = _measure(calls, recipe, location, True, tensors)
+
+    def prepare(worker: MergeWorker) -> None:
+        worker.start(recipe)  # once, before the processes share it
+
+    with open_calls(opened, opened_base, None, None, prepare, processes) as calls:
+        measured = _measure(calls, recipe, child.location, True, tensors)
     if {name: measured["total"][name] for name in NOTHING} == NOTHING:
         raise BadInputError(
             f"{child.location}: has no tensor of the name and shape of one of its parents: these are none"

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.texts import numbered_lines, split_texts
 from workers.errors import BadInputError
 
 
@@ -26,9 +27,9 @@ def read_calibration(file: str) -> Calibration:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"{file}: cannot be read as a calibration text ({error})") from error
     if file.endswith(".jsonl"):
-        texts = [_text_of(file, n, line) for n, line in enumerate(content.splitlines(), 1) if line]
+        texts = [_text_of(file, number, line) for number, line in numbered_lines(content)]
     else:
-        texts = [text.strip() for text in content.split("\n\n") if text.strip()]
+        texts = split_texts(content)
     if not texts:
         raise BadInputError(f"{file}: no calibration text in it")
     return Calibration(tuple(texts), hashlib.sha256(data).hexdigest())

@@ -106,9 +106,11 @@ def open_calls(
     workers: WorkersConfig | None,
     address: str | None,
     prepare: Callable[[MergeWorker], Any] = lambda worker: None,
+    processes: int | None = None,
 ) -> Iterator[Calls]:
     """Workers that have these parents: actors on the Ray cluster at `address`, or on this machine; without
-    `workers` processes of this one, which share what `prepare` has made."""
+    `workers` so many `processes` of this one, by default one for each core, which share what `prepare` has
+    made."""
     checkpoints = parents | ({BASE: base} if base else {})
     spec = MergeSpec(
         parents={name: parent.location for name, parent in parents.items()},
@@ -123,4 +125,4 @@ def open_calls(
     worker = MergeWorker(spec)
     worker.parents, worker.base = parents, base
     prepare(worker)
-    yield LocalCalls(worker, min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
+    yield LocalCalls(worker, processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES))

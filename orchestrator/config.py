@@ -22,6 +22,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from workers.devices import is_device
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, open_store
 
@@ -386,7 +387,7 @@ def _check_values(config: CampaignConfig, file: str) -> None:
             refuse("health.allow", f"{name!r} is none of {', '.join(GATES)}")
     if config.seed < 0:
         refuse("seed", f"{config.seed} must not be negative")
-    if config.engine.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", config.engine.device):
+    if not is_device(config.engine.device):
         refuse("engine.device", f"{config.engine.device!r} is neither cpu nor cuda")
     if config.engine.dtype not in ("auto", "float32", "bfloat16", "float16"):
         refuse(

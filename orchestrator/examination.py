@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 from orchestrator.config import SHIPPED, HealthConfig
+from orchestrator.texts import split_texts
 from workers.errors import BadInputError
 from workers.evaluation.health import Examination, Prompts
 from workers.evaluation.task import Item, Task
@@ -65,8 +66,7 @@ def _read(location: str) -> tuple[tuple[str, str], ...]:
         raise BadInputError(f"{SETTING}: there is no file {location}") from error
     except UnicodeDecodeError as error:
         raise BadInputError(f"{SETTING}: {location} is not UTF-8 text ({error})") from error
-    texts = content.replace("\r\n", "\n").split("\n\n")
-    found = tuple(("", text) for text in texts if text.strip())
+    found = tuple(("", text) for text in split_texts(content))
     if not found:
         raise BadInputError(f"{SETTING}: {location} is empty")
     return found

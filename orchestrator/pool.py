@@ -37,6 +37,12 @@ HUNG_SECONDS = 3600.0
 """A call that takes this much longer than `CALL_SECONDS` is given up, and its worker killed. One batch of a
 large model, or the statistics of its first merge, may take many minutes."""
 
+UNCUT_CALLS = frozenset({"examine", "probe", "probe_span", "publish_file", "hash_file"})
+"""Calls that are about whole models or files, and not cut to a size: they last as long as these are large."""
+
+UNCUT_HUNG_SECONDS = 24 * 3600.0
+"""The same for `UNCUT_CALLS`. A worker or node that dies is noticed at once; this is for one that hangs."""
+
 START_ATTEMPTS = 3
 """How many workers in a row may fail to start, before any has, until the campaign does."""
 
@@ -183,6 +189,7 @@ class Pool:
         """
         import ray
 
+        longest = UNCUT_HUNG_SECONDS if method in UNCUT_CALLS else HUNG_SECONDS
         waiting = deque(range(len(arguments)))
         failures: dict[int, list[str]] = {}
         running: dict[Any, tuple[_Worker, int]] = {}
@@ -217,7 +224,7 @@ class Pool:
                 else:
                     yield number, result
             for reference, (worker, number) in list(running.items()):
-                if time.monotonic() - worker.since > HUNG_SECONDS:
+                if time.monotonic() - worker.since > longest:
                     del running[reference]
                     hung = TimeoutError("the worker hangs")
                     self._handle_failed_call(worker, method, hung, failures.setdefault(number, []))

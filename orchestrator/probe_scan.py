@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
 from orchestrator.calls import Calls
 from orchestrator.config import find_shipped
+from workers.actors import PROBE_THREADS
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.diagnostics.calibration import CalibrationSet, read_calibration_set
 from workers.errors import BadInputError
@@ -47,6 +49,8 @@ class ActivationProbe:
             "sets": {calibration.name: calibration.sha256 for calibration in self.sets},
             "dtype": self.dtype,
             "device": self.device,
+            "threads": PROBE_THREADS,
+            "versions": {name: version(name) for name in ("torch", "transformers")},
         }
 
     def run(self, parents: dict[str, Checkpoint], calls: Calls) -> dict[str, Any]:

@@ -70,21 +70,26 @@ def find_scan(
     store: Store | None,
     probe: Probe | None = None,
 ) -> dict[str, Any] | None:
-    """The scan that was kept of these parents; None if there is none."""
+    """The scan that was kept of these parents, whatever they were called; None if there is none."""
     if store is None:
         return None
     try:
         scan: dict[str, Any] = json.loads(store.read(scan_key(parents, base, probe)))
     except (ObjectNotFoundError, ValueError):
         return None  # a damaged one is made again
-    return scan
+    return _renamed(scan, list(parents))
 
 
 def scan_key(
     parents: dict[str, Checkpoint], base: Checkpoint | None, probe: Probe | None = None
 ) -> str:
-    """Where the scan is kept: a hash of what it is of."""
-    identity = _header(parents, base) | {"probe": probe.identity if probe else None}
+    """Where the scan is kept: a hash of what it is of. The parents' order matters, their names do not."""
+    identity = {
+        "format": FORMAT,
+        "parents": [parent.fingerprint for parent in parents.values()],
+        "base": base.fingerprint if base else None,
+        "probe": probe.identity if probe else None,
+    }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return f"{FOLDER}/{hashlib.sha256(text.encode()).hexdigest()}.json"
 
@@ -120,6 +125,27 @@ def _header(parents: dict[str, Checkpoint], base: Checkpoint | None) -> dict[str
         "parents": [{"name": n, "fingerprint": p.fingerprint} for n, p in parents.items()],
         "base": {"name": BASE, "fingerprint": base.fingerprint} if base else None,
     }
+
+
+def _renamed(scan: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The scan of the same parents by other names, in their order."""
+    new = dict(zip((parent["name"] for parent in scan["parents"]), names, strict=True))
+    new[BASE] = BASE
+    if all(old == name for old, name in new.items()):
+        return scan
+
+    def rename(of: dict[str, Any]) -> dict[str, Any]:
+        return {"|".join(new[name] for name in key.split("|")): found for key, found in of.items()}
+
+    parents = [parent | {"name": name} for parent, name in zip(scan["parents"], names, strict=True)]
+    static = [
+        row | {"of": rename(row["of"]), "between": rename(row["between"])} for row in scan["static"]
+    ]
+    probe = scan["probe"]
+    if probe:
+        probe = probe | {"parents": rename(probe["parents"])}
+    left_out = rename(scan["left_out"])
+    return scan | {"parents": parents, "static": static, "left_out": left_out, "probe": probe}
 
 
 def _maps(parents: dict[str, Checkpoint], base: Checkpoint | None) -> dict[str, ArchitectureMap]:

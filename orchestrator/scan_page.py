@@ -83,14 +83,14 @@ def advice(scan: dict[str, Any]) -> dict[str, Any]:
     for name, share in found.shares.items():
         component, count = rows[name]["component"], rows[name]["elements"]
         elements[component] = elements.get(component, 0) + count
-        own = shares.setdefault(component, dict.fromkeys(parents, 0.0))
+        total = shares.setdefault(component, dict.fromkeys(parents, 0.0))
         for parent in parents:
-            own[parent] += share[parent] * count
+            total[parent] += share[parent] * count
     return {
         "dispersion": found.dispersion,
         "is_telling": found.is_telling,
         "shares": {
-            component: {parent: total / elements[component] for parent, total in own.items()}
+            component: {parent: part / elements[component] for parent, part in own.items()}
             for component in COMPONENTS
             if (own := shares.get(component)) is not None
         },

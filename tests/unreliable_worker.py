@@ -62,6 +62,11 @@ class UnreliableWorker:
             threading.Event().wait()
         return value
 
+    def examine(self, value: int) -> int:
+        if self._count("call") == 1:
+            threading.Event().wait(self.plan["seconds"])
+        return value
+
     def fatal_call(self) -> None:
         os._exit(1)
 

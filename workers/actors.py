@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from workers.merging.executor import Run
     from workers.merging.sources import Source
 
+PROBE_THREADS = 1
+"""CPU threads of a probe. Sums depend on them in the last digits, so `workers.cpus` must not matter: what
+one pool has probed is used by another."""
+
 
 @dataclass(frozen=True)
 class MergeSpec:
@@ -149,7 +153,7 @@ class MergeWorker:
         from workers.diagnostics.probe import probe_checkpoint
 
         checkpoint = self.parents[parent]
-        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, self.spec.threads)
+        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, PROBE_THREADS)
 
     def probe_span(
         self,
@@ -169,7 +173,7 @@ class MergeWorker:
         )
         from workers.diagnostics.streaming import StreamedModel
 
-        with torch_threads(self.spec.threads):
+        with torch_threads(PROBE_THREADS):
             key = parent, dtype, device
             if self._streamed is None or self._streamed[0] != key:
                 self._streamed = None  # what it holds goes before more comes

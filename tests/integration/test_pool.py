@@ -120,6 +120,19 @@ def test_a_worker_that_hangs_in_a_call_is_replaced(
     assert len(list(tmp_path.glob("call-*"))) == 5
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(1.5, 4), (60.0, 5)])
+def test_a_call_that_is_not_cut_to_size_has_more_time(
+    seconds: float, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than others may take; but it is not waited for for ever."""
+    monkeypatch.setattr("orchestrator.pool.HUNG_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.pool.UNCUT_HUNG_SECONDS", 5.0)
+    with make_pool(tmp_path, count=1, seconds=seconds) as pool:
+        results = dict(pool.each("examine", [(value,) for value in range(4)]))
+    assert results == {number: number for number in range(4)}
+    assert len(list(tmp_path.glob("call-*"))) == calls
+
+
 def test_a_call_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
     with make_pool(tmp_path, count=2) as pool, pytest.raises(PoolError, match="failed 3 times"):
         list(pool.each("fatal_call", [()]))

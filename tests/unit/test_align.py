@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -17,10 +18,13 @@ from orchestrator.single_merge import merge_recipe
 from orchestrator.verification import verify_child
 from tests.checkpoint_files import assert_same_bits, read_tensors, tensor_bytes, weight_files
 from tests.families import write_model
-from workers.checkpoints import open_checkpoint
+from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.diagnostics import neurons
 from workers.errors import BadInputError
 from workers.merging import transplant
+from workers.merging.plan import Plan
+from workers.merging.sources import Source
+from workers.storage.folder import FolderStore
 
 TEXTS = [
     "".join("abcdefghijklmnopqrstuvwxyz"[(n * k * 7 + k * k) % 26] for k in range(60))
@@ -264,6 +268,61 @@ def test_a_mother_with_values_that_are_no_numbers_is_refused(models: Path, tmp_p
         align(models, models / "gemma3", mother, tmp_path / "out")
 
 
+def transplant_some(father: Path, mother: Path, out: Path, moved: list[int]) -> Any:
+    """The mother's neurons in these places of layer 1, each where it was."""
+    own, hers = (ArchitectureMap.of(open_checkpoint(str(folder))) for folder in (father, mother))
+    places = numpy.full(NEURONS, -1)
+    places[moved] = moved
+    matching = transplant.NeuronMatching(
+        places, numpy.zeros(NEURONS, bool), numpy.ones(NEURONS), 1.0
+    )
+    plan = Plan({"father": own}, None)
+    written = transplant.write_transplant(plan, hers, {1: (1, matching)}, FolderStore(out))
+    written.publish()
+    return written
+
+
+def test_what_was_no_number_in_the_father_does_not_make_the_mother_damaged(
+    models: Path, tmp_path: Path
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[mlp(1, "gate")][5, 0] = float("nan")
+
+    def negate(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[mlp(1, "gate")].neg_()
+
+    father = rewrite(models / "gemma3", tmp_path / "father", damage)
+    mother = rewrite(models / "gemma3", tmp_path / "mother", negate)
+    written = transplant_some(father, mother, tmp_path / "kept", [7])
+    assert written.not_finite == {"layers.1.mlp.gate_proj.weight": 1}
+    gate = read_tensors(tmp_path / "kept")[mlp(1, "gate")]
+    assert torch.equal(gate[7], read_tensors(mother)[mlp(1, "gate")][7])
+    # Her neuron takes the place of his damaged one.
+    assert transplant_some(father, mother, tmp_path / "healed", [5]).not_finite == {}
+    damaged = rewrite(models / "gemma3", tmp_path / "damaged", damage)
+    with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.gate_proj.*NaN or infinite"):
+        transplant_some(father, damaged, tmp_path / "refused", [5])
+
+
+def test_the_mother_is_read_once(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[tuple[int, str], int] = {}
+
+    class CountingSource(Source):
+        def read(self, tensor: Any, first: int, count: int) -> torch.Tensor:
+            key = id(self), tensor.name
+            read[key] = read.get(key, 0) + count
+            return super().read(tensor, first, count)
+
+    monkeypatch.setattr(transplant, "Source", CountingSource)
+    monkeypatch.setattr(transplant, "CHUNK_BYTES", 200)
+    moved = list(range(0, NEURONS, 2))
+    transplant_some(models / "gemma3", models / "gemma3", tmp_path / "out", moved)
+    gate = "layers.1.mlp.gate_proj.weight"
+    assert [count for (_, name), count in read.items() if name == gate] == [NEURONS * HIDDEN] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -285,6 +344,22 @@ def test_calibration_files_that_are_none(
             str(tmp_path / "out"),
             str(tmp_path / name),
         )
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", r"^--device: 'tpu' is neither cpu nor cuda$"),
+        (
+            "cuda:99",
+            r"^--device: cuda:99, but this process sees .* CUDA device.*: use --device cpu$",
+        ),
+    ],
+)
+def test_devices_that_are_none(device: str, message: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message):
+        align(models, models / "gemma3", models / "gemma4", tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_prompts_is_a_calibration_text(models: Path, tmp_path: Path) -> None:

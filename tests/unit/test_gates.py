@@ -716,7 +716,7 @@ def test_texts_of_ones_own(tasks: tuple[Task, ...], tmp_path: Path) -> None:
     file = tmp_path / "own.txt"
     file.write_text("One text,\nof two lines.\n\n\nAnother.\n")
     examination = load_examination(HealthConfig(text=str(file)), tasks)
-    assert examination.texts == (("", "One text,\nof two lines."), ("", "\nAnother.\n"))
+    assert examination.texts == (("", "One text,\nof two lines."), ("", "Another."))
     assert examination.instead == ()
     before = fingerprint(examination)
     file.write_text("One text.")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from orchestrator.attribution import attribute_checkpoint
 from orchestrator.ledger import Ledger
 from orchestrator.overview import checkpoint_overview
 from orchestrator.places import open_parent, resolve
@@ -59,6 +60,15 @@ def test_a_finished_campaign_is_its_present_child(
     assert open_parent("first").location == str(campaign / "child-new")
     # A folder within the campaign is a checkpoint as it stands.
     assert open_parent("first/child-old").location == str(campaign / "child-old")
+
+
+def test_a_campaigns_child_is_attributed(campaign: Path, tmp_path: Path) -> None:
+    parents = {
+        name: str(write_plain(tmp_path / name, value)) for name, value in (("a", 2.0), ("b", 6.0))
+    }
+    found = attribute_checkpoint(str(campaign), parents)
+    assert found["child"] == str(campaign / "child-new")
+    assert found["total"]["shares"] == pytest.approx({"a": 0.75, "b": 0.25})
 
 
 def test_a_checkpoint_is_itself(tmp_path: Path) -> None:

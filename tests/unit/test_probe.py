@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -263,10 +264,10 @@ def test_a_result_is_a_prompts_own(checkpoints: dict[str, Checkpoint]) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5_moe", "gemma4"])
 def test_memory_holds_one_layer(kind: str, checkpoints: dict[str, Checkpoint]) -> None:
     model = StreamedModel(checkpoints[kind])
-    own = [sum(w.numel() for w in layer.module.parameters()) for layer in model.layers]
+    own = [sum(w.numel() for w in layer.module.state_dict().values()) for layer in model.layers]
     outside = sum(
         weight.numel()
-        for name, weight in model.decoder.module.named_parameters()
+        for name, weight in model.decoder.module.state_dict().items()
         if not name.startswith("layers.")
     )
     assert model.materialized == 0
@@ -288,14 +289,25 @@ def test_memory_holds_one_layer(kind: str, checkpoints: dict[str, Checkpoint]) -
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
-def test_the_process_gives_back_what_a_layer_took(tmp_path: Path) -> None:
-    """Not only the tensors go: what the process holds does not grow from layer to layer."""
+@pytest.mark.parametrize("kind", ["qwen3", "gemma4"])
+def test_the_process_gives_back_what_a_layer_took(kind: str, tmp_path: Path) -> None:
+    """Not only the tensors go: what the process holds does not grow from layer to layer.
+
+    Gemma 4 also stores a buffer with each layer.
+    """
     size = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "head_dim": 64}
     wide = SMALL | size | {"num_attention_heads": 16, "num_key_value_heads": 8}
+    config = {
+        "qwen3": lambda: T.Qwen3Config(**wide),
+        "gemma4": lambda: T.Gemma4TextConfig(
+            **wide, global_head_dim=64, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
+            layer_types=["full_attention"] * 6,
+        ),
+    }[kind]()  # fmt: skip
     with torch.device("meta"):
-        model = T.AutoModelForCausalLM.from_config(T.Qwen3Config(**wide), dtype=torch.bfloat16)
+        model = T.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
-    for weight in model.parameters():
+    for weight in model.state_dict().values():
         weight.data.fill_(0.01)
     model.save_pretrained(tmp_path)
     del model
@@ -585,6 +597,36 @@ def test_a_tower_of_as_many_layers_is_not_the_decoder() -> None:
     model.get_decoder = decoder.get_decoder
     found = ["language_model.transformer.h.0", "language_model.transformer.h.1"]
     assert list(find_layers(model)) == found
+
+
+def test_a_kept_probe_is_of_the_same_software_and_threads(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of other versions, or of other numbers of threads, differ in the last digits."""
+    known = ActivationProbe(SETS).identity
+    assert known == ActivationProbe(SETS).identity
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as other:
+            other.setattr(
+                "orchestrator.probe_scan.version",
+                lambda name, package=package: "0.0" if name == package else version(name),
+            )
+            assert ActivationProbe(SETS).identity != known
+    seen: list[int] = []
+    begin = StreamedModel.begin
+
+    def watched(model: StreamedModel, prompts: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return begin(model, prompts)
+
+    monkeypatch.setattr(StreamedModel, "begin", watched)
+    for threads in (1, 3):
+        worker = MergeWorker(MergeSpec({}, None, {}, threads=threads))
+        worker.parents = {"father": checkpoints["llama"]}
+        worker.probe("father", SETS, True)
+        worker.probe_span("father", SETS, (0, 2), None)
+    assert len(seen) == 4
+    assert set(seen) == {known["threads"]}
 
 
 def test_torch_keeps_its_threads(checkpoints: dict[str, Checkpoint]) -> None:

@@ -519,6 +519,30 @@ def test_a_scan_is_made_once(family: dict[str, Path], tmp_path: Path) -> None:
     assert find_scan(parents, base, store) == first
 
 
+def test_a_kept_scan_is_read_under_other_names(family: dict[str, Path], tmp_path: Path) -> None:
+    """As a campaign calls its parents: here even by each other's names."""
+
+    class Probe:
+        @property
+        def identity(self) -> dict[str, Any]:
+            return {"prompts": "one"}
+
+        def run(self, parents: Any, calls: Any) -> dict[str, Any]:
+            rows = {name: {"set": [opened.fingerprint]} for name, opened in parents.items()}
+            return {"sets": {"set": {}}, "parents": rows}
+
+    parents, base = open_family(family)
+    father, mother = parents.values()
+    store = FolderStore(tmp_path / "store")
+    probe = Probe()
+    scan_parents(parents, base, calls_of(parents, base), store, probe)
+    for names in (("one", "two"), ("mother", "father")):
+        called = dict(zip(names, (father, mother), strict=True))
+        found = scan_parents(called, base, NoCalls(), store, probe)
+        assert found == scan_parents(called, base, calls_of(called, base), None, probe)
+        assert scan_parents(called, base, NoCalls(), store) == scan_all(called, base)
+
+
 def test_a_probe_is_run_once_for_its_prompts(family: dict[str, Path], tmp_path: Path) -> None:
     class Probe:
         runs = 0

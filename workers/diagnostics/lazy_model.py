@@ -20,12 +20,12 @@ import torch
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
+from workers.devices import check_device
 from workers.diagnostics.layers import find_decoder
 from workers.errors import BadInputError
 from workers.merging.executor import in_threads
-from workers.merging.sources import TORCH_DTYPES, Source
+from workers.merging.sources import DTYPE_NAMES, TORCH_DTYPES, Source
 
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOATING = {name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point}
 
 READ_ELEMENTS = 1 << 24
@@ -49,11 +49,8 @@ class LazyModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str = "cpu") -> None:
         self.location = checkpoint.location
+        check_device(device, "device", "give the workers a share of one, or use cpu")
         self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise BadInputError(
-                f"the device {device} is asked for, but this worker sees no CUDA device"
-            )
         self._map = ArchitectureMap.of(checkpoint)
         self._source = Source(checkpoint)
         with companion_folder(checkpoint) as folder:
@@ -65,6 +62,7 @@ class LazyModel:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         self._logical = self._pair_with_stored()
+        self._drop(self._logical)  # buffers that the checkpoint stores are real so far
         self._held: set[str] = set()
 
     def _build(self, folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -131,8 +129,9 @@ class LazyModel:
 
     @property
     def materialized(self) -> int:
-        """Elements of the parameters that are in memory now."""
-        return sum(weight.numel() for weight in self.model.parameters() if not weight.is_meta)
+        """Elements of the decoder's stored tensors, parameters and buffers, that are in memory now."""
+        tensors = (getattr(*self._place(name)) for name in self._logical)
+        return sum(tensor.numel() for tensor in tensors if not tensor.is_meta)
 
     @contextmanager
     def loaded(self, chosen: Callable[[str], bool]) -> Iterator[None]:
@@ -157,9 +156,9 @@ class LazyModel:
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
             module, own = self._place(name)
-            old = getattr(module, own)
-            if own in module._parameters:
-                setattr(module, own, _parameter(torch.empty_like(old, device="meta")))
+            shape = torch.empty_like(getattr(module, own), device="meta")
+            # Buffers, too: one that stays would keep the mapping that it shares.
+            setattr(module, own, _parameter(shape) if own in module._parameters else shape)
 
     def _load(self, names: list[str]) -> None:
         old = [getattr(*self._place(name)) for name in names]
@@ -226,7 +225,7 @@ def companion_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 def _parameters_on_meta() -> Iterator[None]:
     """Modules built inside have their parameters on the meta device.
 
-    Their buffers are real, as some (rotary frequencies, the scale of an embedding) are in no checkpoint.
+    Buffers are real first, as some (rotary frequencies, the scale of an embedding) are in no checkpoint.
     """
     register = torch.nn.Module.register_parameter
 

@@ -12,17 +12,16 @@ import torch
 from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
+from workers.devices import check_device
 from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Generation, Reading
 from workers.evaluation.reading import read_texts
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger
-from workers.merging.sources import TORCH_DTYPES
+from workers.merging.sources import DTYPE_NAMES
 
 EXPRESSED_SHARE = 0.9
 """Of a text's characters, so many must come back from its tokens: normalization may change some."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TransformersEngine:
@@ -46,11 +45,8 @@ class TransformersEngine:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise BadInputError(
-                f"engine.device: {device}, but this worker sees no CUDA device: give workers.gpus a "
-                "share of one, or set engine.device to cpu"
-            )
+        advice = "give workers.gpus a share of one, or set engine.device to cpu"
+        check_device(device, "engine.device", advice)
         parents = {name: localize(parent) for name, parent in parents.items()}
         self.father = next(iter(parents.values()))
         self.device = torch.device(device)

@@ -86,9 +86,9 @@ def write_transplant(
 ) -> Transplanted:
     """Write the weight files of `plan`'s child: a father of one, some of whose neurons are `moved`.
 
-    Memory: about `CHUNK_BYTES` of each parent and
-    a part. Whatever goes wrong, nothing written remains. Raises `BadInputError` if a moved weight is not
-    finite.
+    Memory: about `CHUNK_BYTES` of the father, a part, and one whole matrix of the mother, as its rows come
+    in any order; of a local checkpoint whose weights are values, only the rows that are used. Whatever
+    goes wrong, nothing written remains. Raises `BadInputError` if a moved weight is not finite.
     """
     (name,) = plan.maps
     father, hers = _Model(plan.maps[name]), _Model(mother)
@@ -99,7 +99,7 @@ def write_transplant(
             writer = _FileWriter(written, file, notify)
             writer.add(file.header.raw)
             for values, tensor, own in _values(plan, father, hers, moved, file):
-                data = values.contiguous().view(torch.uint8).numpy().data
+                data = _bytes(values)
                 _describe(values, data, tensor, own, written)
                 writer.add(data)
             writer.end()
@@ -118,13 +118,10 @@ class _Model:
         # Maps of parents are of checkpoints; only the child's is of a layout.
         self._source = Source(cast(Checkpoint, architecture.checkpoint))
 
-    def rows(self, name: str, first: int, stop: int) -> torch.Tensor:
-        """Rows `first` to `stop` of a matrix."""
+    def matrix(self, name: str) -> torch.Tensor:
+        """A whole matrix."""
         tensor = self.by_name[name]
-        columns = tensor.shape[1]
-        return self._source.read(tensor, first * columns, (stop - first) * columns).view(
-            -1, columns
-        )
+        return self._source.read(tensor, 0, tensor.elements).view(tensor.shape)
 
     def read(self, name: str, first: int, count: int) -> torch.Tensor:
         """Elements of a tensor, flat."""
@@ -146,13 +143,20 @@ def _values(
         for tensor in sorted(pieces[entry.name], key=lambda piece: piece.offset):
             columns = max(columns_of(tensor), 1)
             step = max(CHUNK_BYTES * 8 // (BITS_PER_ELEMENT[tensor.dtype] * columns), 1) * columns
-            move = moved.get(tensor.layer) if tensor.layer is not None else None
+            move = (
+                moved.get(tensor.layer)
+                if tensor.component == "mlp" and tensor.layer is not None
+                else None
+            )
+            if move is not None:
+                role = tensor.name.removeprefix(f"layers.{tensor.layer}.")
+                hers = mother.matrix(f"layers.{move[0]}.{role}")
             for first in range(0, max(tensor.elements, 1), step):
                 count = min(step, tensor.elements - first)
                 own = father.read(tensor.name, first, count).to(TORCH_DTYPES[tensor.dtype])
                 values = own
-                if move is not None and tensor.component == "mlp":
-                    values = _with_neurons(own, tensor, first, move, mother)
+                if move is not None:
+                    values = _with_neurons(own, tensor, first, move[1], hers)
                 yield values, tensor, own
 
 
@@ -160,29 +164,37 @@ def _with_neurons(
     own: torch.Tensor,
     tensor: LogicalTensor,
     first: int,
-    move: tuple[int, NeuronMatching],
-    mother: _Model,
+    place: NeuronMatching,
+    hers: torch.Tensor,
 ) -> torch.Tensor:
-    """The father's values from element `first` on, whole rows, with the moved neurons over them."""
-    role = tensor.name.removeprefix(f"layers.{tensor.layer}.")
-    layer, place = move
-    theirs = f"layers.{layer}.{role}"
+    """The father's values from element `first` on, whole rows, with the moved neurons over them.
+
+    `hers` is the mother's whole matrix.
+    """
     columns = columns_of(tensor)
     start, stop = first // columns, (first + len(own)) // columns
     values = own.view(-1, columns).clone()
     sources = torch.from_numpy(place.mother)
     signs = 1.0 - 2.0 * torch.from_numpy(place.flipped).float()
-    if role == "mlp.down_proj.weight":
+    if tensor.name.endswith("down_proj.weight"):
         taken = sources >= 0
-        columns_of_hers = mother.rows(theirs, start, stop)[:, sources[taken]].float()
-        values[:, taken] = (columns_of_hers * (signs[taken] * place.scale)).to(values.dtype)
-        return values.view(-1)
-    sources, signs = sources[start:stop], signs[start:stop]
-    taken = sources >= 0
-    rows_of_hers = mother.rows(theirs, 0, mother.by_name[theirs].shape[0])[sources[taken]].float()
-    if role == "mlp.up_proj.weight":
-        rows_of_hers *= signs[taken, None]
-    values[taken] = rows_of_hers.to(values.dtype)
+        columns_of_hers = hers[start:stop][:, sources[taken]].float()
+        moved = (columns_of_hers * (signs[taken] * place.scale)).to(values.dtype)
+        values[:, taken] = moved
+    else:
+        sources, signs = sources[start:stop], signs[start:stop]
+        taken = sources >= 0
+        rows_of_hers = hers[sources[taken]].float()
+        if tensor.name.endswith("up_proj.weight"):
+            rows_of_hers *= signs[taken, None]
+        moved = rows_of_hers.to(values.dtype)
+        values[taken] = moved
+    broken = count_not_finite(_bytes(moved), tensor.dtype) if moved.numel() else 0
+    if broken:
+        raise BadInputError(
+            f"tensor {tensor.name!r}: {broken} of the mother's values would be written as NaN or infinite: "
+            "she is damaged, or the father's dtype too narrow for her values"
+        )
     return values.view(-1)
 
 
@@ -196,13 +208,13 @@ def _describe(
     changed = count_changes(values, own) if values is not own else 0
     written.changed[tensor.name] = written.changed.get(tensor.name, 0) + changed
     broken = count_not_finite(data, tensor.dtype)
-    if broken and values is not own:
-        raise BadInputError(
-            f"tensor {tensor.name!r}: {broken} of the values that would be written are NaN or infinite: a "
-            "parent is damaged, or the father's dtype too narrow for the mother's values"
-        )
     if broken:
         written.not_finite[tensor.name] = written.not_finite.get(tensor.name, 0) + broken
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    data: memoryview = values.contiguous().view(torch.uint8).numpy().data
+    return data
 
 
 class _FileWriter:
