@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 
-.PHONY: demo test lint unit integration bench bench-merge parity clean
+.PHONY: demo test lint unit integration bench bench-merge bench-genomes parity clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
@@ -37,6 +37,10 @@ parity: $(VENV)/installed-test $(MERGEKIT)/installed
 # Without `make $(MERGEKIT)/installed` before, mergekit's columns stay empty.
 bench-merge: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.merge
+
+# Half an hour on two cores.
+bench-genomes: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.genomes --evaluations 40 --items 64
 
 $(MERGEKIT)/installed:
 	$(PYTHON) -m venv $(MERGEKIT)
