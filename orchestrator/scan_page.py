@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from orchestrator.config import ScanConfig
+from orchestrator.dead_experts import dead_by_layer, dead_expert_notes
 from orchestrator.importance import (
     Cells,
     changed_by,
@@ -62,6 +63,7 @@ def summarize(scan: dict[str, Any]) -> dict[str, Any]:
         ],
         "left_out": {name: len(tensors) for name, tensors in scan["left_out"].items()},
         "advice": advice(scan),
+        "dead_experts": dead_by_layer(scan),
     }
 
 
@@ -143,7 +145,8 @@ def notes(summary: dict[str, Any]) -> list[str]:
     ]
     if len(broken) > MOST_BROKEN:
         found.append(f"not finite: {len(broken) - MOST_BROKEN:,} more tensors")
-    return [*_advice_notes(summary["advice"]), *found] + [
+    told = [*_advice_notes(summary["advice"]), *dead_expert_notes(summary["dead_experts"])]
+    return [*told, *found] + [
         f"left out: {count:,} stored tensors of {name}, which hold no floating point numbers or which "
         "the father lacks"
         for name, count in summary["left_out"].items()

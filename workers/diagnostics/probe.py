@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import torch
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.calibration import CalibrationSet
 from workers.diagnostics.layers import COMPONENTS, DecoderLayer, find_decoder, observed
+from workers.diagnostics.routing import Routing, routed
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
 
@@ -35,7 +37,8 @@ MOST_UNKNOWN = 0.5
 """Share of a set's tokens that a tokenizer may not know: a model that sees less has not been asked."""
 
 Rows = list[dict[str, Any]]
-"""`{"layer", "component", "mean_token", "last_token"}` of each layer and component, in their order."""
+"""`{"layer", "component", "mean_token", "last_token"}` of each layer and component, in their order; of an mlp
+of experts also `routing` (see `Routing.to_dict`), over all tokens of both prompts of each pair."""
 
 PackedStates = list[tuple[str, Any]]
 
@@ -71,10 +74,16 @@ def probe_model(
     prompts = encode(tokenizer, sets, location)
     tally = Tally(sets, location)
     for number, prompt in enumerate(prompts):
-        with observed(decoder.layers) as seen, torch.inference_mode():
+        with (
+            observed(decoder.layers) as seen,
+            routed(decoder.layers) as routes,
+            torch.inference_mode(),
+        ):
             decoder.module(input_ids=prompt.to(device), use_cache=False)
             for key, output in seen.items():
                 tally.add(number, key, output)
+            for layer, routing in routes.items():
+                tally.add_routing(number, layer, routing)
     return tally.rows()
 
 
@@ -155,15 +164,18 @@ class Tally:
     location: str
     _first: dict[tuple[int, int, str], tuple[torch.Tensor, ...]] = field(default_factory=dict)
     _distances: dict[tuple[int, int, str], tuple[float | None, ...]] = field(default_factory=dict)
+    _routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
 
     def observe(
         self, layer: DecoderLayer, number: int, run: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """Run a layer of prompt `number` and take what its components add; for `run_span`."""
-        with observed((layer,)) as seen:
+        with observed((layer,)) as seen, routed((layer,)) as routes:
             state = run()
             for key, output in seen.items():
                 self.add(number, key, output)
+            for index, routing in routes.items():
+                self.add_routing(number, index, routing)
         return state
 
     def add(self, number: int, key: tuple[int, str], output: torch.Tensor) -> None:
@@ -181,6 +193,14 @@ class Tally:
         conditioned = self._first.pop(place)
         self._distances[place] = tuple(map(cosine_distance, conditioned, vectors))
 
+    def add_routing(self, number: int, layer: int, routing: Routing) -> None:
+        """Take what the experts of a layer were given of prompt `number`."""
+        ends = accumulate(2 * len(calibration.pairs) for calibration in self.sets)
+        called = next(s.name for s, end in zip(self.sets, ends, strict=True) if number < end)
+        known = self._routing.setdefault((called, layer), routing)
+        if known is not routing:
+            known.add(routing)
+
     def rows(self) -> dict[str, Rows]:
         """The means over each set's pairs."""
         assert not self._first
@@ -196,10 +216,15 @@ class Tally:
                     variant: _mean([self._distances[pair, layer, component][n] for pair in pairs])
                     for n, variant in enumerate(VARIANTS)
                 }
+                | self._routing_of(calibration.name, layer, component)
                 for layer in found
                 for component in COMPONENTS
             ]
         return result
+
+    def _routing_of(self, called: str, layer: int, component: str) -> dict[str, Any]:
+        routing = self._routing.get((called, layer)) if component == "mlp" else None
+        return {"routing": routing.to_dict()} if routing is not None else {}
 
 
 def cosine_distance(one: torch.Tensor, two: torch.Tensor) -> float | None:
