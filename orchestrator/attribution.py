@@ -75,6 +75,10 @@ def attribute_checkpoint(
     has one; nothing else is taken from there. What the lineage's recipe intended goes beside it as
     `intended`. Raises `BadInputError` for parents that do not fit together or to the child.
     """
+    if len(parents) < 2 and base is None:
+        raise BadInputError(
+            "one parent alone would be all of the child, whatever it is: name its other parents, or the base"
+        )
     child = open_parent(location)
     lineage = _read_lineage(child)
     opened = {name: open_parent(place) for name, place in parents.items()}

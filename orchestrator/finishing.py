@@ -102,7 +102,7 @@ def finish(campaign: Campaign, candidate: Candidate, judgement: Judgement) -> di
         **judgement.to_dict(),
         gates={gate["name"]: gate["result"] for gate in health["gates"]},
         reasons=[
-            f"{gate.name}: {gate.finding}"
+            f"{gate.name}: {gate.finding} (wanted: {gate.bound})"
             for gate in written.gates
             if gate.name in health["rejected"]
         ],

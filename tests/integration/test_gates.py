@@ -39,6 +39,7 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(tmp_path:
     assert rejected["status"] == "rejected"
     assert rejected["child"] == f"{place}/{folder}"
     assert [reason.partition(":")[0] for reason in rejected["reasons"]] == ["different"]
+    assert "(wanted: " in rejected["reasons"][0]
     assert {name for name, result in rejected["gates"].items() if result == "failed"} == {
         "different"
     }

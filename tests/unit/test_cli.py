@@ -151,6 +151,9 @@ def test_attribute_measures_what_merge_wrote(
     mlp = next(line.split() for line in shown.out.splitlines() if line.startswith("mlp"))
     assert [float(cell.rstrip("%")) for cell in mlp[2:5]] == pytest.approx([25, 75, 0], abs=1)
     assert "(recipe)" in shown.out
+    alone = darwin("attribute", tmp_path / "child", parents[0], "--json")
+    assert alone.code == 2
+    assert "name its other parents, or the base" in alone.error
     wrong = darwin("attribute", tmp_path / "child", "--parent=a", "--json")
     assert wrong.code == 2
     assert wrong.json["status"] == "bad input"
