@@ -12,6 +12,7 @@ from orchestrator.scan import Probe, find_scan, scan_bytes, scan_key, scan_paren
 from orchestrator.scan_page import build_page
 from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
+from workers.merging.plan import BASE
 from workers.storage import open_store
 
 ROLES = ("father", "mother", "donor")
@@ -42,7 +43,10 @@ def scan_checkpoints(
             progress_bar("scanning", scan_bytes(parents, opened)) as notify,
         ):
             scan = scan_parents(parents, opened, calls, store, probe, notify)
-    store.write(page, build_page(scan).encode())
+    lying = {
+        name: one.location for name, one in (parents | ({BASE: opened} if opened else {})).items()
+    }
+    store.write(page, build_page(scan, lying).encode())
     return scan, {"scan": f"{store.uri}/{key}", "page": f"{store.uri}/{page}"}
 
 

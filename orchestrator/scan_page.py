@@ -169,8 +169,8 @@ def _advice_notes(found: dict[str, Any]) -> list[str]:
     return [f"{spread}; by component ({names}): {', '.join(shares)}"]
 
 
-def build_page(scan: dict[str, Any]) -> str:
-    """The HTML page: the same scan gives the same bytes."""
+def build_page(scan: dict[str, Any], places: dict[str, str]) -> str:
+    """The HTML page: the same scan, of checkpoints that lie in the same `places`, gives the same bytes."""
     from jinja2 import Environment, StrictUndefined
 
     from orchestrator.charts import parent_colours
@@ -184,6 +184,7 @@ def build_page(scan: dict[str, Any]) -> str:
     summary = summarize(scan)
     return environment.from_string(text).render(
         scan=scan,
+        places=places,
         parents=parents,
         colours=parent_colours(parents),
         summary=summary,

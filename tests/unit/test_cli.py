@@ -649,6 +649,7 @@ def test_scan_prints_a_table_and_keeps_scan_and_page(
     first = page.read_bytes()
     # Importance of both, distance to the base of both, and between them.
     assert first.count(b"<svg") == 3
+    assert str(father).encode() in first and str(base).encode() in first
     assert b"http://" not in first and b"https://" not in first
     printed = darwin(*arguments)
     assert printed.code == 0
