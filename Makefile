@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 
 # Unit and integration tests side by side: most of the latter's time goes into waiting for Ray.
 test: lint
-	$(MAKE) --jobs=2 --output-sync=line unit integration
+	$(MAKE) --jobs=2 unit integration
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
