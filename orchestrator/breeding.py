@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.ancestry import Ancestor, Descent
 from orchestrator.composition import Composer, check_composes
 from orchestrator.config import CampaignConfig
-from orchestrator.family_tree import describe_child
-from orchestrator.genome import build_space
+from orchestrator.descent.ancestry import Ancestor, Descent
+from orchestrator.descent.family_tree import describe_child
+from orchestrator.genomes.build import build_space
+from orchestrator.genomes.space import Gene, RemovedGene, Space
 from orchestrator.inputs import Inputs
 from orchestrator.search import Optimizer, build_optimizer
-from orchestrator.space import Gene, RemovedGene, Space
 from orchestrator.state import CampaignState, Candidate
 from workers.errors import BadInputError
 from workers.merging import MergeMethod, ParentReference, Recipe, get_method

@@ -15,17 +15,17 @@ from orchestrator.breeding import (
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
 from orchestrator.examination import fingerprint, load_examination
 from orchestrator.finishing import finish, judge_child
-from orchestrator.genome import build_space
+from orchestrator.genomes.build import build_space
+from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
 from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
+from orchestrator.mri.prescribing import describe_space, notes_on_search, recorded_or_scanned
+from orchestrator.mri.prescription import Prescription
 from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
-from orchestrator.prescribing import describe_space, notes_on_search, recorded_or_scanned
-from orchestrator.prescription import Prescription
-from orchestrator.report import REPORT_FILE, write_report
+from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search
-from orchestrator.space import Space
 from orchestrator.state import CampaignState, scored_record
 from workers.errors import BadInputError
 from workers.merging import Recipe, passthrough_recipe

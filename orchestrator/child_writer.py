@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.calls import Calls
-from orchestrator.lineage import ALIGNMENT_FILE, ATTRIBUTION_FILE, LINEAGE_FILE, package_version
+from orchestrator.descent.lineage import (
+    ALIGNMENT_FILE,
+    ATTRIBUTION_FILE,
+    LINEAGE_FILE,
+    package_version,
+)
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe

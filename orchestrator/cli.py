@@ -92,7 +92,7 @@ def status(place: CampaignPlace, as_json: JsonFlag = False) -> None:
 def report(place: CampaignPlace, as_json: JsonFlag = False) -> None:
     """Write a finished campaign's report.html again, from its store alone."""
     from orchestrator.overview import open_campaign_store
-    from orchestrator.report import write_report
+    from orchestrator.reporting.report import write_report
 
     written = write_report(open_campaign_store(place))
     if as_json:
@@ -163,7 +163,7 @@ def align(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a mother of another architecture as a parent in the father's layout."""
-    from orchestrator.alignment import align_mother, render_alignment
+    from orchestrator.aligning.alignment import align_mother, render_alignment
 
     result = align_mother(
         father,
@@ -222,7 +222,7 @@ def attribute(
     as_json: JsonFlag = False,
 ) -> None:
     """Which parent a child's weights come from, per component and layer, measured from its bytes."""
-    from orchestrator.attribution import attribute_checkpoint, render_attribution
+    from orchestrator.descent.attribution import attribute_checkpoint, render_attribution
     from orchestrator.recipe_file import named_places
 
     result = attribute_checkpoint(child, named_places(parent), base)
@@ -314,9 +314,9 @@ def scan(
 ) -> None:
     """Model MRI: what each tensor of the parents is like, and how far it is from the others'."""
     from orchestrator.config import WorkersConfig
-    from orchestrator.probe_scan import choose_probe, probe_peaks, render_peaks
-    from orchestrator.scan_command import scan_checkpoints
-    from orchestrator.scan_page import render_summary, summarize
+    from orchestrator.mri.command import scan_checkpoints
+    from orchestrator.mri.page import render_summary, summarize
+    from orchestrator.mri.probe import choose_probe, probe_peaks, render_peaks
 
     pool = WorkersConfig(count=workers) if workers else None
     chosen = choose_probe(probe, calibration_sets or [], streamed, spans)
@@ -362,7 +362,7 @@ def main() -> None:
 
 def _is_foreseen(error: Exception) -> bool:
     """Whether the message says it all; anything else is a bug, and its traceback is wanted."""
-    from orchestrator.alignment import LowCoverageError
+    from orchestrator.aligning.alignment import LowCoverageError
     from orchestrator.errors import CampaignError
     from orchestrator.ledger import LeaseLostError
     from orchestrator.pool import PoolError

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.attribution import attribute_written
 from orchestrator.breeding import bred_ancestors, rounds_for_lineage
-from orchestrator.card import build_card
+from orchestrator.descent.attribution import attribute_written
+from orchestrator.descent.family_tree import add_ancestry
+from orchestrator.descent.lineage import (
+    ATTRIBUTION_FILE,
+    LINEAGE_FILE,
+    build_lineage,
+    lineage_bytes,
+)
 from orchestrator.ending import Ending
 from orchestrator.errors import CampaignError
 from orchestrator.examination import fingerprint
-from orchestrator.family_tree import add_ancestry
 from orchestrator.gates import engine_gates, summarize
 from orchestrator.judgement import Judgement, judge
-from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE, build_lineage, lineage_bytes
-from orchestrator.report import REPORT_FILE, write_report
+from orchestrator.reporting.card import build_card
+from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.state import Candidate
 from workers.checkpoints import open_checkpoint
 from workers.merging import Recipe

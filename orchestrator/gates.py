@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import HealthConfig
-from orchestrator.shares import parent_shares
+from orchestrator.descent.shares import parent_shares
 
 EXPECTED_CHANGES = 16
 """A blend is expected to change a tensor if so many of the sampled elements should have moved visibly."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
+from orchestrator.mri.probe import load_calibration_sets
 from orchestrator.places import open_parent
-from orchestrator.probe_scan import load_calibration_sets
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.diagnostics.calibration import CalibrationSet

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.config import find_shipped, read_yaml
 from orchestrator.inputs import check_parents, too_few_task_vectors
-from orchestrator.mergekit_file import from_mergekit, is_mergekit
+from orchestrator.mergekit.file import from_mergekit, is_mergekit
 from orchestrator.mother_centric import PRESET, expand
 from orchestrator.places import open_parent
 from workers.checkpoints import COMPONENTS, ArchitectureMap, Checkpoint

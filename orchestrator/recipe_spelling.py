@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from orchestrator.mergekit_file import from_mergekit, is_mergekit
-from orchestrator.mergekit_writer import MERGED, Places, to_mergekit
+from orchestrator.mergekit.file import from_mergekit, is_mergekit
+from orchestrator.mergekit.writer import MERGED, Places, to_mergekit
 from orchestrator.places import open_parent
 from orchestrator.recipe_file import load_recipe_data, read_recipe_data
 from workers.checkpoints import ArchitectureMap, Checkpoint

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from orchestrator.charts import DEEP, FEW_LAYERS, ON_COLOUR, SQUARE, shorten
-from orchestrator.importance import Cells
-from orchestrator.inline_svg import INK, SMALL, draw_svg
+from orchestrator.mri.importance import Cells
+from orchestrator.reporting.charts import DEEP, FEW_LAYERS, ON_COLOUR, SQUARE, shorten
+from orchestrator.reporting.inline_svg import INK, SMALL, draw_svg
 from workers.checkpoints import COMPONENTS
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.breeding import LEAST_SURVIVORS, Round, begin_round, limit_of, round_record
 from orchestrator.errors import CampaignError
 from orchestrator.flat_fitness import FlatFitness, flat_fitness
+from orchestrator.genomes.space import Space
 from orchestrator.search import Optimizer
-from orchestrator.space import Space
 from orchestrator.state import Candidate
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 from orchestrator.calls import open_calls
 from orchestrator.child_writer import PROGRESS, ChildWriter
 from orchestrator.config import WorkersConfig
-from orchestrator.family_tree import add_ancestry
-from orchestrator.lineage import (
+from orchestrator.descent.family_tree import add_ancestry
+from orchestrator.descent.lineage import (
     LINEAGE_FILE,
     LINEAGE_FORMAT,
     hub_source,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT
+from orchestrator.descent.lineage import LINEAGE_FILE, LINEAGE_FORMAT
 from orchestrator.places import open_parent
 from workers.checkpoints import ArchitectureMap, Checkpoint, WeightFile
 from workers.checkpoints.health import count_not_finite

@@ -22,13 +22,13 @@ from scipy.stats import wilcoxon
 
 from orchestrator.calls import LocalCalls
 from orchestrator.config import CampaignConfig, config_from_dict
-from orchestrator.genome import build_space
+from orchestrator.genomes.build import build_space
+from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs, open_inputs
-from orchestrator.prescription import prescribe
-from orchestrator.probe_scan import ActivationProbe, load_calibration_sets
-from orchestrator.scan import scan_parents
+from orchestrator.mri.prescription import prescribe
+from orchestrator.mri.probe import ActivationProbe, load_calibration_sets
+from orchestrator.mri.scan import scan_parents
 from orchestrator.search import build_optimizer
-from orchestrator.space import Space
 from orchestrator.statistics import objective
 from workers.actors import MergeSpec, MergeWorker
 from workers.evaluation import make_batches, score_batch

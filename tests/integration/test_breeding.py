@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.ancestry import parse_ancestry
+from orchestrator.descent.ancestry import parse_ancestry
 from tests.campaigns import (
     digests,
     records,

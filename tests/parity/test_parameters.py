@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.mergekit_methods import PEER_METHODS
+from orchestrator.mergekit.methods import PEER_METHODS
 from orchestrator.recipe_file import load_recipe_file
 from tests.families import write_family
 from workers.checkpoints import ArchitectureMap

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from orchestrator.alignment import LowCoverageError, align_mother, render_alignment
-from orchestrator.shares import parent_shares
+from orchestrator.aligning.alignment import LowCoverageError, align_mother, render_alignment
+from orchestrator.descent.shares import parent_shares
 from orchestrator.single_merge import merge_recipe
 from orchestrator.verification import verify_child
 from tests.checkpoint_files import assert_same_bits, read_tensors, tensor_bytes, weight_files

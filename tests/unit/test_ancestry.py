@@ -14,11 +14,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.ancestry import MOST_ANCESTORS, Ancestor, Ancestry, Descent, join, parse_ancestry
-from orchestrator.ancestry_view import MOST_LINES, founders, licences, tree_lines
-from orchestrator.card import build_card
-from orchestrator.family_tree import add_ancestry
-from orchestrator.lineage import LINEAGE_FILE
+from orchestrator.descent.ancestry import (
+    MOST_ANCESTORS,
+    Ancestor,
+    Ancestry,
+    Descent,
+    join,
+    parse_ancestry,
+)
+from orchestrator.descent.family_tree import add_ancestry
+from orchestrator.descent.lineage import LINEAGE_FILE
+from orchestrator.reporting.ancestry_view import MOST_LINES, founders, licences, tree_lines
+from orchestrator.reporting.card import build_card
 from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import write_checkpoint
 from tests.unit.test_publish import front_matter

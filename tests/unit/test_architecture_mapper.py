@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.architecture_mapper import (
+from orchestrator.aligning.architecture_mapper import (
     Layer,
     compatibility,
     describe_layers,

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from orchestrator import attribution as attribution_module
-from orchestrator.attribution import attribute_checkpoint, attribute_written
 from orchestrator.child_writer import ChildWriter
-from orchestrator.lineage import ATTRIBUTION_FILE
+from orchestrator.descent import attribution as attribution_module
+from orchestrator.descent.attribution import attribute_checkpoint, attribute_written
+from orchestrator.descent.lineage import ATTRIBUTION_FILE
 from orchestrator.recipe_file import named_places
 from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import (

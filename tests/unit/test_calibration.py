@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import SHIPPED
-from orchestrator.probe_scan import SHIPPED_SETS, load_calibration_sets
+from orchestrator.mri.probe import SHIPPED_SETS, load_calibration_sets
 from workers.diagnostics.calibration import read_calibration_set
 from workers.errors import BadInputError
 
@@ -110,7 +110,7 @@ def test_the_set_of_the_documentation_is_one(tmp_path: Path) -> None:
 
 def test_sets_are_read_without_torch() -> None:
     code = (
-        "import sys; from orchestrator.probe_scan import load_calibration_sets; "
+        "import sys; from orchestrator.mri.probe import load_calibration_sets; "
         "load_calibration_sets(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

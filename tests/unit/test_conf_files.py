@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from orchestrator.config import SHIPPED, CampaignConfig, GenomeConfig, find_shipped, load_config
-from orchestrator.genome import build_space
+from orchestrator.genomes.build import build_space
+from orchestrator.genomes.ratio_file import is_ratio_file
 from orchestrator.inputs import open_inputs
-from orchestrator.prescription import Prescription
-from orchestrator.probe_scan import load_calibration_sets
-from orchestrator.ratio_file import is_ratio_file
+from orchestrator.mri.prescription import Prescription
+from orchestrator.mri.probe import load_calibration_sets
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.search import OPTIMIZERS
 from workers.checkpoints import ArchitectureMap, open_checkpoint

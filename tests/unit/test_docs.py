@@ -13,10 +13,10 @@ import yaml
 from orchestrator.calls import open_calls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.config import GATES, HealthConfig, load_config
-from orchestrator.genome import build_space
+from orchestrator.genomes.build import build_space
 from orchestrator.inputs import open_inputs
+from orchestrator.mri.scan import scan_parents
 from orchestrator.recipe_file import load_recipe_file
-from orchestrator.scan import scan_parents
 from tests.campaigns import write_campaign
 from workers.checkpoints import open_checkpoint
 from workers.merging import METHODS

@@ -14,11 +14,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from orchestrator.card import build_card, reservations, verdict
 from orchestrator.child_writer import ChildWriter
 from orchestrator.config import GATES, HealthConfig, find_shipped
 from orchestrator.examination import fingerprint, load_examination
 from orchestrator.gates import engine_gates, rejecting, summarize, weight_gates
+from orchestrator.reporting.card import build_card, reservations, verdict
 from tests.checkpoint_files import local_calls, open_merger, recipe_for, rule, write_checkpoint
 from workers.checkpoints import open_checkpoint
 from workers.diagnostics.interference import compare_layers

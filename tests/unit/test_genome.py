@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config import SHIPPED, GeneBounds, GenomeConfig
-from orchestrator.genome import GenomeSpace, build_space
+from orchestrator.genomes.build import build_space
+from orchestrator.genomes.parameter_space import GenomeSpace
 from tests.families import write_model
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, open_checkpoint
 from workers.checkpoints.checkpoint import WeightFile

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.mergekit_methods import PEER_METHODS, REQUIRED
+from orchestrator.mergekit.methods import PEER_METHODS, REQUIRED
 from orchestrator.recipe_file import RecipeFile, load_recipe_file
 from orchestrator.recipe_spelling import respell
 from tests.families import write_family

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from orchestrator.config import GenomeConfig, find_shipped
-from orchestrator.genome import build_space
+from orchestrator.genomes.build import build_space
 from orchestrator.mother_centric import PRESET, expand, parse_tables, ratio
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.single_merge import merge_recipe

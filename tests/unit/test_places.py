@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.attribution import attribute_checkpoint
+from orchestrator.descent.attribution import attribute_checkpoint
 from orchestrator.ledger import Ledger
 from orchestrator.overview import checkpoint_overview
 from orchestrator.places import open_parent, resolve

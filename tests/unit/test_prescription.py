@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.prescription import LEAST_DISPERSION, Prescription, prescribe
+from orchestrator.mri.prescription import LEAST_DISPERSION, Prescription, prescribe
 from workers.errors import BadInputError
 
 COMPONENTS = ("attention", "mlp", "norm", "linear_attention", "expert", "router", "shared_expert")

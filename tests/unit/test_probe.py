@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from orchestrator.calls import LocalCalls
-from orchestrator.probe_scan import ActivationProbe, cut_layers, load_calibration_sets
+from orchestrator.mri.probe import ActivationProbe, cut_layers, load_calibration_sets
 from tests.checkpoint_files import open_remote, recipe_for, rule, write_child
 from tests.families import EXPERTS, LINEAR_ATTENTION, SMALL, configuration, write_tokenizer
 from workers.actors import MergeSpec, MergeWorker
@@ -608,7 +608,7 @@ def test_a_kept_probe_is_of_the_same_software_and_threads(
     for package in ("torch", "transformers"):
         with monkeypatch.context() as other:
             other.setattr(
-                "orchestrator.probe_scan.version",
+                "orchestrator.mri.probe.version",
                 lambda name, package=package: "0.0" if name == package else version(name),
             )
             assert ActivationProbe(SETS).identity != known

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from orchestrator.config import SHIPPED, GeneBounds, GenomeConfig
-from orchestrator.genome import build_space
-from orchestrator.prescription import Prescription
-from orchestrator.ratio_space import RatioSpace
+from orchestrator.genomes.build import build_space
+from orchestrator.genomes.ratio_space import RatioSpace
+from orchestrator.mri.prescription import Prescription
 from tests.checkpoint_files import read_tensors
 from tests.families import write_model
 from workers.checkpoints import ArchitectureMap, open_checkpoint

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.descent.shares import weighted_shares
 from orchestrator.judgement import judge
 from orchestrator.ledger import Ledger
-from orchestrator.report import REPORT_FILE, write_report
-from orchestrator.shares import weighted_shares
+from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.state import CampaignState
 from workers.errors import BadInputError
 from workers.storage import Store, open_store

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.dead_experts import dead_by_layer, dead_expert_notes, dead_experts
+from orchestrator.mri.dead_experts import dead_by_layer, dead_expert_notes, dead_experts
 from tests.unit.test_probe import SETS, load, write_kind
 from workers.checkpoints import open_checkpoint
 from workers.diagnostics.probe import probe_checkpoint

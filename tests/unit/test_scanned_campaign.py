@@ -12,8 +12,8 @@ import torch
 
 from orchestrator.config import SHIPPED
 from orchestrator.ledger import Ledger
-from orchestrator.prescription import Prescription
-from orchestrator.report import write_report
+from orchestrator.mri.prescription import Prescription
+from orchestrator.reporting.report import write_report
 from tests.campaigns import digests
 from tests.checkpoint_files import read_tensors, weight_files
 from tests.families import write_family

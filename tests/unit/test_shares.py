@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.shares import parent_shares
+from orchestrator.descent.shares import parent_shares
 from tests.checkpoint_files import example_parameters
 from workers.merging import METHODS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.calibration_text import read_calibration
+from orchestrator.aligning.calibration_text import read_calibration
 from orchestrator.config import HealthConfig
 from orchestrator.examination import load_examination
 from workers.evaluation.task import Item, Task

@@ -12,7 +12,7 @@ import transformers
 import yaml
 from tokenizers import Tokenizer
 
-from orchestrator.attribution import attribute_checkpoint
+from orchestrator.descent.attribution import attribute_checkpoint
 from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import read_tensors, to_float64
 from tests.families import SMALL

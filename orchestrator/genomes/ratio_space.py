@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.genome_file import DECIMALS
-from orchestrator.ratio_file import TRUST
-from orchestrator.space import Gene, RemovedGene, point_of, start_of
+from orchestrator.genomes.parameter_file import DECIMALS
+from orchestrator.genomes.ratio_file import TRUST
+from orchestrator.genomes.space import Gene, RemovedGene, point_of, start_of
 from workers.merging import MergeMethod, ParentReference, Recipe, Rule, Selector
 
 Terms = tuple[tuple[float, str], ...]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from orchestrator.ancestry import Ancestor, Ancestry, Descent, Shares, share_in
+from orchestrator.descent.ancestry import Ancestor, Ancestry, Descent, Shares, share_in
 
 MOST_LINES = 60
 """Of a tree in text; the lineage has it whole."""

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.architecture_mapper import LayerMatch
-from orchestrator.lineage import (
+from orchestrator.aligning.architecture_mapper import LayerMatch
+from orchestrator.descent.lineage import (
     LINEAGE_FORMAT,
     hub_source,
     licence_of,

@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.ancestry import Ancestor, Ancestry, Descent, join, parse_ancestry, parse_scores
-from orchestrator.lineage import LINEAGE_FILE, LINEAGE_FORMAT, hub_source, licence_of
-from orchestrator.shares import weighted_shares
+from orchestrator.descent.ancestry import (
+    Ancestor,
+    Ancestry,
+    Descent,
+    join,
+    parse_ancestry,
+    parse_scores,
+)
+from orchestrator.descent.lineage import LINEAGE_FILE, LINEAGE_FORMAT, hub_source, licence_of
+from orchestrator.descent.shares import weighted_shares
 from workers.checkpoints import Checkpoint
 from workers.storage import ObjectNotFoundError
 

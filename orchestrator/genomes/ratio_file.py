@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config import GenomeConfig, find_shipped, read_yaml
-from orchestrator.genome_file import parse_exceptions, parse_number
+from orchestrator.genomes.parameter_file import parse_exceptions, parse_number
 from orchestrator.mother_centric import PRESET
 from workers.checkpoints.architecture import COMPONENTS
 from workers.errors import BadInputError

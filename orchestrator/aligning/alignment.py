@@ -11,7 +11,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.alignment_record import (
+from orchestrator.aligning.architecture_mapper import LEAST_COMPATIBILITY, LayerMatch, map_layers
+from orchestrator.aligning.calibration_text import Calibration, read_calibration
+from orchestrator.aligning.record import (
     Coverage,
     alignment_bytes,
     alignment_head,
@@ -20,10 +22,8 @@ from orchestrator.alignment_record import (
     measure_coverage,
     moved_record,
 )
-from orchestrator.architecture_mapper import LEAST_COMPATIBILITY, LayerMatch, map_layers
-from orchestrator.calibration_text import Calibration, read_calibration
-from orchestrator.family_tree import add_ancestry
-from orchestrator.lineage import ALIGNMENT_FILE, LINEAGE_FILE, lineage_bytes
+from orchestrator.descent.family_tree import add_ancestry
+from orchestrator.descent.lineage import ALIGNMENT_FILE, LINEAGE_FILE, lineage_bytes
 from orchestrator.places import open_parent
 from orchestrator.progress_bar import progress_bar
 from workers.checkpoints import ArchitectureMap, Checkpoint, publish_companions

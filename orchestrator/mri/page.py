@@ -9,15 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from orchestrator.config import ScanConfig
-from orchestrator.dead_experts import dead_by_layer, dead_expert_notes
-from orchestrator.importance import (
+from orchestrator.mri.dead_experts import dead_by_layer, dead_expert_notes
+from orchestrator.mri.importance import (
     Cells,
     changed_by,
     distance_by,
     importance_by,
     not_finite,
 )
-from orchestrator.prescription import LEAST_DISPERSION, prescribe
+from orchestrator.mri.prescription import LEAST_DISPERSION, prescribe
 from workers.checkpoints import COMPONENTS
 from workers.errors import BadInputError
 from workers.merging.plan import BASE
@@ -173,7 +173,7 @@ def build_page(scan: dict[str, Any], places: dict[str, str]) -> str:
     """The HTML page: the same scan, of checkpoints that lie in the same `places`, gives the same bytes."""
     from jinja2 import Environment, StrictUndefined
 
-    from orchestrator.charts import parent_colours
+    from orchestrator.reporting.charts import parent_colours
 
     parents = parents_of(scan)
     environment = Environment(
@@ -261,7 +261,7 @@ def _probe_figures(scan: dict[str, Any], parents: list[str]) -> list[dict[str, A
 def _figure(
     name: str, title: str, caption: str, panels: dict[str, Cells], parents: list[str]
 ) -> dict[str, Any]:
-    from orchestrator.charts import CHILD_COLOUR, parent_colours
+    from orchestrator.reporting.charts import CHILD_COLOUR, parent_colours
     from orchestrator.scan_charts import heat_maps, highest_value
 
     known = parent_colours(parents)

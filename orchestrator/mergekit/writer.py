@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from orchestrator.mergekit_methods import PEER_METHODS, REQUIRED, PeerMethod, PeerParameter
-from orchestrator.mergekit_models import DTYPES
+from orchestrator.mergekit.methods import PEER_METHODS, REQUIRED, PeerMethod, PeerParameter
+from orchestrator.mergekit.models import DTYPES
 from workers.checkpoints import COMPONENTS
 from workers.errors import BadInputError
 from workers.merging import CARRIED, METHODS, Recipe, Rule

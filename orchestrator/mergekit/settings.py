@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
-from orchestrator.mergekit_methods import PeerParameter
+from orchestrator.mergekit.methods import PeerParameter
 from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.errors import BadInputError
 

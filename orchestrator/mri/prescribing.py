@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from orchestrator.calls import Calls
 from orchestrator.config import CampaignConfig
+from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
-from orchestrator.prescription import Prescription, prescribe
-from orchestrator.space import Space
+from orchestrator.mri.prescription import Prescription, prescribe
 from workers.storage import open_store
 
 
@@ -45,8 +45,8 @@ def recorded_or_scanned(
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
-    from orchestrator.probe_scan import ActivationProbe
-    from orchestrator.scan import scan_parents
+    from orchestrator.mri.probe import ActivationProbe
+    from orchestrator.mri.scan import scan_parents
 
     probe = None
     if config.scan.probe:

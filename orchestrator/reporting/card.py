@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from orchestrator.ancestry import Ancestry, parse_ancestry
-from orchestrator.ancestry_view import founders, licences, tree_lines
+from orchestrator.descent.ancestry import Ancestry, parse_ancestry
+from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.judgement import SIGNIFICANCE
-from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
-from orchestrator.prescribing import notes_on_search
+from orchestrator.mri.prescribing import notes_on_search
+from orchestrator.reporting.ancestry_view import founders, licences, tree_lines
 from orchestrator.statistics import format_p_value
 
 MOST_WARNINGS = 10

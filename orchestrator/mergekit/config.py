@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.mergekit_methods import PEER_METHODS, PeerMethod
-from orchestrator.mergekit_models import (
+from orchestrator.mergekit.methods import PEER_METHODS, PeerMethod
+from orchestrator.mergekit.models import (
     check_keys,
     layer_range,
     model_location,
     model_or_none,
     nonempty_list,
 )
-from orchestrator.mergekit_settings import Entry, first_that_count, is_gradient, parse_setting
+from orchestrator.mergekit.settings import Entry, first_that_count, is_gradient, parse_setting
 from workers.errors import BadInputError
 from workers.merging import METHODS
 

@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from orchestrator.config import GenomeConfig
-from orchestrator.genome_file import DECIMALS
+from orchestrator.genomes.parameter_file import DECIMALS
+from orchestrator.genomes.ratio_file import (
+    DENSITIES,
+    NUMBER,
+    TRUST,
+    RatioFile,
+    RatioGene,
+    load_ratio_file,
+)
+from orchestrator.genomes.ratio_space import BlendedTensor, RatioSpace, Terms
+from orchestrator.genomes.space import Gene, RemovedGene
 from orchestrator.mother_centric import PRESET, ratio
-from orchestrator.prescription import LEAST_DISPERSION, Prescription
-from orchestrator.ratio_file import DENSITIES, NUMBER, TRUST, RatioFile, RatioGene, load_ratio_file
-from orchestrator.ratio_space import BlendedTensor, RatioSpace, Terms
-from orchestrator.space import Gene, RemovedGene
+from orchestrator.mri.prescription import LEAST_DISPERSION, Prescription
 from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.errors import BadInputError
 from workers.merging import MergeMethod, ParentReference, get_method

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from orchestrator.ancestry import Ancestor, Ancestry, share_in
-from orchestrator.ancestry_view import details
-from orchestrator.charts import CHILD_COLOUR, parent_colours, shorten
-from orchestrator.inline_svg import INK, SMALL, WIDTH, draw_svg
+from orchestrator.descent.ancestry import Ancestor, Ancestry, share_in
+from orchestrator.reporting.ancestry_view import details
+from orchestrator.reporting.charts import CHILD_COLOUR, parent_colours, shorten
+from orchestrator.reporting.inline_svg import INK, SMALL, WIDTH, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

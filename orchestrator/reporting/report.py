@@ -12,9 +12,14 @@ from typing import Any
 
 import yaml
 
-from orchestrator.ancestry import parse_ancestry
-from orchestrator.ancestry_view import founders, licences
-from orchestrator.card import (
+from orchestrator.descent.ancestry import parse_ancestry
+from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
+from orchestrator.descent.shares import measured_shares, weighted_shares
+from orchestrator.judgement import SIGNIFICANCE
+from orchestrator.ledger import Ledger
+from orchestrator.mri.prescribing import notes_on_search
+from orchestrator.reporting.ancestry_view import founders, licences
+from orchestrator.reporting.card import (
     BRED_SHARES,
     breeding,
     component_changes,
@@ -22,11 +27,6 @@ from orchestrator.card import (
     verdict,
     what_was_searched,
 )
-from orchestrator.judgement import SIGNIFICANCE
-from orchestrator.ledger import Ledger
-from orchestrator.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
-from orchestrator.prescribing import notes_on_search
-from orchestrator.shares import measured_shares, weighted_shares
 from orchestrator.state import CampaignState, Candidate
 from orchestrator.statistics import format_p_value
 from workers.errors import BadInputError
@@ -52,8 +52,8 @@ def build_report(store: Store) -> str:
     """The page of the campaign in `store`. Raises `BadInputError` if it is not finished."""
     from jinja2 import Environment, StrictUndefined
 
-    from orchestrator import charts
-    from orchestrator.ancestry_chart import ancestry_chart
+    from orchestrator.reporting import charts
+    from orchestrator.reporting.ancestry_chart import ancestry_chart
 
     ledger = Ledger(store)
     begun, child = ledger.last("campaign"), ledger.last("child")
@@ -164,7 +164,7 @@ def _evaluated(state: CampaignState, budget: int) -> list[list[Candidate]]:
 def _draw_search(
     lineage: dict[str, Any], state: CampaignState, generations: list[list[Candidate]]
 ) -> dict[str, Any]:
-    from orchestrator import charts
+    from orchestrator.reporting import charts
 
     parents = [parent["name"] for parent in lineage["parents"]]
     search = lineage["search"]
@@ -198,7 +198,7 @@ def _gene_values(
     A gene of a parent is named `parameter.parent...`; the store does not tell the bounds, so the range
     that the candidates took stands for them.
     """
-    from orchestrator.charts import GeneValues
+    from orchestrator.reporting.charts import GeneValues
 
     split = {name: name.split(".") for name in genome}
     shared = {parts[0] for parts in split.values() if not set(parts[1:2]) & set(parents)}

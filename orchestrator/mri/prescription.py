@@ -14,8 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.genome_file import DECIMALS
-from orchestrator.importance import static_importance
+from orchestrator.genomes.parameter_file import DECIMALS
+from orchestrator.mri.importance import static_importance
 from workers.errors import BadInputError
 
 LEAST_DISPERSION = 0.01

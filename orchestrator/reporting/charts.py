@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from orchestrator.inline_svg import INK, SMALL, WIDTH, draw_svg
+from orchestrator.reporting.inline_svg import INK, SMALL, WIDTH, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from orchestrator.genome_file import DECIMALS
+from orchestrator.genomes.parameter_file import DECIMALS
 from workers.merging import MergeMethod, Recipe
 
 

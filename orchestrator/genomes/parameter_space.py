@@ -15,11 +15,8 @@ from itertools import product
 from typing import Any
 
 from orchestrator.config import GenomeConfig
-from orchestrator.genome_file import GeneFamily, SpaceFile, load_space_file
-from orchestrator.prescription import Prescription
-from orchestrator.ratio_file import is_ratio_file
-from orchestrator.ratio_genes import build_ratio_space
-from orchestrator.space import Gene, RemovedGene, Space, point_of, start_of
+from orchestrator.genomes.parameter_file import GeneFamily, SpaceFile, load_space_file
+from orchestrator.genomes.space import Gene, RemovedGene, point_of, start_of
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
 from workers.merging import MergeMethod, ParentReference, Recipe, Rule, Selector, get_method
@@ -97,25 +94,6 @@ class GenomeSpace:
                     family.gene_name("", region.group, region.block)
                 ]
         return parameters
-
-
-def build_space(
-    config: GenomeConfig,
-    father: ArchitectureMap,
-    parents: tuple[ParentReference, ...],
-    base: ParentReference | None,
-    seed: int,
-    scans: bool = False,
-    prescription: Prescription | None = None,
-) -> Space:
-    """Make the configured space for these parents. Raises `BadInputError` naming file and key.
-
-    `scans`: whether the campaign scans the parents; `prescription`: what the scan has advised. Without it
-    a space that needs one is made for what can be known before.
-    """
-    if is_ratio_file(config):
-        return build_ratio_space(config, father, parents, base, seed, scans, prescription)
-    return build_parameter_space(config, father, parents, base, seed)
 
 
 def build_parameter_space(

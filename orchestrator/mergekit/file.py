@@ -22,10 +22,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from orchestrator.mergekit_config import MergekitConfiguration, Settings, Slice, Source
-from orchestrator.mergekit_methods import REQUIRED, PeerParameter
-from orchestrator.mergekit_models import model_location, output_dtype, short_names
-from orchestrator.mergekit_settings import (
+from orchestrator.mergekit.config import MergekitConfiguration, Settings, Slice, Source
+from orchestrator.mergekit.methods import REQUIRED, PeerParameter
+from orchestrator.mergekit.models import model_location, output_dtype, short_names
+from orchestrator.mergekit.settings import (
     Entry,
     Span,
     default_value,
@@ -33,7 +33,7 @@ from orchestrator.mergekit_settings import (
     own_value,
     same_for_all,
 )
-from orchestrator.mergekit_tokens import chat_template, vocabulary_source
+from orchestrator.mergekit.tokens import chat_template, vocabulary_source
 from workers.checkpoints import COMPONENTS, ArchitectureMap, Checkpoint
 from workers.errors import BadInputError
 from workers.merging import CARRIED, METHODS

@@ -1,0 +1,1 @@
+"""Mothers of another architecture, made parents in the father's layout."""

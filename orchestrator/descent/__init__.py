@@ -1,0 +1,1 @@
+"""Where a child comes from: its lineage, its ancestry, and whose its weights are."""

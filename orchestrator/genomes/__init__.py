@@ -1,0 +1,1 @@
+"""Genome spaces: named, bounded genes, and how they decode to recipes."""

@@ -1,0 +1,1 @@
+"""mergekit's files, read and written."""
