@@ -107,13 +107,17 @@ def named_places(given: list[str]) -> dict[str, str]:
         name, found, place = text.partition("=")
         if not (name and found and place):
             raise BadInputError(f"--parent: {text!r} is not NAME=PLACE, such as father=org/model")
-        if name in places or name in RESERVED_NAMES:
-            raise BadInputError(
-                f"--parent: the name {name!r} is used twice, or is one of "
-                f"{', '.join(RESERVED_NAMES)}, which mean something else"
-            )
+        _check_name("--parent", name, places)
         places[name] = place
     return places
+
+
+def _check_name(where: str, name: str, places: dict[str, str]) -> None:
+    if name in places or name in RESERVED_NAMES:
+        raise BadInputError(
+            f"{where}: the name {name!r} is used twice, or is one of "
+            f"{', '.join(RESERVED_NAMES)}, which mean something else"
+        )
 
 
 def load_recipe_data(
@@ -181,7 +185,7 @@ def _placed(
 
 
 def _parents(path: str, data: Any) -> dict[str, str]:
-    places = {}
+    places: dict[str, str] = {}
     for parent in data if isinstance(data, list) else []:
         if isinstance(parent, dict) and parent.keys() == {"name"}:
             raise BadInputError(
@@ -192,11 +196,7 @@ def _parents(path: str, data: Any) -> dict[str, str]:
         name, place = parent["name"], parent["path"]
         if not isinstance(name, str) or not isinstance(place, str):
             raise BadInputError(f"{path}: parents: {name!r} and {place!r} must be texts")
-        if name in places or name in RESERVED_NAMES:
-            raise BadInputError(
-                f"{path}: parents: the name {name!r} is used twice, or is one of "
-                f"{', '.join(RESERVED_NAMES)}, which mean something else"
-            )
+        _check_name(f"{path}: parents", name, places)
         places[name] = place
     if not places:
         raise BadInputError(f"{path}: parents must be a list of name and path, the father first")

@@ -71,6 +71,14 @@ def records(store: Store) -> list[Record]:
     return list(read_records(store))
 
 
+def count_records(store: Store, kind: str, **content: Any) -> int:
+    """How many records of the ledger as it stands are of this kind and have this content."""
+    return sum(
+        record["kind"] == kind and all(record.get(key) == value for key, value in content.items())
+        for record in records(store)
+    )
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
     """Until the condition holds. Fails if `process` ends first, or after `START_SECONDS`."""
     deadline = time.monotonic() + START_SECONDS

@@ -261,8 +261,8 @@ def _probe_figures(scan: dict[str, Any], parents: list[str]) -> list[dict[str, A
 def _figure(
     name: str, title: str, caption: str, panels: dict[str, Cells], parents: list[str]
 ) -> dict[str, Any]:
+    from orchestrator.mri.charts import heat_maps, highest_value
     from orchestrator.reporting.charts import CHILD_COLOUR, parent_colours
-    from orchestrator.scan_charts import heat_maps, highest_value
 
     known = parent_colours(parents)
     return {

@@ -12,7 +12,7 @@ from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
 from orchestrator.mri.prescription import Prescription, prescribe
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 
 class Recorder(Protocol):
@@ -45,19 +45,26 @@ def recorded_or_scanned(
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
+    stage("scanning the parents")
+    prescription = scan_and_prescribe(config, inputs, space, calls, open_store(config.store))
+    record("prescription", of=of, prescription=prescription.to_dict())
+    return prescription
+
+
+def scan_and_prescribe(
+    config: CampaignConfig, inputs: Inputs, space: Space, calls: Calls, store: Store | None
+) -> Prescription:
+    """What the configured scan advises for the tensors of `space`; the scan is kept in `store`."""
     from orchestrator.mri.probe import ActivationProbe
     from orchestrator.mri.scan import scan_parents
 
     probe = None
     if config.scan.probe:
         probe = ActivationProbe(inputs.calibration, device=config.engine.device)
-    stage("scanning the parents")
-    scan = scan_parents(inputs.parents, inputs.base, calls, open_store(config.store), probe)
+    scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
     if not config.scan.static:
         scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
-    prescription = prescribe(scan, space.to_prescribe, config.scan.alpha)
-    record("prescription", of=of, prescription=prescription.to_dict())
-    return prescription
+    return prescribe(scan, space.to_prescribe, config.scan.alpha)
 
 
 def describe_space(space: Space, prescription: Prescription | None) -> dict[str, Any]:

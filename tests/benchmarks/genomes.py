@@ -25,9 +25,7 @@ from orchestrator.config import CampaignConfig, config_from_dict
 from orchestrator.genomes.build import build_space
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs, open_inputs
-from orchestrator.mri.prescription import prescribe
-from orchestrator.mri.probe import ActivationProbe, load_calibration_sets
-from orchestrator.mri.scan import scan_parents
+from orchestrator.mri.prescribing import scan_and_prescribe
 from orchestrator.search import build_optimizer
 from orchestrator.statistics import objective
 from workers.actors import MergeSpec, MergeWorker
@@ -152,11 +150,7 @@ def space_of(inputs: Inputs, config: CampaignConfig) -> Space:
         return space
     worker = MergeWorker(MergeSpec({}, None, {}))
     worker.parents, worker.base = inputs.parents, inputs.base
-    probe = ActivationProbe(load_calibration_sets(config.scan.sets)) if config.scan.probe else None
-    scan = scan_parents(inputs.parents, inputs.base, LocalCalls(worker), None, probe)
-    if not config.scan.static:
-        scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
-    prescription = prescribe(scan, space.to_prescribe, config.scan.alpha)
+    prescription = scan_and_prescribe(config, inputs, space, LocalCalls(worker), None)
     return build_space(*given, prescription)
 
 

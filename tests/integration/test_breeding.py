@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from orchestrator.descent.ancestry import parse_ancestry
 from tests.campaigns import (
+    count_records,
     digests,
     records,
     run_darwin,
@@ -101,11 +103,7 @@ def test_killed_in_every_round_the_child_is_the_same(
     campaign = write_campaign(tmp_path, **BRED)
     store = open_store(str(tmp_path / "store" / "bred"))
 
-    def count(kind: str, **content: Any) -> int:
-        return sum(
-            r["kind"] == kind and all(r.get(k) == v for k, v in content.items())
-            for r in records(store)
-        )
+    count = partial(count_records, store)
 
     points: list[Callable[[], bool]] = [
         lambda: count("scored") >= 5,  # within the first round

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import transformers
 from orchestrator.config import SHIPPED
 from orchestrator.ledger import Record
 from tests.campaigns import (
+    count_records,
     digests,
     records,
     run_darwin,
@@ -121,11 +123,7 @@ def test_killed_at_six_points_the_child_is_the_same(undisturbed: dict, tmp_path:
     campaign = write_campaign(tmp_path)
     store = open_store(str(tmp_path / "store" / "small"))
 
-    def count(kind: str, **content: object) -> int:
-        return sum(
-            r["kind"] == kind and all(r.get(k) == v for k, v in content.items())
-            for r in records(store)
-        )
+    count = partial(count_records, store)
 
     points: list[Callable[[], bool]] = [
         lambda: count("scored") >= 1,  # while the parents are scored
