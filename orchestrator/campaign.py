@@ -13,6 +13,7 @@ from orchestrator.breeding import (
     check_breeding,
 )
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
+from orchestrator.errors import EngineMismatchError
 from orchestrator.examination import fingerprint, load_examination
 from orchestrator.finishing import finish, judge_child
 from orchestrator.genomes.build import build_space
@@ -22,7 +23,7 @@ from orchestrator.lease import Lease, acquire_lease
 from orchestrator.ledger import LeaseLostError, Ledger
 from orchestrator.mri.prescribing import describe_space, notes_on_search, recorded_or_scanned
 from orchestrator.mri.prescription import Prescription
-from orchestrator.pool import EngineMismatchError, Job, Pool, Progress
+from orchestrator.pool import Job, Pool, Progress
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search

@@ -363,9 +363,8 @@ def main() -> None:
 def _is_foreseen(error: Exception) -> bool:
     """Whether the message says it all; anything else is a bug, and its traceback is wanted."""
     from orchestrator.aligning.alignment import LowCoverageError
-    from orchestrator.errors import CampaignError
+    from orchestrator.errors import CampaignError, PoolError
     from orchestrator.ledger import LeaseLostError
-    from orchestrator.pool import PoolError
     from workers.storage import StorageError
 
     foreseen = CampaignError | LeaseLostError | LowCoverageError | PoolError | StorageError

@@ -28,9 +28,13 @@ from workers.storage import ObjectNotFoundError, open_store
 
 SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 
-OPERATIONAL_KEYS = ("store", "address", "workers.count", "workers.cpus", "workers.gpus")
+OPERATIONAL_KEYS = (
+    "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.spread",
+)  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
+
+SPREADS = ("none", "spread", "strict")
 
 GATES = ("finite", "different", "changed", "perplexity", "repetition", "endings", "layers")
 """What is checked before a child is published."""
@@ -140,6 +144,9 @@ class WorkersConfig:
     count: int = 1
     cpus: float = 1
     gpus: float = 0
+    spread: str = "none"
+    """How they lie on the nodes: as Ray likes (`none`), apart where there is room (`spread`), or each on a
+    node of its own (`strict`)."""
 
 
 @dataclass
@@ -376,6 +383,8 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):
         if not 0 <= share < math.inf:
             refuse(f"workers.{key}", f"{share} must be a number from 0 on")
+    if config.workers.spread not in SPREADS:
+        refuse("workers.spread", f"{config.workers.spread!r} is none of {', '.join(SPREADS)}")
     for key in ("repetition", "endings", "difference", "function_loss"):
         if not 0 <= (value := getattr(config.health, key)) <= 1:
             refuse(f"health.{key}", f"{value} must be a share from 0 to 1")

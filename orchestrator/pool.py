@@ -8,15 +8,17 @@ what the driver records.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import WorkersConfig
+from orchestrator.crew import Crew, Worker
+from orchestrator.errors import PoolError
+from orchestrator.ray_session import cause_of
+from orchestrator.turns import Turns
 from workers.errors import BadInputError
 from workers.storage import StorageError
 
@@ -43,28 +45,9 @@ UNCUT_CALLS = frozenset({"examine", "probe", "probe_span", "publish_file", "hash
 UNCUT_HUNG_SECONDS = 24 * 3600.0
 """The same for `UNCUT_CALLS`. A worker or node that dies is noticed at once; this is for one that hangs."""
 
-START_ATTEMPTS = 3
-"""How many workers in a row may fail to start, before any has, until the campaign does."""
-
-START_SECONDS = 1800.0
-"""With no worker in service for this long, the cluster will not give any: long enough for machines that
-must be started first, and for parents that must be copied to them."""
-
 GROUP_BYTES = 256 << 20
 
 BACK_OFF_SECONDS = 1.0
-
-
-LONGEST_REST_SECONDS = 300.0
-"""After failed starts a place rests, longer each time, up to this long."""
-
-
-class PoolError(RuntimeError):
-    """Workers cannot be started, or keep failing."""
-
-
-class EngineMismatchError(RuntimeError):
-    """A worker would score differently from those before it."""
 
 
 @dataclass(eq=False)
@@ -94,27 +77,6 @@ class Progress:
     given_up: bool = False
 
 
-@dataclass
-class _Worker:
-    """A place for a worker, and the actor that has it now."""
-
-    number: int
-    serial: int = 0
-    """Counts the actors of the pool: no two have the same."""
-    actor: Any = None
-    """None while the place rests after a failed start."""
-    ready: Any = None
-    """The pending `describe` call of an actor that is starting."""
-    job: Job | None = None
-    call: Any = None
-    since: float = 0.0
-    """When the actor was started, or called, or when the rest began."""
-
-    @property
-    def in_service(self) -> bool:
-        return self.actor is not None and self.ready is None
-
-
 class Pool:
     """`workers.count` workers, replaced when they die. A context manager.
 
@@ -128,34 +90,20 @@ class Pool:
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.spec = spec
-        self.config = config
-        self.address = address
-        self.check_engine = check_engine
         self.idle_seconds = 0.0
         """Time the driver spent waiting for workers, of all the time in `run`."""
-        self._workers: list[_Worker] = []
-        self._serial = 0
-        self._failed_starts: list[str] = []
-        self._was_in_service = False
-        """Whether any worker ever was: from then on, a bad start is the fault of its machine."""
-        self._last_service = time.monotonic()
+        self._crew = Crew(spec, config, address, check_engine)
 
     def __enter__(self) -> Pool:
-        start_ray(self.address, self.config)
-        self._workers = [_Worker(number) for number in range(self.config.count)]
-        for worker in self._workers:
-            self._start(worker)
+        self._crew.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        import ray
+        self._crew.__exit__(*exception)
 
-        for worker in self._workers:
-            if worker.actor is not None:
-                ray.kill(worker.actor)
-        self._workers = []
-        ray.shutdown()
+    @property
+    def _workers(self) -> list[Worker]:
+        return self._crew.workers
 
     @property
     def busy(self) -> int:
@@ -176,32 +124,43 @@ class Pool:
             self._dispatch(waiting)
             yield from progress
 
+    @property
+    def workers(self) -> int:
+        """See `Calls.workers`."""
+        return len(self._workers)
+
     def group_bytes(self, total: int) -> int:
         """What of a child a worker merges in one call: small enough that none waits long at the end."""
         return min(GROUP_BYTES, total // (4 * len(self._workers)))
 
-    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self,
+        method: str,
+        arguments: list[tuple[Any, ...]],
+        preferred: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
         """Call the workers' `method` with each of `arguments`; (number, result) as they come.
 
-        A call that fails is made again, after those that wait, by whichever worker is idle; a worker whose
-        store failed rests first, and one that hangs is replaced. Raises a worker's `BadInputError` as it is,
-        and its `StorageError` or a `PoolError` after the last attempt.
+        `preferred` may say which worker had better take each call; another one does when it has nothing
+        of its own left. A call that fails is made again, after those that wait, by whichever worker is
+        idle; a worker whose store failed rests first, and one that hangs is replaced. Raises a worker's
+        `BadInputError` as it is, and its `StorageError` or a `PoolError` after the last attempt.
         """
         import ray
 
         longest = UNCUT_HUNG_SECONDS if method in UNCUT_CALLS else HUNG_SECONDS
-        waiting = deque(range(len(arguments)))
+        waiting = Turns(len(arguments), preferred)
         failures: dict[int, list[str]] = {}
-        running: dict[Any, tuple[_Worker, int]] = {}
+        running: dict[Any, tuple[Worker, int]] = {}
         rests: dict[int, float] = {}
         while waiting or running:
-            self._wake()
+            self._crew.wake()
             now = time.monotonic()
             busy = {worker.number for worker, _ in running.values()}
             busy |= {number for number, until in rests.items() if until > now}
             for worker in self._workers:
                 if waiting and worker.in_service and worker.number not in busy:
-                    number = waiting.popleft()
+                    number = waiting.take(worker.number)
                     call = getattr(worker.actor, method).remote(*arguments[number])
                     running[call], worker.since = (worker, number), now
             starting = {w.ready: w for w in self._workers if w.ready is not None}
@@ -211,15 +170,15 @@ class Pool:
             done, _ = ray.wait([*running, *starting], num_returns=1, timeout=BACK_OFF_SECONDS)
             for reference in done:
                 if reference in starting:
-                    self._enter_service(starting[reference])
+                    self._crew.enter_service(starting[reference])
                     continue
                 worker, number = running.pop(reference)
                 try:
                     result = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     known = failures.setdefault(number, [])
-                    self._handle_failed_call(worker, method, _cause(error), known)
-                    waiting.append(number)
+                    self._handle_failed_call(worker, method, cause_of(error), known)
+                    waiting.put_back(number)
                     rests[worker.number] = now + BACK_OFF_SECONDS * 2 ** len(known)
                 else:
                     yield number, result
@@ -228,10 +187,10 @@ class Pool:
                     del running[reference]
                     hung = TimeoutError("the worker hangs")
                     self._handle_failed_call(worker, method, hung, failures.setdefault(number, []))
-                    waiting.append(number)
+                    waiting.put_back(number)
 
     def _handle_failed_call(
-        self, worker: _Worker, method: str, cause: Exception, failures: list[str]
+        self, worker: Worker, method: str, cause: Exception, failures: list[str]
     ) -> None:
         failures.append(f"{type(cause).__name__}: {cause}")
         if isinstance(cause, BadInputError):
@@ -242,69 +201,7 @@ class Pool:
             raise PoolError(f"{method} failed {ATTEMPTS} times; the last time: {failures[-1]}")
         if not isinstance(cause, StorageError):
             # Dead, or out of memory: it would fail the next call too.
-            self._start(worker)
-
-    # -- places and actors -------------------------------------------------------------------
-
-    def _start(self, worker: _Worker) -> None:
-        """Put a new actor into the place, instead of the one it may have."""
-        import ray
-
-        from workers import actors
-
-        if worker.actor is not None:
-            ray.kill(worker.actor)
-        evaluates = isinstance(self.spec, actors.WorkerSpec)
-        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
-        self._serial += 1
-        worker.serial, worker.job, worker.call = self._serial, None, None
-        worker.actor = (
-            ray.remote(kind)
-            .options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_restarts=0)
-            .remote(self.spec)
-        )
-        worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
-
-    def _enter_service(self, worker: _Worker) -> None:
-        import ray
-
-        try:
-            self.check_engine(ray.get(worker.ready))
-        except (ray.exceptions.RayError, EngineMismatchError) as error:
-            self._handle_bad_start(worker, _cause(error))
-            return
-        worker.ready = None
-        self._was_in_service = True
-
-    def _handle_bad_start(self, worker: _Worker, cause: Exception) -> None:
-        """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
-        import ray
-
-        if not self._was_in_service and isinstance(cause, BadInputError | EngineMismatchError):
-            raise cause
-        self._failed_starts.append(str(cause))
-        if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
-            raise PoolError(
-                f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"
-            ) from cause
-        ray.kill(worker.actor)
-        worker.actor, worker.ready, worker.since = None, None, time.monotonic()
-
-    def _wake(self) -> None:
-        """Start actors in places that have rested; give up if none has been in service for long."""
-        now = time.monotonic()
-        rest = min(BACK_OFF_SECONDS * 2 ** len(self._failed_starts), LONGEST_REST_SECONDS)
-        for worker in self._workers:
-            if worker.actor is None and now - worker.since > rest:
-                self._start(worker)
-        if any(worker.in_service for worker in self._workers):
-            self._last_service = now
-        elif now - self._last_service > START_SECONDS:
-            reason = self._failed_starts[-1] if self._failed_starts else (
-                f"does the cluster have a node with {self.config.cpus:g} free CPUs and "
-                f"{self.config.gpus:g} GPUs?"
-            )  # fmt: skip
-            raise PoolError(f"no worker has been in service for {START_SECONDS:.0f} s: {reason}")
+            self._crew.start(worker)
 
     # -- jobs --------------------------------------------------------------------------------
 
@@ -320,13 +217,12 @@ class Pool:
                     job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS
                 )
 
-    def _choose(self, worker: _Worker, waiting: deque[Job]) -> Job | None:
+    def _choose(self, worker: Worker, waiting: deque[Job]) -> Job | None:
         """The first job that is due, and that has not failed on this worker while others are there."""
         now = time.monotonic()
         for job in waiting:
             elsewhere = any(
-                other.actor is not None and other.serial not in job.failed_on
-                for other in self._workers
+                other.is_expected and other.serial not in job.failed_on for other in self._workers
             )
             if job.not_before <= now and not (worker.serial in job.failed_on and elsewhere):
                 return job
@@ -336,7 +232,7 @@ class Pool:
         """Wait until something happens, and say what."""
         import ray
 
-        self._wake()
+        self._crew.wake()
         pending = {
             worker.ready if worker.ready is not None else worker.call: worker
             for worker in self._workers
@@ -353,7 +249,7 @@ class Pool:
         for reference in done:
             worker = pending[reference]
             if worker.ready is not None:
-                self._enter_service(worker)
+                self._crew.enter_service(worker)
             else:
                 progress.append(self._finish_call(worker, waiting))
         for worker in self._workers:
@@ -361,15 +257,15 @@ class Pool:
                 progress.append(self._fail(worker, waiting, TimeoutError("the worker hangs")))
         return progress
 
-    def _finish_call(self, worker: _Worker, waiting: deque[Job]) -> Progress:
+    def _finish_call(self, worker: Worker, waiting: deque[Job]) -> Progress:
         import ray
 
         assert worker.job is not None
         try:
             scored: Scored = ray.get(worker.call)
         except ray.exceptions.RayError as error:
-            return self._fail(worker, waiting, _cause(error))
-        self._failed_starts.clear()
+            return self._fail(worker, waiting, cause_of(error))
+        self._crew.forgive()
         job, worker.job, worker.call = worker.job, None, None
         for task, items in scored.items.items():
             job.finished.setdefault(task, []).extend(item["id"] for item in items)
@@ -377,7 +273,7 @@ class Pool:
             waiting.appendleft(job)  # most likely this worker takes it again, weights in place
         return Progress(job, worker.number, scored)
 
-    def _fail(self, worker: _Worker, waiting: deque[Job], cause: Exception) -> Progress:
+    def _fail(self, worker: Worker, waiting: deque[Job], cause: Exception) -> Progress:
         """Put the job back, for another worker if there is one; replace a worker that is not sound."""
         job, worker.job, worker.call = worker.job, None, None
         assert job is not None
@@ -386,55 +282,10 @@ class Pool:
         bad_input = isinstance(cause, BadInputError)
         if not bad_input:
             # Dead, out of memory, or with a device in disorder: it would fail the next job too.
-            self._start(worker)
+            self._crew.start(worker)
         given_up = len(job.failures) >= (BAD_INPUT_ATTEMPTS if bad_input else ATTEMPTS)
         if not given_up:
             back_off = 0.0 if bad_input else BACK_OFF_SECONDS * 2 ** len(job.failures)
             job.not_before = time.monotonic() + back_off
             waiting.append(job)
         return Progress(job, worker.number, error=job.failures[-1], given_up=given_up)
-
-
-def start_ray(address: str | None, workers: WorkersConfig) -> None:
-    """Connect to the cluster at `address`, or start Ray on this machine for this process alone."""
-    # Before ray is imported: it reads these once.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
-        # A token of our own, so that nothing is written to the user's home and nobody else gets in.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
-    import ray
-
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    interrupted: list[int] = []
-    # An interrupt in the middle of Ray's start leaves it in pieces: it is taken when Ray is up.
-    on_interrupt = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
-    try:
-        if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-        else:
-            ray.init(
-                address="local",  # not a cluster that happens to run here
-                num_cpus=max(1, -(-workers.count * workers.cpus // 1)),
-                num_gpus=-(-workers.count * workers.gpus // 1) or None,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                object_store_memory=128 << 20,
-            )
-    except SystemExit as error:  # how Ray takes a SIGTERM while it starts
-        raise KeyboardInterrupt from error
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise PoolError(f"Ray at {address or 'this machine'} does not start: {error}") from error
-    finally:
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would leave without saving
-        signal.signal(signal.SIGINT, on_interrupt)
-        if interrupted:
-            raise KeyboardInterrupt
-
-
-def _cause(error: Exception) -> Exception:
-    """The worker's own error behind what Ray raises, or what Ray says itself."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, Exception) else error

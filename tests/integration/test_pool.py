@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+import orchestrator.crew as crew_module
 import orchestrator.pool as pool_module
 import workers.actors
 from orchestrator.config import WorkersConfig
-from orchestrator.pool import Job, Pool, PoolError, Progress
+from orchestrator.errors import PoolError
+from orchestrator.pool import Job, Pool, Progress
 from tests.unreliable_worker import UnreliableWorker
 from workers.actors import WorkerSpec
 from workers.errors import BadInputError
@@ -24,6 +26,7 @@ PARENTS = (ParentReference("a", "0" * 64), ParentReference("b", "1" * 64))
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers.actors, "EvaluationWorker", UnreliableWorker)
     monkeypatch.setattr(pool_module, "BACK_OFF_SECONDS", 0.05)
+    monkeypatch.setattr(crew_module, "FIRST_REST_SECONDS", 0.05)
 
 
 def make_pool(folder: Path, count: int = 2, **plan: Any) -> Pool:

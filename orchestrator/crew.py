@@ -1,0 +1,174 @@
+"""The pool's places, and the Ray actors in them: started, replaced, and left to rest after bad starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config import WorkersConfig
+from orchestrator.errors import EngineMismatchError, PoolError
+from orchestrator.placement import Placement, check_spread
+from orchestrator.ray_session import cause_of, start_ray
+from workers.errors import BadInputError
+
+if TYPE_CHECKING:
+    from orchestrator.pool import Job
+    from workers.actors import MergeSpec
+
+START_ATTEMPTS = 3
+"""How many workers in a row may fail to start, before any has, until the campaign does."""
+
+START_SECONDS = 1800.0
+"""With no worker in service for this long, the cluster will not give any: long enough for machines that
+must be started first, and for parents that must be copied to them."""
+
+FIRST_REST_SECONDS = 1.0
+
+LONGEST_REST_SECONDS = 300.0
+"""After failed starts a place rests, twice as long each time, up to this long."""
+
+
+@dataclass
+class Worker:
+    """A place for a worker, and the actor that has it now."""
+
+    number: int
+    serial: int = 0
+    """Counts the actors of the pool: no two have the same."""
+    actor: Any = None
+    """None while the place rests after a failed start."""
+    ready: Any = None
+    """The pending `describe` call of an actor that is starting."""
+    job: Job | None = None
+    call: Any = None
+    since: float = 0.0
+    """When the actor was started, or called, or when the rest began."""
+
+    @property
+    def in_service(self) -> bool:
+        return self.actor is not None and self.ready is None
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether it is in service, or will soon be: a place of a lost node may wait for ever."""
+        starting = self.ready is not None and time.monotonic() - self.since < START_SECONDS
+        return self.in_service or starting
+
+
+class Crew:
+    """`workers.count` places, each with a worker that is replaced when it dies. A context manager."""
+
+    def __init__(
+        self,
+        spec: MergeSpec,
+        config: WorkersConfig,
+        address: str | None,
+        check_engine: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.workers: list[Worker] = []
+        self._spec = spec
+        self._config = config
+        self._address = address
+        self._check_engine = check_engine
+        self._placement: Placement | None = None
+        self._serial = 0
+        self._failed_starts: list[str] = []
+        self._was_in_service = False
+        """Whether any worker ever was: from then on, a bad start is the fault of its machine."""
+        self._last_service = time.monotonic()
+
+    def __enter__(self) -> Crew:
+        check_spread(self._config, self._address)
+        start_ray(self._address, self._config)
+        if self._config.spread != "none":
+            self._placement = Placement(self._config)
+        self.workers = [Worker(number) for number in range(self._config.count)]
+        for worker in self.workers:
+            self.start(worker)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import ray
+
+        for worker in self.workers:
+            if worker.actor is not None:
+                ray.kill(worker.actor)
+        self.workers = []
+        if self._placement is not None:
+            self._placement.release()
+        ray.shutdown()
+
+    def forgive(self) -> None:
+        """Starts work again: the next place that rests does so for the shortest time."""
+        self._failed_starts.clear()
+
+    def start(self, worker: Worker) -> None:
+        """Put a new actor into the place, instead of the one it may have."""
+        import ray
+
+        from workers import actors
+
+        if worker.actor is not None:
+            ray.kill(worker.actor)
+        evaluates = isinstance(self._spec, actors.WorkerSpec)
+        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
+        place = self._placement.options(worker.number) if self._placement else {}
+        self._serial += 1
+        worker.serial, worker.job, worker.call = self._serial, None, None
+        worker.actor = (
+            ray.remote(kind)
+            .options(
+                num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_restarts=0, **place
+            )
+            .remote(self._spec)
+        )
+        worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
+
+    def enter_service(self, worker: Worker) -> None:
+        import ray
+
+        try:
+            self._check_engine(ray.get(worker.ready))
+        except (ray.exceptions.RayError, EngineMismatchError) as error:
+            self._handle_bad_start(worker, cause_of(error))
+            return
+        worker.ready = None
+        self._was_in_service = True
+
+    def _handle_bad_start(self, worker: Worker, cause: Exception) -> None:
+        """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
+        import ray
+
+        if not self._was_in_service and isinstance(cause, BadInputError | EngineMismatchError):
+            raise cause
+        self._failed_starts.append(str(cause))
+        if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
+            raise PoolError(
+                f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"
+            ) from cause
+        ray.kill(worker.actor)
+        worker.actor, worker.ready, worker.since = None, None, time.monotonic()
+
+    def wake(self) -> None:
+        """Start actors in places that have rested; give up if none has been in service for long."""
+        now = time.monotonic()
+        rest = min(FIRST_REST_SECONDS * 2 ** len(self._failed_starts), LONGEST_REST_SECONDS)
+        for worker in self.workers:
+            if worker.actor is None and now - worker.since > rest:
+                self.start(worker)
+        if any(worker.in_service for worker in self.workers):
+            self._last_service = now
+        elif now - self._last_service > START_SECONDS:
+            reason = self._failed_starts[-1] if self._failed_starts else self._problem()
+            raise PoolError(f"no worker has been in service for {START_SECONDS:.0f} s: {reason}")
+
+    def _problem(self) -> str:
+        """Why there may be no room for any worker."""
+        if self._placement is not None:
+            return self._placement.problem()
+        return (
+            f"does the cluster have a node with {self._config.cpus:g} free CPUs and "
+            f"{self._config.gpus:g} GPUs?"
+        )

@@ -1,0 +1,54 @@
+"""This process's connection to Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from orchestrator.config import WorkersConfig
+from orchestrator.errors import PoolError
+
+
+def start_ray(address: str | None, workers: WorkersConfig) -> None:
+    """Connect to the cluster at `address`, or start Ray on this machine for this process alone."""
+    # Before ray is imported: it reads these once.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        # A token of our own, so that nothing is written to the user's home and nobody else gets in.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
+    import ray
+
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    interrupted: list[int] = []
+    # An interrupt in the middle of Ray's start leaves it in pieces: it is taken when Ray is up.
+    on_interrupt = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+    try:
+        if address is not None:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        else:
+            ray.init(
+                address="local",  # not a cluster that happens to run here
+                num_cpus=max(1, -(-workers.count * workers.cpus // 1)),
+                num_gpus=-(-workers.count * workers.gpus // 1) or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=128 << 20,
+            )
+    except SystemExit as error:  # how Ray takes a SIGTERM while it starts
+        raise KeyboardInterrupt from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise PoolError(f"Ray at {address or 'this machine'} does not start: {error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would leave without saving
+        signal.signal(signal.SIGINT, on_interrupt)
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+def cause_of(error: Exception) -> Exception:
+    """The worker's own error behind what Ray raises, or what Ray says itself."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Exception) else error
