@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,13 +26,24 @@ MOST_PROCESSES = 16
 
 
 class Calls(Protocol):
-    """Workers that take calls: threads of this process, or actors of a pool."""
+    """Workers that take calls: processes of this machine, or actors of a pool."""
+
+    @property
+    def workers(self) -> int:
+        """How many there are to divide a model among; 1 for those that share a machine's memory."""
 
     def group_bytes(self, total: int) -> int:
         """About as much of `total` is given to a worker at once."""
 
-    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Call the workers' `method` with each of `arguments`; (number, result) as they come."""
+    def each(
+        self,
+        method: str,
+        arguments: list[tuple[Any, ...]],
+        preferred: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Call the workers' `method` with each of `arguments`; (number, result) as they come.
+
+        `preferred` may say which worker, from 0 on, had better take each call."""
 
 
 class LocalCalls:
@@ -46,11 +57,21 @@ class LocalCalls:
         self._worker = worker
         self._processes = processes
 
+    @property
+    def workers(self) -> int:
+        """See `Calls.workers`."""
+        return 1
+
     def group_bytes(self, total: int) -> int:
         """See `Calls.group_bytes`: each part by itself."""
         return 1
 
-    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self,
+        method: str,
+        arguments: list[tuple[Any, ...]],
+        preferred: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
         """See `Calls.each`. Raises `StorageError` if a process dies."""
         if self._processes == 1 or len(arguments) < 2:
             for number, given in enumerate(arguments):

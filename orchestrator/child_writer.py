@@ -21,6 +21,7 @@ from orchestrator.descent.lineage import (
     LINEAGE_FILE,
     package_version,
 )
+from orchestrator.part_groups import group_parts, part_owners
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe
@@ -35,9 +36,6 @@ from workers.storage import (
 
 PROGRESS = "merge-in-progress"
 MANIFEST = f"{PROGRESS}/manifest.json"
-TENSOR_BYTES = 128 << 20
-"""Parts of one tensor are given to one worker together, up to so many."""
-
 RECORD_BYTES = 256 << 20
 """So much is written between two records, or a sixteenth of a small child: what a crash may cost."""
 
@@ -118,10 +116,17 @@ class ChildWriter:
         notify(sum(sizes[key] for key in self._written))
         pending: list[dict[str, Any]] = []
         size = 0
-        groups = self._groups(calls.group_bytes(self.total_bytes))
+        missing = [
+            part
+            for part in self.parts
+            if part.key not in self._written and part.file not in self._files
+        ]
+        owners = part_owners(self.parts, self.plan.child.tensors, calls.workers)
+        groups = group_parts(missing, owners, calls.group_bytes(self.total_bytes))
         recipe = self.recipe.to_dict()
-        given = [(recipe, self.target.uri, self._uploads, group) for group in groups]
-        for _, reports in calls.each("write_parts", given):
+        given = [(recipe, self.target.uri, self._uploads, group.keys) for group in groups]
+        preferred = [group.owner for group in groups]
+        for _, reports in calls.each("write_parts", given, preferred):
             for written in [dict(vars(report)) for report in reports]:
                 key = written["file"], written["number"]
                 written["upload"] = self._uploads[written["file"]]
@@ -268,21 +273,6 @@ class ChildWriter:
 
     def _record(self, content: dict[str, Any]) -> None:
         self.target.create(f"{PROGRESS}/{secrets.token_hex(8)}.json", json.dumps(content).encode())
-
-    def _groups(self, group_bytes: int) -> list[list[tuple[str, int]]]:
-        """The parts that are missing, in groups of about so many bytes."""
-        groups: list[list[tuple[str, int]]] = []
-        size = group_bytes
-        for part in self.parts:
-            if part.key not in self._written and part.file not in self._files:
-                # The rest of a tensor goes to the same worker: it knows its statistics by then.
-                goes_on = bool(part.units) and part.units[0].first > 0
-                if size >= (max(group_bytes, TENSOR_BYTES) if goes_on else group_bytes):
-                    groups.append([])
-                    size = 0
-                groups[-1].append(part.key)
-                size += part.stop - part.start
-        return groups
 
     def _publish_files(self, calls: Calls) -> None:
         by_file: dict[str, list[Part]] = {}

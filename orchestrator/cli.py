@@ -118,6 +118,10 @@ def merge(
         int, typer.Option(help="Split the work over so many Ray workers; 0: over processes here.")
     ] = 0,
     cpus: Annotated[float, typer.Option(help="CPUs, hence threads, of each worker.")] = 1,
+    spread: Annotated[
+        str,
+        typer.Option(help="Workers on nodes of their own: none, spread (if there are), strict."),
+    ] = "none",
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster; else Ray starts on this machine.")
     ] = None,
@@ -128,7 +132,7 @@ def merge(
     from orchestrator.recipe_file import named_places
     from orchestrator.single_merge import merge_recipe
 
-    pool = WorkersConfig(count=workers, cpus=cpus) if workers else None
+    pool = WorkersConfig(count=workers, cpus=cpus, spread=spread) if workers else None
     result = merge_recipe(recipe, out, pool, address, named_places(parent or []), base)
     if as_json:
         _print_json(result)

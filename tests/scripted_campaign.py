@@ -66,14 +66,18 @@ class ScriptedPool:
             }  # fmt: skip
             yield Progress(job, 0, Scored(items, True, 0.0, 0.0))
 
+    workers = 1
+
     def group_bytes(self, total: int) -> int:
         return self.calls.group_bytes(total)
 
-    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def each(
+        self, method: str, arguments: list[tuple[Any, ...]], preferred: Any = None
+    ) -> Iterator[tuple[int, Any]]:
         self.called.append(method)
         if method == "examine" and self.worker.engine is None:
             self.worker.describe()  # the only call that needs the live model
-        return self.calls.each(method, arguments)
+        return self.calls.each(method, arguments, preferred)
 
 
 class ScriptedCampaign(Campaign):
