@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-from tests.checkpoint_files import write_checkpoint
+from tests.checkpoint_files import read_tensors, write_checkpoint
 
 EXPERTS, LAYERS, HIDDEN, INNER = 6, 2, 16, 8
 CONFIG = {
@@ -49,6 +52,23 @@ def reordered(tensors: Tensors, orders: dict[int, Sequence[int]]) -> Tensors:
             if f".layers.{layer}.mlp.gate." in name or f".layers.{layer}.mlp.experts." in name:
                 found[name] = tensors[name][list(order)].contiguous()
     return found
+
+
+def copy_reordered(source: Path, target: Path, orders: dict[int, Sequence[int]]) -> Path:
+    """A written model of single experts, its experts renamed as by `reordered`."""
+    shutil.copytree(source, target)
+    found: Tensors = {}
+    for name, value in read_tensors(source).items():
+        layer, expert = (re.search(rf"\.{kind}\.(\d+)\.", name) for kind in ("layers", "experts"))
+        order = orders.get(int(layer[1])) if layer else None
+        if order is not None and expert:
+            place = order.index(int(expert[1]))
+            name = name.replace(f".experts.{expert[1]}.", f".experts.{place}.")
+        elif order is not None and ".mlp.gate." in name:
+            value = value[list(order)].contiguous()
+        found[name] = value
+    safetensors.torch.save_file(found, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
 def unfused(tensors: Tensors) -> Tensors:
