@@ -16,6 +16,7 @@ from orchestrator.composition import Composer, check_composes
 from orchestrator.config import CampaignConfig
 from orchestrator.descent.ancestry import Ancestor, Descent
 from orchestrator.descent.family_tree import describe_child
+from orchestrator.descent.shares import recorded_parameters
 from orchestrator.genomes.build import build_space
 from orchestrator.genomes.space import Gene, RemovedGene, Space
 from orchestrator.inputs import Inputs
@@ -209,7 +210,7 @@ def _never_written(
             "component": plan.child.by_name[tensor].component,
             "elements": plan.child.by_name[tensor].elements,
             "method": way.method.name,
-            "parameters": way.values,
+            "parameters": recorded_parameters(way),
         }
         for tensor, way in plan.assign(recipe).items()
     ]

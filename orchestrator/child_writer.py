@@ -21,6 +21,7 @@ from orchestrator.descent.lineage import (
     LINEAGE_FILE,
     package_version,
 )
+from orchestrator.descent.shares import recorded_parameters
 from orchestrator.part_groups import group_parts, part_owners
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, publish_companions
 from workers.errors import BadInputError
@@ -323,7 +324,7 @@ class ChildWriter:
                     "layer": tensor.layer,
                     "elements": tensor.elements,
                     "method": way.method.name,
-                    "parameters": way.values,
+                    "parameters": recorded_parameters(way),
                     "changed": changed.get(tensor.name, {}),
                     "moved": moved.get(tensor.name, {}),
                     "not_finite": broken.get(tensor.name, 0),

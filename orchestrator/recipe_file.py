@@ -29,12 +29,13 @@ from workers.merging import (
     get_method,
     parse_selector,
 )
+from workers.merging.expert_order import parse_orders
 from workers.merging.parameters import parse_parameters, varies
 from workers.merging.recipe import parse_form, parse_rule_parents, parse_slice
 
 KEYS = {
     "parents", "base", "rules", "seed", "layers", "dtype", "shard_bytes", "vocabulary",
-    "allow_degenerate",
+    "experts", "allow_degenerate",
 }  # fmt: skip
 RULE_KEYS = {"where", "method", "parameters", "post", "parents"}
 RESERVED_NAMES = ("base", "union")
@@ -285,7 +286,7 @@ def _examples(value: Any) -> Iterator[Any]:
 
 
 def _form(path: str, data: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The keys that change the child's form: its layers, and the others."""
+    """The keys that change the child's form: its layers, and the others; and the experts' orders."""
     slices = data.get("layers") or []
     if not isinstance(slices, list):
         raise BadInputError(f"{path}: layers: must be a list of slices, the lowest first")
@@ -293,11 +294,12 @@ def _form(path: str, data: dict[str, Any], names: list[str]) -> tuple[Any, dict[
     try:
         layers = tuple(parse_slice(part, names) for part in slices)
         form = parse_form(data | {"shard_bytes": size}, names)
+        orders = parse_orders(data.get("experts") or {}, names, data.get("base") is not None)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
     if form["vocabulary"] == "base" and data.get("base") is None:
         raise BadInputError(f"{path}: vocabulary: is that of the base, but there is no `base`")
-    return layers, form
+    return layers, form | {"experts": orders}
 
 
 def _bytes(path: str, size: Any) -> Any:

@@ -14,6 +14,7 @@ from orchestrator.places import open_parent
 from workers.checkpoints import ArchitectureMap, Checkpoint, WeightFile
 from workers.checkpoints.health import count_not_finite
 from workers.errors import BadInputError
+from workers.merging.expert_order import ExpertOrders, ExpertPlaces, parse_orders
 from workers.storage import ObjectNotFoundError
 
 READ_BYTES = 16 << 20
@@ -94,6 +95,14 @@ def _read_lineage(child: Checkpoint) -> dict[str, Any]:
     return lineage
 
 
+def _expert_orders(child: Checkpoint, lineage: dict[str, Any]) -> ExpertOrders:
+    names = [parent["name"] for parent in lineage["parents"]]
+    try:
+        return parse_orders(lineage["recipe"].get("experts") or {}, names, has_base=True)
+    except BadInputError as error:
+        raise BadInputError(f"{child.location}/{LINEAGE_FILE}: recipe: {error}") from error
+
+
 def _are_tables(values: Any, keys: dict[str, type]) -> bool:
     return isinstance(values, list) and all(
         isinstance(value, dict)
@@ -157,9 +166,11 @@ def _changed_by_reading(
     if not locations:
         return {}
     from workers.merging.child import count_changes
+    from workers.merging.expert_rows import read_matched
     from workers.merging.sources import Source
 
     names = {parent["fingerprint"]: parent["name"] for parent in lineage["parents"]}
+    orders = _expert_orders(child, lineage)
     own, own_map = Source(child), ArchitectureMap.of(child)
     changed = {}
     for location in locations:
@@ -174,16 +185,18 @@ def _changed_by_reading(
                 for tensor in other_map.tensors
                 if tensor.name not in own_map.by_name
             ]
+        places = ExpertPlaces(
+            {name: orders[name]} if name in orders else {}, own_map, {name: other_map}
+        )
         total = 0
         for tensor in own_map.tensors:
-            match = other_map.by_name.get(tensor.name)
+            match = other_map.by_name.get(places.counterpart(name, tensor))
             if match is None or match.shape != tensor.shape:
                 total += tensor.elements
                 continue
             for first in range(0, tensor.elements, READ_BYTES):
                 count = min(READ_BYTES, tensor.elements - first)
-                total += count_changes(
-                    own.read(tensor, first, count), other.read(match, first, count)
-                )
+                theirs = read_matched(other, match, places.rows(name, tensor), first, count)
+                total += count_changes(own.read(tensor, first, count), theirs)
         changed[name] = total
     return changed

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from workers.diagnostics.static import StaticScan
     from workers.diagnostics.streaming import StreamedModel
     from workers.evaluation.health import Examination
+    from workers.experts.quality import LayerMatching
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
     from workers.merging.sources import Source
@@ -183,6 +184,31 @@ class MergeWorker:
             given = None if states is None else unpack_states(states)
             rows, result = probe_span(model, sets, *span, given)
             return rows, pack_states(result)
+
+    def expert_inputs(
+        self, sets: Sequence[CalibrationSet], device: str = "cpu"
+    ) -> dict[int, PackedStates]:
+        """See `workers.experts.expert_inputs`, of the father."""
+        from workers.diagnostics.probe import pack_states
+        from workers.experts.expert_inputs import expert_inputs
+
+        father = next(iter(self.parents.values()))
+        found = expert_inputs(father, sets, device=device, threads=PROBE_THREADS)
+        return {layer: pack_states([states]) for layer, states in found.items()}
+
+    def match_experts(
+        self, donor: str, layer: int, states: PackedStates | None, device: str = "cpu"
+    ) -> LayerMatching:
+        """See `workers.experts.matching`: by outputs for hidden states that are given, else by weights."""
+        from workers.diagnostics.probe import torch_threads, unpack_states
+        from workers.experts.matching import Experts, match_by_outputs, match_by_weights
+
+        father = Experts(next(iter(self.parents.values())), layer)
+        other = Experts(self.parents[donor], layer)
+        with torch_threads(self.spec.threads):
+            if states is None:
+                return match_by_weights(father, other, device)
+            return match_by_outputs(father, other, unpack_states(states)[0], device)
 
     def attribute(
         self, recipe: dict[str, Any], child: str, published: bool, chunks: list[tuple[str, int]]

@@ -30,6 +30,7 @@ from workers.diagnostics.attribution import (
 )
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe
+from workers.merging.expert_order import parse_orders
 from workers.merging.plan import BASE
 from workers.merging.recipe import parse_form, parse_slice
 from workers.storage import ObjectNotFoundError
@@ -71,9 +72,9 @@ def attribute_checkpoint(
 ) -> dict[str, Any]:
     """The attribution of the checkpoint at `location` to these parents (name -> place, the father first).
 
-    Stacked layers, and another vocabulary than the father's, are paired as the child's lineage says, if it
-    has one; nothing else is taken from there. What the lineage's recipe intended goes beside it as
-    `intended`. Raises `BadInputError` for parents that do not fit together or to the child.
+    Stacked layers, reordered experts, and another vocabulary than the father's, are paired as the child's
+    lineage says, if it has one; nothing else is taken from there. What the lineage's recipe intended goes
+    beside it as `intended`. Raises `BadInputError` for parents that do not fit together or to the child.
     """
     if len(parents) < 2 and base is None:
         raise BadInputError(
@@ -90,6 +91,10 @@ def attribute_checkpoint(
     try:
         layers = [parse_slice(part, names) for part in stored.get("layers") or ()]
         form = parse_form({"vocabulary": vocabulary}, names)
+        orders = dict(stored.get("experts") or {})
+        if opened_base is None:
+            orders.pop(BASE, None)
+        experts = parse_orders(orders, names, opened_base is not None)
     except BadInputError as error:
         raise BadInputError(
             f"{child.location}/{LINEAGE_FILE}: {error}: give the parents the names that they have there"
@@ -99,6 +104,7 @@ def attribute_checkpoint(
         (),
         ParentReference(BASE, opened_base.fingerprint) if opened_base else None,
         layers=tuple(layers),
+        experts=experts,
         **form,
     )
     tensors = ArchitectureMap.of(child).tensors

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from workers.merging.plan import Assignment
 
 
 def parent_shares(method: str, parameters: dict[str, Any], parents: list[str]) -> dict[str, float]:
@@ -19,6 +22,21 @@ def parent_shares(method: str, parameters: dict[str, Any], parents: list[str]) -
     weights = parameters.get("weight", dict.fromkeys(parents, 1.0))
     total = sum(abs(weight) for weight in weights.values())
     return {parent: abs(weights.get(parent, 0.0)) / total if total else 0.0 for parent in parents}
+
+
+def recorded_parameters(way: Assignment) -> dict[str, Any]:
+    """What a lineage says of how a tensor was merged: the parameters of its method.
+
+    Of a router whose rows are merged as their experts are, the mean share of each parent in the rows.
+    """
+    if not way.rows:
+        return way.values
+    rows = [parent_shares(row.method.name, row.values, list(row.parents)) for row in way.rows]
+    return {
+        "weight": {
+            name: math.fsum(row.get(name, 0.0) for row in rows) / len(rows) for name in way.parents
+        }
+    }
 
 
 def weighted_shares(

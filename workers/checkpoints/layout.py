@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,8 @@ class Form:
     shard_bytes: int | None = None
     vocabulary: str | None = None
     """Whose tokens the child knows: "union", "base" or a parent's name."""
+    experts: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    """The order of parents' experts (see `Recipe.experts`): it changes no file of the child."""
 
 
 def child_layout(
@@ -85,7 +87,7 @@ def child_layout(
     father = next(iter(maps.values()))
     checkpoint = father.checkpoint
     location = f"the child of {checkpoint.location}"
-    if form == Form() and not father.scales:
+    if form == Form(experts=form.experts) and not father.scales:
         return Layout(checkpoint.weight_files, checkpoint.config, checkpoint.location, True)
     config = copy.deepcopy(checkpoint.config)
     if vocabulary is not None:

@@ -23,8 +23,8 @@ from workers.checkpoints.safetensors_format import TensorEntry
 from workers.devices import check_device
 from workers.diagnostics.layers import find_decoder
 from workers.errors import BadInputError
-from workers.merging.executor import in_threads
 from workers.merging.sources import DTYPE_NAMES, TORCH_DTYPES, Source
+from workers.merging.threads import in_threads
 
 FLOATING = {name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point}
 

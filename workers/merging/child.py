@@ -15,10 +15,11 @@ from awscrt import checksums
 
 from workers.checkpoints.health import count_not_finite
 from workers.merging.differences import count_by_steps, count_moved, sample
-from workers.merging.executor import Run, in_threads
+from workers.merging.executor import Run
 from workers.merging.parts import Part
 from workers.merging.plan import BASE, MergeUnit
 from workers.merging.sources import TORCH_DTYPES
+from workers.merging.threads import in_threads
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
 
 READ_BYTES = 8 << 20

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -14,9 +13,11 @@ from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.layout import Form
 from workers.errors import BadInputError
 from workers.merging.buffers import Buffers
+from workers.merging.expert_rows import read_matched
 from workers.merging.masks import keep_mask
-from workers.merging.methods import Grain, MergeMethod, Slice, Statistic
+from workers.merging.methods import MergeMethod, Slice, Statistic
 from workers.merging.methods.method import Values
+from workers.merging.pieces import Piece, cut, cut_rows
 from workers.merging.plan import (
     BASE,
     CHUNK_ELEMENTS,
@@ -36,6 +37,7 @@ from workers.merging.statistics import (
     SharedScan,
     StatisticCache,
 )
+from workers.merging.threads import in_threads
 from workers.merging.token_rows import TokenRows
 
 RECENT_STATISTICS = 64
@@ -67,7 +69,9 @@ class Merger:
         self.sources = {name: Source(parent) for name, parent in parents.items()}
         if base is not None:
             self.sources[BASE] = Source(base)
-        self.statistics = StatisticCache(None if keep_statistics else RECENT_STATISTICS)
+        self._most_statistics = None if keep_statistics else RECENT_STATISTICS
+        self.statistics = StatisticCache(self._most_statistics)
+        self._other: tuple[Plan, StatisticCache] | None = None
         self.buffers = Buffers(self.device)
 
     @property
@@ -88,8 +92,13 @@ class Merger:
                 f"{[(p.name, p.fingerprint[:12]) for p in self.references]}"
             )
         form = form_of(recipe)
-        plan = self.plan if form == self.plan.form else Plan(self._maps, self._base_map, form)
-        return Run(self, recipe, plan)
+        if form == self.plan.form:
+            return Run(self, recipe, self.plan, self.statistics)
+        if self._other is None or self._other[0].form != form:
+            # What was found of one form of child is not for another: names stand for other tensors.
+            plan = Plan(self._maps, self._base_map, form)
+            self._other = plan, StatisticCache(self._most_statistics)
+        return Run(self, recipe, *self._other)
 
     def realize(self, recipe: Recipe, views: dict[str, torch.Tensor], threads: int = 1) -> None:
         """Write the child's values into flat `views`, by logical name; others are not merged.
@@ -113,10 +122,13 @@ class Merger:
 class Run:
     """One recipe over a merger's parents. Its methods are safe to be called by many threads."""
 
-    def __init__(self, merger: Merger, recipe: Recipe, plan: Plan) -> None:
+    def __init__(
+        self, merger: Merger, recipe: Recipe, plan: Plan, statistics: StatisticCache
+    ) -> None:
         self.merger = merger
         self.recipe = recipe
         self.plan = plan
+        self._statistics = statistics
         self.assigned = self.plan.assign(recipe)
         self._own_statistics = StatisticCache(RECENT_STATISTICS)
         self._token_rows: dict[str, TokenRows] = {}
@@ -133,37 +145,48 @@ class Run:
     @torch.no_grad()
     def fill(self, unit: MergeUnit, values: torch.Tensor) -> None:
         """Fill the flat `values` `[unit.count]` with the merged elements of one unit."""
-        tensor, way = unit.tensor, self.assigned[unit.tensor.name]
-        father_dtype = TORCH_DTYPES[unit.target.dtype]
+        way = self.assigned[unit.tensor.name]
+        if not way.rows:
+            self._fill(Piece(unit.tensor, way, unit.first, unit.count), values, unit.target.dtype)
+            return
+        self._hold(unit.tensor, way, unit.first, unit.count)
+        for piece in cut_rows(unit, way):
+            begin = piece.start + piece.first - unit.first
+            self._fill(piece, values[begin : begin + piece.count], unit.target.dtype)
+
+    def _fill(self, whole: Piece, values: torch.Tensor, dtype: str) -> None:
+        tensor, way, first, count = whole.tensor, whole.way, whole.first, whole.count
+        father_dtype = TORCH_DTYPES[dtype]
         if way.copies:
-            stored = self.read(way.parents[0], tensor, unit.first, unit.count)
+            stored = self.read(way.parents[0], tensor, whole.start + first, count)
             if stored.dtype == father_dtype:
                 values.copy_(stored)
                 return
-        for first, count, piece in self._slices(tensor, way, unit.first, unit.count):
+        for start, size, piece in self._slices(whole):
             way.method.merge(piece, way.values)
             if way.post is not None:
                 assert way.post_values is not None
-                self._reload(piece, tensor, first, count)
+                self._reload(piece, tensor, whole.start + start, size)
                 way.post.merge(piece, way.post_values)
             merged = piece.out.reshape(-1)
             # Rows may reach beyond the unit.
-            begin, end = max(first, unit.first), min(first + count, unit.first + unit.count)
-            merged = merged[begin - first : end - first]
+            begin, end = max(start, first), min(start + size, first + count)
+            merged = merged[begin - start : end - start]
             # Through the father's dtype, also when a live model computes in another one: its
             # weights must be those that the written child would be loaded with.
             if values.dtype != father_dtype:
                 merged = merged.to(father_dtype)
-            values[begin - unit.first : end - unit.first].copy_(merged)
+            values[begin - first : end - first].copy_(merged)
 
-    def _slices(
-        self, tensor: LogicalTensor, way: Assignment, first: int, count: int
-    ) -> Iterable[tuple[int, int, Slice]]:
-        """(first element, elements, slice) of what the method must see to merge a unit."""
-        statistic = self._statistic(tensor, way)
-        self._hold(tensor, way, first, count)
-        for start, size, shape in _cut(tensor, way.grain(tensor), first, count, CHUNK_ELEMENTS):
-            yield start, size, self._load(tensor, way, start, size, shape, statistic)
+    def _slices(self, whole: Piece) -> Iterable[tuple[int, int, Slice]]:
+        """(first element, elements, slice) of what the method must see to merge a piece."""
+        tensor, way = whole.tensor, whole.way
+        statistic = self._statistic(whole)
+        if not whole.is_row:  # all rows of the unit are held already
+            self._hold(tensor, way, whole.first, whole.count)
+        grain = way.grain(tensor)
+        for start, size, shape in cut(tensor, grain, whole.first, whole.count, CHUNK_ELEMENTS):
+            yield start, size, self._load(tensor, way, whole.start + start, size, shape, statistic)
 
     def _load(
         self,
@@ -199,28 +222,34 @@ class Run:
         for name, values in piece.parents.items():
             values.view(-1).copy_(self.read(name, tensor, first, count))
 
-    def _statistic(self, tensor: LogicalTensor, way: Assignment) -> Any:
-        """What the method must know of the whole tensor."""
+    def _statistic(self, whole: Piece) -> Any:
+        """What the method must know of the whole tensor, or row."""
+        tensor, way = whole.tensor, whole.way
         method, values = way.method, way.values
         if method.statistic is None or method.statistic(values) is None:
             return None
         uses_base = way.uses_base(self.recipe.base is not None)
-        key: tuple[Any, ...] = (tensor.name, method.statistic, way.parents, uses_base)
+        key: tuple[Any, ...] = (
+            tensor.name,
+            whole.start,
+            method.statistic,
+            way.parents,
+            uses_base,
+        )
         cache = self._own_statistics
         if method.statistic_parameters:
             key = (*key, *(repr(values[name]) for name in method.statistic_parameters))
-        elif self.plan is self.merger.plan:  # in another form a name may stand for other tensors
-            cache = self.merger.statistics
-        scan = cache.get(key, lambda: self._new_scan(tensor, way, method, values))
+        elif not whole.is_row:  # rows are many, and soon scanned again
+            cache = self._statistics
+        scan = cache.get(key, lambda: self._new_scan(whole, method, values))
         try:
             return scan.result()
         except BaseException:
             cache.forget(key)
             raise
 
-    def _new_scan(
-        self, tensor: LogicalTensor, way: Assignment, method: MergeMethod, values: Values
-    ) -> SharedScan:
+    def _new_scan(self, whole: Piece, method: MergeMethod, values: Values) -> SharedScan:
+        tensor, way, offset = whole.tensor, whole.way, whole.start
         make: Any = method.statistic
         grain = method.statistic_grain
         step = STRETCH_ELEMENTS
@@ -232,9 +261,10 @@ class Run:
             statistic: Statistic = make(values)
             first = stretch * step
             count = min(step, tensor.elements - first)
-            self._hold(tensor, way, first, count)
-            for start, size, shape in _cut(tensor, grain, first, count, STATISTIC_CHUNK_ELEMENTS):
-                statistic.update(self._load(tensor, way, start, size, shape, None))
+            if not whole.is_row:
+                self._hold(tensor, way, first, count)
+            for start, size, shape in cut(tensor, grain, first, count, STATISTIC_CHUNK_ELEMENTS):
+                statistic.update(self._load(tensor, way, offset + start, size, shape, None))
             return statistic
 
         return SharedScan(max(1, -(-tensor.elements // step)), scan)
@@ -266,7 +296,8 @@ class Run:
             return self._rows_of(tensor).read(name, first, count)
         own = self.plan.source(name, tensor)
         assert own is not None, tensor.name
-        return self.merger.sources[name].read(own, first, count)
+        rows = self.plan.experts.rows(name, tensor)
+        return read_matched(self.merger.sources[name], own, rows, first, count)
 
     def _rows_of(self, tensor: LogicalTensor) -> TokenRows:
         with self._lock:
@@ -295,52 +326,3 @@ class Run:
         mask = keep_mask(self.recipe.seed, parent, tensor, start, count, wanted)
         kept = torch.from_numpy(mask.view("u1")).view(shape)
         return self.merger.buffers.mask(shape).copy_(kept)
-
-
-def _cut(
-    tensor: LogicalTensor, grain: Grain, first: int, count: int, most: int
-) -> Iterable[tuple[int, int, tuple[int, ...]]]:
-    """(first element, elements, shape) of the slices that cover a stretch of a tensor."""
-    if grain == "element":
-        for start in range(first, first + count, most):
-            size = min(most, first + count - start)
-            yield start, size, (size,)
-        return
-    columns = columns_of(tensor)
-    if not count or not columns:
-        return
-    step = columns * (tensor.elements // columns if grain == "matrix" else max(most // columns, 1))
-    last = -(-(first + count) // columns) * columns
-    for start in range(0 if grain == "matrix" else first - first % columns, last, step):
-        size = min(step, last - start)
-        yield start, size, (size // columns, columns)
-
-
-def in_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> None:
-    """`work(item)` for every item, by so many threads; the first error ends it."""
-    if threads == 1:
-        for item in items:
-            work(item)
-        return
-    remaining = iter(items)
-    lock = threading.Lock()
-    stopped = threading.Event()
-
-    def loop() -> None:
-        try:
-            while not stopped.is_set():
-                with lock:
-                    item = next(remaining, stopped)
-                if item is stopped:
-                    return
-                work(item)
-        except BaseException:
-            stopped.set()
-            raise
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(loop) for _ in range(threads)]:
-                future.result()
-        finally:
-            stopped.set()  # an interrupt arrives here, not in the threads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -13,10 +13,14 @@ from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.checkpoints.vocabulary import ChildVocabulary, child_vocabulary, is_token_indexed
 from workers.errors import BadInputError
-from workers.merging.methods import METHODS, Grain, MergeMethod, get_method
-from workers.merging.methods.method import Values
-from workers.merging.parameters import parse_parameters, value_at, varies
-from workers.merging.recipe import CARRIED, PostStep, Recipe, Rule
+from workers.merging.as_experts import with_rows
+from workers.merging.assignment import Assignment as Assignment
+from workers.merging.assignment import RuleOnPlan, carried
+from workers.merging.assignment import is_linear_map as is_linear_map
+from workers.merging.expert_order import ExpertPlaces
+from workers.merging.methods import Grain
+from workers.merging.methods.as_experts import AS_EXPERTS
+from workers.merging.recipe import Recipe
 from workers.merging.selector import Selector
 
 UNIT_BYTES = 32 << 20
@@ -34,9 +38,6 @@ RECENT_CHOICES = 16
 """Of so many lists of selectors a plan remembers which rule each tensor takes: candidates of one search
 mostly share theirs."""
 
-NO_LINEAR_MAPS = ("embedding", "lm_head", "router", "norm")
-"""Components whose two-dimensional tensors are tables, not maps between hidden states."""
-
 MERGEABLE_DTYPES = ("F16", "BF16", "F32", "F64")
 """Arithmetic on others would average codes, not values."""
 
@@ -52,33 +53,6 @@ class MergeUnit:
     tied to: it gets the embedding's values."""
     first: int
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """How one tensor is merged."""
-
-    method: MergeMethod
-    values: Values
-    parents: tuple[str, ...]
-    """Those that the method sees, in the recipe's order."""
-    post: MergeMethod | None = None
-    post_values: Values | None = None
-
-    @property
-    def copies(self) -> bool:
-        """Whether the child gets one parent's stored bits, if it has the father's dtype."""
-        copies = self.method.copies
-        return self.post is None and copies is not None and copies(self.values)
-
-    def grain(self, tensor: LogicalTensor) -> Grain:
-        """What must be merged at once of `tensor`; what is no linear map needs no whole matrix."""
-        grain = self.method.grain if self.post is None else self.post.grain
-        return "row" if grain == "matrix" and not is_linear_map(tensor) else grain
-
-    def uses_base(self, has_base: bool) -> bool:
-        steps = [self.method, *([self.post] if self.post else [])]
-        return has_base and any(step.uses_base != "never" for step in steps)
 
 
 class Plan:
@@ -102,6 +76,12 @@ class Plan:
         self.layout = child_layout(maps, form, self.vocabulary)
         self.child = self.father if self.layout.is_fathers else ArchitectureMap(self.layout)
         self.tied = _tied_head(self.child)
+        if form.experts and form.layers:
+            raise BadInputError(
+                "experts: cannot be ordered where layers are stacked anew: write the child of the one, then "
+                "merge it with the other"
+            )
+        self.experts = ExpertPlaces(form.experts, self.child, maps | ({BASE: base} if base else {}))
         self._slices = _slices_by_layer(form)
         self._selected: dict[Selector, frozenset[str]] = {}
         self._chosen: dict[tuple[Selector, ...], dict[str, int]] = {}
@@ -140,7 +120,7 @@ class Plan:
         parent = self.base if name == BASE else self.maps[name]
         assert parent is not None
         if tensor.layer is None or not self._slices:
-            return parent.by_name.get(tensor.name)
+            return parent.by_name.get(self.experts.counterpart(name, tensor))
         part, offset = self._slices[tensor.layer]
         first, _ = part.get(name, next(iter(part.values())) if name == BASE else (-1, -1))
         if first < 0:
@@ -178,24 +158,31 @@ class Plan:
         Raises `BadInputError` for a rule that cannot work, naming the tensor where it is about one.
         """
         parents = tuple(parent.name for parent in recipe.parents)
-        ways = [_RuleOnPlan(self, recipe, rule) for rule in recipe.rules]
+        ways = [RuleOnPlan(self, recipe, rule) for rule in recipe.rules]
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
-        assigned = {}
+        assigned: dict[str, Assignment] = {}
+        as_experts = []
         for tensor in self.child.tensors:
             if tensor.name == self.tied:
                 continue  # merged as the embedding
             present = self.parents_of(tensor, parents)
             number = chosen.get(tensor.name)
             if number is None:
-                carrier = (
-                    parents[0] if tensor.layer is None or parents[0] in present else present[0]
-                )
-                copied = {"source": carrier, "scale": 1.0}
-                way = Assignment(get_method("passthrough"), copied, (carrier,))
+                way = carried(tensor, parents, present)
             else:
                 way = ways[number].assignment(tensor, self.parents_of(tensor, ways[number].parents))
-            self._check_inputs(tensor, way, recipe.base is not None)
+                if way.method is AS_EXPERTS and self.experts.is_of_all(tensor):
+                    way = carried(tensor, parents, present)
             assigned[tensor.name] = way
+            if way.method is AS_EXPERTS:
+                as_experts.append(tensor)
+            else:
+                self._check_inputs(tensor, way, recipe.base is not None)
+        for tensor in as_experts:
+            way = with_rows(tensor, assigned[tensor.name], self.experts, assigned)
+            assigned[tensor.name] = way
+            for row in {id(row): row for row in way.rows}.values():
+                self._check_inputs(tensor, row, recipe.base is not None)
         return assigned
 
     def _choose(self, selectors: tuple[Selector, ...]) -> dict[str, int]:
@@ -288,64 +275,9 @@ class Plan:
             )
 
 
-class _RuleOnPlan:
-    """One rule of a recipe, its parameters worked out for each tensor that it is for."""
-
-    def __init__(self, plan: Plan, recipe: Recipe, rule: Rule) -> None:
-        self._plan = plan
-        self._where = rule.where
-        self.parents = rule.parents or tuple(parent.name for parent in recipe.parents)
-        self._has_base = recipe.base is not None
-        steps: list[Rule | PostStep] = [rule, *([rule.post] if rule.post else [])]
-        for number, step in enumerate(steps):
-            _check_place(get_method(step.method), is_post=number > 0)
-        self._steps = [
-            (get_method(step.method), parse_parameters(step.parameters, f"method {step.method}"))
-            for step in steps
-        ]
-        self._varies = any(varies(parameters) for _, parameters in self._steps)
-        self._same: dict[tuple[str, ...], Assignment] = {}
-        if not self._varies and not plan.form.layers:
-            # Also where other rules hide this one: what cannot work is an error.
-            self.assignment(plan.child.tensors[0], self.parents)
-
-    def assignment(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> Assignment:
-        if self._varies:
-            return self._assign(tensor, parents)
-        if parents not in self._same:
-            self._same[parents] = self._assign(tensor, parents)
-        return self._same[parents]
-
-    def _assign(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> Assignment:
-        depth = self._plan.depth(tensor, self._where)
-        values = []
-        for method, parameters in self._steps:
-            given = {
-                name: _of_parents(value_at(value, tensor, depth), self.parents, parents)
-                for name, value in parameters.items()
-            }
-            try:
-                values.append(method.resolve(given, parents, self._has_base))
-            except BadInputError as error:
-                place = f"tensor {tensor.name!r}: " if self._varies else ""
-                raise BadInputError(f"{place}{error}") from error
-        read = (values[0]["source"],) if "source" in values[0] else parents
-        way = Assignment(self._steps[0][0], values[0], read)
-        return (
-            way if len(values) == 1 else replace(way, post=self._steps[1][0], post_values=values[1])
-        )
-
-
-def _of_parents(value: Any, all_parents: tuple[str, ...], parents: tuple[str, ...]) -> Any:
-    """A table's values for `parents`; names that are no parent at all stay, to be refused."""
-    if not isinstance(value, dict) or all_parents == parents:
-        return value
-    return {name: v for name, v in value.items() if name in parents or name not in all_parents}
-
-
 def form_of(recipe: Recipe) -> Form:
-    """What makes the child's layout differ from its father's."""
-    return Form(recipe.layers, recipe.dtype, recipe.shard_bytes, recipe.vocabulary)
+    """What makes the child's layout differ from its father's, and the order of the parents' experts."""
+    return Form(recipe.layers, recipe.dtype, recipe.shard_bytes, recipe.vocabulary, recipe.experts)
 
 
 def _slices_by_layer(form: Form) -> list[tuple[dict[str, tuple[int, int]], int]]:
@@ -357,29 +289,9 @@ def _slices_by_layer(form: Form) -> list[tuple[dict[str, tuple[int, int]], int]]
     return found
 
 
-def _check_place(method: MergeMethod, is_post: bool) -> None:
-    if method.post and not is_post:
-        raise BadInputError(
-            f"method {method.name} refines what another method has merged: name it as the `post` of a "
-            "rule, beside the rule's `method`"
-        )
-    if is_post and not method.post:
-        known = ", ".join(name for name, other in METHODS.items() if other.post)
-        raise BadInputError(f"method {method.name} is no post-step; there is: {known}")
-
-
 def columns_of(tensor: LogicalTensor) -> int:
     """Elements of a row: of a vector all of them; a kernel's further dimensions count as columns."""
     return tensor.elements if len(tensor.shape) < 2 else tensor.elements // max(tensor.shape[0], 1)
-
-
-def is_linear_map(tensor: LogicalTensor) -> bool:
-    """Whether it is a weight `[out, in]` that maps hidden states to hidden states."""
-    return (
-        len(tensor.shape) == 2
-        and min(tensor.shape) > 1
-        and tensor.component not in (*NO_LINEAR_MAPS, *CARRIED)
-    )
 
 
 def is_transposed(tensor: LogicalTensor) -> bool:

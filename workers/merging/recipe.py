@@ -16,6 +16,7 @@ from typing import Any
 
 from workers.checkpoints import COMPONENTS
 from workers.errors import BadInputError
+from workers.merging.expert_order import ExpertOrders, orders_to_dict, parse_orders
 from workers.merging.parameters import parse_parameters
 from workers.merging.selector import Selector, parse_selector, typed
 
@@ -81,6 +82,9 @@ class Recipe:
     """A new file begins where a file of the child would become larger."""
     vocabulary: str | None = None
     """Whose tokens the child knows: "union", "base" or a parent's name. Needed if they differ."""
+    experts: ExpertOrders = field(default_factory=dict)
+    """Parent (or "base") -> layer -> for each place e of the child's layer the number of that parent's expert
+    that belongs there, with its row of the router. Where nothing is said, expert e."""
 
     @property
     def father(self) -> ParentReference:
@@ -114,6 +118,7 @@ class Recipe:
             "dtype": self.dtype,
             "shard_bytes": self.shard_bytes,
             "vocabulary": self.vocabulary,
+            "experts": orders_to_dict(self.experts),
         }
         return data | {key: value for key, value in form.items() if value}
 
@@ -129,6 +134,7 @@ class Recipe:
             "dtype": None,
             "shard_bytes": None,
             "vocabulary": None,
+            "experts": {},
         }
         if isinstance(data, dict):
             data = form | data
@@ -149,6 +155,7 @@ class Recipe:
             layers=tuple(
                 parse_slice(part, names) for part in typed(table["layers"], list, "layers")
             ),
+            experts=parse_orders(table["experts"], names, table["base"] is not None),
             **parse_form(table, names),
         )
 

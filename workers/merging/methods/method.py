@@ -184,6 +184,8 @@ class MergeMethod:
 
 
 METHODS: dict[str, MergeMethod] = {}
+PLAN_METHODS: dict[str, MergeMethod] = {}
+"""Those that recipes can name although they merge nothing themselves: a plan puts others in their place."""
 
 
 def register(method: MergeMethod) -> MergeMethod:
@@ -195,9 +197,11 @@ def register(method: MergeMethod) -> MergeMethod:
 
 def get_method(name: str) -> MergeMethod:
     """The method of that name. Raises `BadInputError` listing those there are."""
-    if name not in METHODS:
-        raise BadInputError(f"method {name!r} is none of {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    found = METHODS.get(name) or PLAN_METHODS.get(name)
+    if found is None:
+        known = ", ".join(sorted(METHODS | PLAN_METHODS))
+        raise BadInputError(f"method {name!r} is none of {known}")
+    return found
 
 
 def _check_number(parameter: Parameter, given: Any, where: str) -> float:

@@ -1,0 +1,1 @@
+"""Mixtures of experts: what becomes of their routers when they are merged."""
