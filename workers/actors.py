@@ -153,7 +153,8 @@ class MergeWorker:
         from workers.diagnostics.probe import probe_checkpoint
 
         checkpoint = self.parents[parent]
-        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, PROBE_THREADS)
+        others = self._others(parent)
+        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, PROBE_THREADS, others)
 
     def probe_span(
         self,
@@ -181,8 +182,11 @@ class MergeWorker:
             model = self._streamed[1]
             model.hold(*span)
             given = None if states is None else unpack_states(states)
-            rows, result = probe_span(model, sets, *span, given)
+            rows, result = probe_span(model, sets, *span, given, self._others(parent))
             return rows, pack_states(result)
+
+    def _others(self, parent: str) -> dict[str, Checkpoint]:
+        return {name: other for name, other in self.parents.items() if name != parent}
 
     def attribute(
         self, recipe: dict[str, Any], child: str, published: bool, chunks: list[tuple[str, int]]

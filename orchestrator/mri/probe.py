@@ -24,6 +24,9 @@ from workers.errors import BadInputError
 SHIPPED_SETS = ("reasoning", "code", "math", "knowledge", "language", "korean")
 """What is probed if nobody says."""
 
+ROWS_FORM = 2
+"""Of what a probe finds: with another one, no probe that was kept is used again. 1 had no merits."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -46,6 +49,7 @@ class ActivationProbe:
     def identity(self) -> dict[str, Any]:
         """What the result depends on beside the parents."""
         return {
+            "form": ROWS_FORM,
             "sets": {calibration.name: calibration.sha256 for calibration in self.sets},
             "dtype": self.dtype,
             "device": self.device,
