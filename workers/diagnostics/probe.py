@@ -41,6 +41,9 @@ Rows = list[dict[str, Any]]
 """`{"layer", "component", "mean_token", "last_token"}` of each layer and component, in their order; of an mlp
 of experts also `routing` (see `Routing.to_dict`), over all tokens of both prompts of each pair."""
 
+ExpertOutputs = Sequence[tuple[tuple[int, int], Sequence[torch.Tensor]]]
+"""(first, behind the last) of a range of a layer's experts, and what they give for each prompt."""
+
 PackedStates = list[tuple[str, Any]]
 
 
@@ -126,6 +129,32 @@ def probe_span(
     return tally.rows(), states
 
 
+def begin_layers(model: StreamedModel, sets: Sequence[CalibrationSet]) -> list[torch.Tensor]:
+    """The hidden states at the first layer of the sets' prompts, which `model` is then ready for."""
+    return model.begin(encode(model.tokenizer, sets, model.location))
+
+
+def probe_layer(
+    model: StreamedModel,
+    sets: Sequence[CalibrationSet],
+    layer: int,
+    hidden_states: Sequence[torch.Tensor],
+    outputs: ExpertOutputs | None,
+    others: Mapping[str, Checkpoint] | None = None,
+) -> tuple[dict[str, Rows], list[torch.Tensor]]:
+    """The rows of one layer, and the hidden states behind it; `begin_layers` comes first.
+
+    `outputs` are what ranges of its experts gave elsewhere; None: the layer is run here. The rows of all
+    layers together are those of `probe_streamed`.
+    """
+    tally = Tally(sets, model.location, OtherRouters(others or {}))
+    if outputs is None:
+        states = model.run_span(layer, layer + 1, hidden_states, tally.observe)
+    else:
+        states = model.finish_layer(layer, hidden_states, outputs, tally.observe)
+    return tally.rows(), states
+
+
 def pack_states(states: Sequence[torch.Tensor]) -> PackedStates:
     """Hidden states to send to another process: (dtype, bytes as a uint8 array) of each."""
     return [
@@ -139,7 +168,13 @@ def pack_states(states: Sequence[torch.Tensor]) -> PackedStates:
 
 def unpack_states(packed: PackedStates) -> list[torch.Tensor]:
     """What `pack_states` was given, on the CPU."""
-    return [torch.tensor(values).view(getattr(torch, dtype)) for dtype, values in packed]
+    return [
+        # Copied into place: numpy's strides of an empty array would not do for a view.
+        torch.empty(values.shape, dtype=torch.uint8)
+        .copy_(torch.tensor(values))
+        .view(getattr(torch, dtype))
+        for dtype, values in packed
+    ]
 
 
 def encode(tokenizer: Any, sets: Sequence[CalibrationSet], location: str) -> list[torch.Tensor]:
