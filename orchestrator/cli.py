@@ -305,6 +305,9 @@ def scan(
     spans: Annotated[
         int, typer.Option(help="Divide a parent's layers among so many workers, in a pipeline.")
     ] = 1,
+    shards: Annotated[
+        int, typer.Option(help="Divide the experts of each layer among so many workers.")
+    ] = 1,
     out: Annotated[
         str, typer.Option(metavar="STORE", help="A folder, or s3://...: holds scans/.")
     ] = "runs",
@@ -323,7 +326,7 @@ def scan(
     from orchestrator.mri.probe import choose_probe, probe_peaks, render_peaks
 
     pool = WorkersConfig(count=workers) if workers else None
-    chosen = choose_probe(probe, calibration_sets or [], streamed, spans)
+    chosen = choose_probe(probe, calibration_sets or [], streamed, spans, shards)
     found, places = scan_checkpoints(parents, base, out, pool, address, chosen)
     if as_json:
         _print_json({"status": "done", **places, **summarize(found), "probe": probe_peaks(found)})

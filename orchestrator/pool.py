@@ -39,7 +39,10 @@ HUNG_SECONDS = 3600.0
 """A call that takes this much longer than `CALL_SECONDS` is given up, and its worker killed. One batch of a
 large model, or the statistics of its first merge, may take many minutes."""
 
-UNCUT_CALLS = frozenset({"examine", "probe", "probe_span", "publish_file", "hash_file"})
+UNCUT_CALLS = frozenset(
+    {"examine", "publish_file", "hash_file"}
+    | {"probe", "probe_span", "probe_ask", "probe_experts", "probe_layer"}
+)
 """Calls that are about whole models or files, and not cut to a size: they last as long as these are large."""
 
 UNCUT_HUNG_SECONDS = 24 * 3600.0

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from workers.diagnostics.attribution import Products
     from workers.diagnostics.calibration import CalibrationSet
     from workers.diagnostics.probe import PackedStates, Rows
+    from workers.diagnostics.probe_parts import PackedAsked, ProbeParts
     from workers.diagnostics.static import StaticScan
-    from workers.diagnostics.streaming import StreamedModel
     from workers.evaluation.health import Examination
     from workers.experts.quality import LayerMatching
     from workers.merging.child import PartReport
@@ -84,7 +84,7 @@ class MergeWorker:
         self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
         self._child: tuple[tuple[str, bool], ArchitectureMap, Source] | None = None
         self._starting = threading.Lock()
-        self._streamed: tuple[tuple[str, ...], StreamedModel] | None = None
+        self._parts: ProbeParts | None = None
         self.store: Callable[[str], Store] = lru_cache(maxsize=4)(open_store)
 
     def describe(self) -> dict[str, Any]:
@@ -154,7 +154,8 @@ class MergeWorker:
         from workers.diagnostics.probe import probe_checkpoint
 
         checkpoint = self.parents[parent]
-        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, PROBE_THREADS)
+        others = self._probe_parts().others(parent)
+        return probe_checkpoint(checkpoint, sets, streamed, dtype, device, PROBE_THREADS, others)
 
     def probe_span(
         self,
@@ -166,24 +167,26 @@ class MergeWorker:
         device: str = "cpu",
     ) -> tuple[dict[str, Rows], PackedStates]:
         """See `workers.diagnostics.probe.probe_span`. The span's weights stay in memory for the next call."""
-        from workers.diagnostics.probe import (
-            pack_states,
-            probe_span,
-            torch_threads,
-            unpack_states,
-        )
-        from workers.diagnostics.streaming import StreamedModel
+        return self._probe_parts().span(parent, sets, span, states, (dtype, device))
 
-        with torch_threads(PROBE_THREADS):
-            key = parent, dtype, device
-            if self._streamed is None or self._streamed[0] != key:
-                self._streamed = None  # what it holds goes before more comes
-                self._streamed = key, StreamedModel(self.parents[parent], dtype, device)
-            model = self._streamed[1]
-            model.hold(*span)
-            given = None if states is None else unpack_states(states)
-            rows, result = probe_span(model, sets, *span, given)
-            return rows, pack_states(result)
+    def probe_ask(self, *given: Any) -> PackedAsked | None:
+        """See `workers.diagnostics.probe_parts.ProbeParts.ask`."""
+        return self._probe_parts().ask(*given)
+
+    def probe_experts(self, *given: Any) -> PackedStates:
+        """See `workers.diagnostics.probe_parts.ProbeParts.experts`."""
+        return self._probe_parts().experts(*given)
+
+    def probe_layer(self, *given: Any) -> tuple[dict[str, Rows], PackedStates]:
+        """See `workers.diagnostics.probe_parts.ProbeParts.layer`."""
+        return self._probe_parts().layer(*given)
+
+    def _probe_parts(self) -> ProbeParts:
+        from workers.diagnostics.probe_parts import ProbeParts
+
+        if self._parts is None:
+            self._parts = ProbeParts(self.parents, PROBE_THREADS)
+        return self._parts
 
     def expert_inputs(
         self, sets: Sequence[CalibrationSet], device: str = "cpu"

@@ -24,6 +24,9 @@ from workers.errors import BadInputError
 SHIPPED_SETS = ("reasoning", "code", "math", "knowledge", "language", "korean")
 """What is probed if nobody says."""
 
+ROWS_FORM = 2
+"""Of what a probe finds: with another one, no probe that was kept is used again. 1 had no merits."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -33,7 +36,8 @@ class ActivationProbe:
 
     `streamed`: one layer in memory at a time, else the whole model; the result is the same. With more than
     one of `spans` the layers are divided among so many calls at a time (and always streamed): each worker
-    keeps its span in memory.
+    keeps its span in memory. With more than one of `shards` the experts of each layer are divided among so
+    many calls at a time: each reads only its own, and keeps none.
     """
 
     sets: tuple[CalibrationSet, ...]
@@ -41,11 +45,13 @@ class ActivationProbe:
     spans: int = 1
     dtype: str = "auto"
     device: str = "cpu"
+    shards: int = 1
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the result depends on beside the parents."""
         return {
+            "form": ROWS_FORM,
             "sets": {calibration.name: calibration.sha256 for calibration in self.sets},
             "dtype": self.dtype,
             "device": self.device,
@@ -58,7 +64,11 @@ class ActivationProbe:
 
         `{"sets": {set: summary}, "parents": {parent: {set: rows}}}`.
         """
-        run = self._run_spans if self.spans > 1 else self._run_whole
+        run = self._run_whole
+        if self.spans > 1:
+            run = self._run_spans
+        elif self.shards > 1:
+            run = self._run_shards
         found = run(parents, calls)
         return {
             "sets": {calibration.name: calibration.summary for calibration in self.sets},
@@ -93,7 +103,7 @@ class ActivationProbe:
     ) -> dict[tuple[str, str], Rows]:
         found: dict[tuple[str, str], Rows] = {}
         for name, parent in parents.items():
-            spans = cut_layers(ArchitectureMap.of(parent).layers, self.spans)
+            spans = cut_evenly(ArchitectureMap.of(parent).layers, self.spans)
             states: dict[int, Any] = {}
             for step in range(len(self.sets) + len(spans) - 1):
                 # Each set is one span behind the set before it.
@@ -110,9 +120,33 @@ class ActivationProbe:
                     found.setdefault((name, called), []).extend(rows[called])
         return found
 
+    def _run_shards(
+        self, parents: dict[str, Checkpoint], calls: Calls
+    ) -> dict[tuple[str, str], Rows]:
+        """Layer by layer: one worker runs all prompts up to the experts, all run experts, one the rest."""
+        kind = (self.dtype, self.device)
+        found: dict[tuple[str, str], Rows] = {}
+        for name, parent in parents.items():
+            architecture = ArchitectureMap.of(parent)
+            ranges = cut_evenly(architecture.experts, self.shards)
+            states: Any = None
+            for layer in range(architecture.layers):
+                asked = _call(calls, "probe_ask", name, self.sets, layer, states, kind)
+                outputs = None
+                if asked is not None:
+                    arguments = [(name, layer, experts, asked, kind) for experts in ranges]
+                    given = dict(calls.each("probe_experts", arguments))
+                    outputs = [(experts, given[n]) for n, experts in enumerate(ranges)]
+                rows, states = _call(
+                    calls, "probe_layer", name, self.sets, layer, states, outputs, kind
+                )
+                for called, own in rows.items():
+                    found.setdefault((name, called), []).extend(own)
+        return found
+
 
 def choose_probe(
-    wanted: bool, names: Sequence[str], streamed: bool, spans: int
+    wanted: bool, names: Sequence[str], streamed: bool, spans: int, shards: int = 1
 ) -> ActivationProbe | None:
     """The probe that the command line asks for. Raises `BadInputError` for options that contradict."""
     if not wanted:
@@ -123,7 +157,13 @@ def choose_probe(
         raise BadInputError(f"--spans: {spans} must be 1 or more")
     if spans > 1 and not streamed:
         raise BadInputError("--spans are streamed: leave out --whole")
-    return ActivationProbe(load_calibration_sets(names), streamed, spans)
+    if shards < 1:
+        raise BadInputError(f"--shards: {shards} must be 1 or more")
+    if shards > 1 and (spans > 1 or not streamed):
+        raise BadInputError(
+            "--shards are of a layer that is streamed: leave out --spans and --whole"
+        )
+    return ActivationProbe(load_calibration_sets(names), streamed, spans, shards=shards)
 
 
 def probe_peaks(scan: dict[str, Any]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
@@ -189,7 +229,13 @@ def load_calibration_sets(names: Sequence[str] = ()) -> tuple[CalibrationSet, ..
     return sets
 
 
-def cut_layers(layers: int, spans: int) -> list[tuple[int, int]]:
-    """(first, behind the last) of so many contiguous spans of about one length; fewer for few layers."""
-    ends = sorted({layers * number // spans for number in range(spans + 1)})
+def cut_evenly(count: int, spans: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of so many contiguous spans of about one length; fewer for a low `count`."""
+    ends = sorted({count * number // spans for number in range(spans + 1)})
     return list(pairwise(ends))
+
+
+def _call(calls: Calls, method: str, *arguments: Any) -> Any:
+    """The result of one call."""
+    ((_, result),) = calls.each(method, [arguments])
+    return result

@@ -143,9 +143,26 @@ def _renamed(scan: dict[str, Any], names: list[str]) -> dict[str, Any]:
     ]
     probe = scan["probe"]
     if probe:
-        probe = probe | {"parents": rename(probe["parents"])}
+        probe = probe | {
+            "parents": {
+                new[parent]: {
+                    called: [_row_renamed(row, rename) for row in rows]
+                    for called, rows in of.items()
+                }
+                for parent, of in probe["parents"].items()
+            }
+        }
     left_out = rename(scan["left_out"])
     return scan | {"parents": parents, "static": static, "left_out": left_out, "probe": probe}
+
+
+def _row_renamed(
+    row: dict[str, Any], rename: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    routing = row.get("routing", {})
+    if "overlap" not in routing:
+        return row
+    return row | {"routing": routing | {"overlap": rename(routing["overlap"])}}
 
 
 def _maps(parents: dict[str, Checkpoint], base: Checkpoint | None) -> dict[str, ArchitectureMap]:

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from orchestrator.calls import LocalCalls
-from orchestrator.mri.probe import ActivationProbe, cut_layers, load_calibration_sets
+from orchestrator.mri.probe import ActivationProbe, cut_evenly, load_calibration_sets
 from tests.checkpoint_files import open_remote, recipe_for, rule, write_child
 from tests.families import EXPERTS, LINEAR_ATTENTION, SMALL, configuration, write_tokenizer
 from workers.actors import MergeSpec, MergeWorker
@@ -33,6 +33,7 @@ from workers.diagnostics.probe import (
     probe_checkpoint,
     probe_model,
     probe_span,
+    probe_streamed,
     unpack_states,
 )
 from workers.diagnostics.streaming import StreamedModel
@@ -288,6 +289,48 @@ def test_memory_holds_one_layer(kind: str, checkpoints: dict[str, Checkpoint]) -
     assert model.materialized == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [("qwen3_5_moe", 1), ("qwen3_moe", 3), ("mixtral", 2), ("gemma4_moe", 1), ("deepseek_v3", 1)],
+)
+def test_experts_in_blocks(
+    kind: str, experts: int, checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit what the whole model gives, with so many experts in memory at once."""
+    checkpoint = checkpoints[kind]
+    others = {"dense": checkpoints["qwen3"], "same": checkpoint}
+    expected = probe_checkpoint(checkpoint, SETS, streamed=False, others=others)
+    size = 3 * 32 * (16 if kind != "mixtral" else 48)
+    model = StreamedModel(checkpoint, block_bytes=2 * size * experts)
+    read, run = model.read_experts, model._run
+    of_experts: list[int] = []
+    of_layers: list[int] = []
+
+    def watched_read(names: Any, numbers: Any) -> Any:
+        found = read(names, numbers)
+        of_experts.append(sum(values.numel() for values in found.values()))
+        return found
+
+    def watched_run(*given: Any) -> Any:
+        of_layers.append(model.materialized)
+        return run(*given)
+
+    monkeypatch.setattr(model, "read_experts", watched_read)
+    monkeypatch.setattr(model, "_run", watched_run)
+    assert probe_streamed(model, SETS, others) == expected
+    assert max(of_experts) == experts * size
+    without_experts = [
+        sum(
+            weight.numel()
+            for name, weight in layer.module.state_dict().items()
+            if not re.search(r"(^|\.)experts\.", name)
+        )
+        for layer in model.layers
+    ]
+    assert max(of_layers) == max(without_experts)
+    assert model.materialized == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
 @pytest.mark.parametrize("kind", ["qwen3", "gemma4"])
 def test_the_process_gives_back_what_a_layer_took(kind: str, tmp_path: Path) -> None:
@@ -465,10 +508,25 @@ def test_parents_are_probed_by_workers(checkpoints: dict[str, Checkpoint]) -> No
     assert ActivationProbe(SETS, spans=9).run(parents, calls_to(parents)) == found
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3"])
+def test_experts_are_divided_among_workers(
+    kind: str, checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """However many: what the whole model gives, also where a layer has no experts."""
+    other = open_checkpoint(str(write_kind(tmp_path, kind, seed=2)))
+    parents = {"father": checkpoints[kind], "mother": other}
+    expected = ActivationProbe(SETS, streamed=False).run(parents, calls_to(parents))
+    for shards, processes in ((2, 2), (3, 1), (9, 1)):
+        found = ActivationProbe(SETS, shards=shards).run(parents, calls_to(parents, processes))
+        assert found == expected
+    routing = expected["parents"]["father"]["letters"][-1]["routing"]
+    assert set(routing["overlap"]) == {"mother"}
+
+
 def test_spans_cover_the_layers() -> None:
-    assert cut_layers(4, 2) == [(0, 2), (2, 4)]
-    assert cut_layers(7, 3) == [(0, 2), (2, 4), (4, 7)]
-    assert cut_layers(2, 5) == [(0, 1), (1, 2)]
+    assert cut_evenly(4, 2) == [(0, 2), (2, 4)]
+    assert cut_evenly(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert cut_evenly(2, 5) == [(0, 1), (1, 2)]
 
 
 def test_the_shipped_family() -> None:

@@ -1,7 +1,9 @@
-"""Routing of experts: counted as a plain run of the router chooses, and what is called dead."""
+"""Routing of experts: counted as a plain run of router and experts chooses and adds, and what is dead."""
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,21 @@ import torch
 from orchestrator.mri.dead_experts import dead_by_layer, dead_expert_notes, dead_experts
 from tests.unit.test_probe import SETS, load, write_kind
 from workers.checkpoints import open_checkpoint
+from workers.diagnostics.layers import find_decoder
 from workers.diagnostics.probe import probe_checkpoint
+from workers.diagnostics.routing import routed
+
+MIXTURES = ["qwen3_moe", "mixtral", "qwen3_5_moe", "gemma4_moe", "deepseek_v3", "dots1"]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "qwen3_5_moe"])
 def test_choices_and_weights_are_those_of_the_router(kind: str, tmp_path: Path) -> None:
     """By the definition: a softmax over all experts, the k largest, made to sum to 1 if the model says so."""
-    checkpoint = open_checkpoint(str(write_kind(tmp_path, kind)))
+    checkpoint = open_checkpoint(str(write_kind(tmp_path / "own", kind)))
     model, tokenizer = load(checkpoint)
-    model.float()
+    model.float().requires_grad_(False)
+    other = open_checkpoint(str(write_kind(tmp_path / "other", kind, seed=2)))
+    others = load(other)[0].double().requires_grad_(False).base_model.layers
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     states: dict[int, list[torch.Tensor]] = {}
@@ -31,7 +39,7 @@ def test_choices_and_weights_are_those_of_the_router(kind: str, tmp_path: Path) 
 
         layer.mlp.register_forward_pre_hook(keep)
         routers[number] = layer.mlp.gate.weight.double()
-    found = probe_checkpoint(checkpoint, SETS, dtype="float32")
+    found = probe_checkpoint(checkpoint, SETS, dtype="float32", others={"mother": other})
     for calibration in SETS:
         states.clear()
         with torch.inference_mode():
@@ -43,9 +51,8 @@ def test_choices_and_weights_are_those_of_the_router(kind: str, tmp_path: Path) 
         assert all("routing" not in row for row in found[calibration.name] if row not in rows)
         for row in rows:
             inputs = torch.cat(states[row["layer"]]).double()
-            shares, chosen = (
-                (inputs @ routers[row["layer"]].T).softmax(-1).topk(config.num_experts_per_tok)
-            )
+            softmax = (inputs @ routers[row["layer"]].T).softmax(-1)
+            shares, chosen = softmax.topk(config.num_experts_per_tok)
             if getattr(config, "norm_topk_prob", True):
                 shares = shares / shares.sum(-1, keepdim=True)
             routing = row["routing"]
@@ -56,6 +63,73 @@ def test_choices_and_weights_are_those_of_the_router(kind: str, tmp_path: Path) 
             sums = torch.zeros(experts, dtype=torch.float64)
             sums.index_add_(0, chosen.reshape(-1), shares.reshape(-1))
             assert routing["weights"] == pytest.approx((sums / len(inputs)).tolist(), abs=1e-5)
+            merit = torch.zeros(experts, dtype=torch.float64)
+            weights = deepcopy(model.base_model.layers[row["layer"]].mlp.experts).double()
+            for token, own in enumerate(zip(chosen.tolist(), shares.tolist(), strict=True)):
+                for expert, share in zip(*own, strict=True):
+                    gate, up = (weights.gate_up_proj[expert] @ inputs[token]).chunk(2)
+                    added = weights.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                    merit[expert] += share * added.square().sum().sqrt()
+            assert routing["merit"] == pytest.approx((merit / len(inputs)).tolist(), rel=1e-5)
+            load_shares = (counts / counts.sum()).tolist()
+            assert routing["load_entropy"] == pytest.approx(
+                -sum(share * math.log2(share) for share in load_shares if share)
+            )
+            entropies = -(softmax * softmax.log2()).sum(-1)
+            assert routing["token_entropy"] == pytest.approx(float(entropies.mean()), rel=1e-5)
+            wanted = (inputs @ others[row["layer"]].mlp.gate.weight.T).topk(
+                config.num_experts_per_tok
+            )
+            pairs = zip(chosen.tolist(), wanted.indices.tolist(), strict=True)
+            common = [len(set(one) & set(two)) / config.num_experts_per_tok for one, two in pairs]
+            assert routing["overlap"] == {"mother": pytest.approx(sum(common) / len(common))}
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_the_model_is_not_changed_by_looking(
+    kind: str, implementation: str, tmp_path: Path
+) -> None:
+    """The same bits behind the last layer, however transformers runs its experts."""
+    model, tokenizer = load(open_checkpoint(str(write_kind(tmp_path, kind))))
+    model.set_experts_implementation(implementation)
+    ids = torch.tensor([tokenizer("what is this? who are you then")["input_ids"]])
+    with torch.inference_mode():
+        expected = model.base_model(ids).last_hidden_state
+        with routed(find_decoder(model).layers) as seen:
+            found = model.base_model(ids).last_hidden_state
+        again = model.base_model(ids).last_hidden_state
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert len(seen) == (4 if "experts" not in kind and kind not in ("deepseek_v3", "dots1") else 3)
+    for routing in seen.values():
+        assert (routing.norms > 0).tolist() == (routing.choices > 0).tolist()
+
+
+def test_a_sigmoid_has_no_entropy(tmp_path: Path) -> None:
+    """DeepSeek's router; its choices by groups and correction biases are made with the other one's."""
+    checkpoint = open_checkpoint(str(write_kind(tmp_path / "own", "deepseek_v3")))
+    other = open_checkpoint(str(write_kind(tmp_path / "other", "deepseek_v3", seed=2)))
+    rows = probe_checkpoint(checkpoint, SETS, others={"same": checkpoint, "mother": other})
+    found = [row["routing"] for row in rows["questions"] if "routing" in row]
+    assert len(found) == 3
+    for routing in found:
+        assert "token_entropy" not in routing
+        assert "load_entropy" in routing
+        assert routing["overlap"]["same"] == 1.0
+    assert min(routing["overlap"]["mother"] for routing in found) < 1.0
+
+
+def test_a_router_of_another_shape_is_not_compared(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_kind(tmp_path / "own", "qwen3_moe")))
+    dense = open_checkpoint(str(write_kind(tmp_path / "dense", "qwen3")))
+    (row, *_) = [
+        r
+        for r in probe_checkpoint(checkpoint, SETS, others={"d": dense})["letters"]
+        if "routing" in r
+    ]
+    assert "overlap" not in row["routing"]
+    assert "token_entropy" in row["routing"]
 
 
 def test_a_balanced_layer_has_no_dead_experts() -> None:

@@ -528,7 +528,24 @@ def test_a_kept_scan_is_read_under_other_names(family: dict[str, Path], tmp_path
             return {"prompts": "one"}
 
         def run(self, parents: Any, calls: Any) -> dict[str, Any]:
-            rows = {name: {"set": [opened.fingerprint]} for name, opened in parents.items()}
+            rows = {
+                name: {
+                    "set": [
+                        {"layer": 0, "component": "attention", "of": opened.fingerprint},
+                        {
+                            "layer": 0,
+                            "component": "mlp",
+                            "routing": {
+                                "tokens": 3,
+                                "overlap": {
+                                    n: o.fingerprint for n, o in parents.items() if n != name
+                                },
+                            },
+                        },
+                    ]
+                }
+                for name, opened in parents.items()
+            }
             return {"sets": {"set": {}}, "parents": rows}
 
     parents, base = open_family(family)

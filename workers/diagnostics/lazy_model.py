@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,36 @@ class LazyModel:
             self._load([name])
             self._held.add(name)
 
+    def has_experts(self, name: str) -> bool:
+        """Whether a tensor of the model holds experts along its first dimension that are read one by one."""
+        return all(piece.expert is not None for piece in self._logical[name])
+
+    def read_experts(self, names: Sequence[str], experts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """These experts of tensors that hold experts, `[len(experts), ...]`, as the model would have them."""
+        whole = [getattr(*self._place(name)) for name in names]
+        kinds = [self._kind(name, tensor) for name, tensor in zip(names, whole, strict=True)]
+        sizes = [tensor[0].numel() for tensor in whole]
+        memory = self._allocate(
+            [(size * len(experts), kind) for size, kind in zip(sizes, kinds, strict=True)]
+        )
+        order = {expert: number for number, expert in enumerate(experts)}
+        work = []
+        for name, size, flat in zip(names, sizes, memory, strict=True):
+            for piece in self._logical[name]:
+                if piece.expert in order:
+                    start = order[piece.expert] * size + piece.offset % size
+                    part = flat[start : start + piece.elements]
+                    work.append((self._map.by_name[piece.name], part))
+        in_threads(self._fill, work, READ_THREADS if self._source.is_remote else 1)
+        return {
+            name: flat.view(len(experts), *tensor.shape[1:])
+            for name, tensor, flat in zip(names, whole, memory, strict=True)
+        }
+
+    def _kind(self, name: str, tensor: torch.Tensor) -> torch.dtype:
+        is_kept = self._fp32 is not None and self._fp32.search(name) is not None
+        return torch.float32 if is_kept else tensor.dtype
+
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
             module, own = self._place(name)
@@ -162,10 +192,7 @@ class LazyModel:
 
     def _load(self, names: list[str]) -> None:
         old = [getattr(*self._place(name)) for name in names]
-        kinds = [
-            torch.float32 if self._fp32 and self._fp32.search(name) else tensor.dtype
-            for name, tensor in zip(names, old, strict=True)
-        ]
+        kinds = [self._kind(name, tensor) for name, tensor in zip(names, old, strict=True)]
         memory = self._allocate([(t.numel(), kind) for t, kind in zip(old, kinds, strict=True)])
         work = []
         for name, tensor, flat in zip(names, old, memory, strict=True):

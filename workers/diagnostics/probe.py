@@ -16,7 +16,7 @@ probe of the Darwin family (arXiv 2605.14386), which leaves the definition open.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -27,6 +27,7 @@ import torch
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.calibration import CalibrationSet
 from workers.diagnostics.layers import COMPONENTS, DecoderLayer, find_decoder, observed
+from workers.diagnostics.routers import OtherRouters
 from workers.diagnostics.routing import Routing, routed
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
@@ -40,6 +41,9 @@ Rows = list[dict[str, Any]]
 """`{"layer", "component", "mean_token", "last_token"}` of each layer and component, in their order; of an mlp
 of experts also `routing` (see `Routing.to_dict`), over all tokens of both prompts of each pair."""
 
+ExpertOutputs = Sequence[tuple[tuple[int, int], Sequence[torch.Tensor]]]
+"""(first, behind the last) of a range of a layer's experts, and what they give for each prompt."""
+
 PackedStates = list[tuple[str, Any]]
 
 
@@ -50,33 +54,39 @@ def probe_checkpoint(
     dtype: str = "auto",
     device: str = "cpu",
     threads: int = 1,
+    others: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Rows]:
     """The probe of one checkpoint: set -> rows; a distance that is not defined is None.
 
     `streamed` holds one decoder layer in memory at a time; the result is the same, bit by bit. It depends
-    on `dtype`, `device` and `threads` in the last digits. Raises `BadInputError` if the checkpoint cannot
+    on `dtype`, `device` and `threads` in the last digits. `others` are the parents whose routers are compared
+    with this one's. Raises `BadInputError` if the checkpoint cannot
     be run, or its activations are not finite.
     """
     with torch_threads(threads):
         model = StreamedModel(checkpoint, dtype, device)
         if streamed:
-            return probe_streamed(model, sets)
+            return probe_streamed(model, sets, others)
         with model.loaded(lambda name: True):
-            return probe_model(model.model, model.tokenizer, sets, checkpoint.location)
+            return probe_model(model.model, model.tokenizer, sets, checkpoint.location, others)
 
 
 def probe_model(
-    model: Any, tokenizer: Any, sets: Sequence[CalibrationSet], location: str
+    model: Any,
+    tokenizer: Any,
+    sets: Sequence[CalibrationSet],
+    location: str,
+    others: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Rows]:
     """The probe of a live transformers model; see `probe_checkpoint`. Its head is not run."""
     decoder = find_decoder(model)
     device = next(decoder.module.parameters()).device
     prompts = encode(tokenizer, sets, location)
-    tally = Tally(sets, location)
+    tally = Tally(sets, location, OtherRouters(others or {}, layers=None))
     for number, prompt in enumerate(prompts):
         with (
             observed(decoder.layers) as seen,
-            routed(decoder.layers) as routes,
+            routed(decoder.layers, tally.others) as routes,
             torch.inference_mode(),
         ):
             decoder.module(input_ids=prompt.to(device), use_cache=False)
@@ -87,10 +97,14 @@ def probe_model(
     return tally.rows()
 
 
-def probe_streamed(model: StreamedModel, sets: Sequence[CalibrationSet]) -> dict[str, Rows]:
+def probe_streamed(
+    model: StreamedModel,
+    sets: Sequence[CalibrationSet],
+    others: Mapping[str, Checkpoint] | None = None,
+) -> dict[str, Rows]:
     """The probe of a model that is run layer by layer; see `probe_checkpoint`."""
     states = model.begin(encode(model.tokenizer, sets, model.location))
-    tally = Tally(sets, model.location)
+    tally = Tally(sets, model.location, OtherRouters(others or {}))
     model.run_span(0, len(model.layers), states, tally.observe)
     return tally.rows()
 
@@ -101,6 +115,7 @@ def probe_span(
     first: int,
     last: int,
     hidden_states: Sequence[torch.Tensor] | None,
+    others: Mapping[str, Checkpoint] | None = None,
 ) -> tuple[dict[str, Rows], list[torch.Tensor]]:
     """The rows of layers `first` to `last - 1`, and the hidden states behind them for the next span.
 
@@ -108,9 +123,35 @@ def probe_span(
     those of `probe_streamed`.
     """
     begun = model.begin(encode(model.tokenizer, sets, model.location))
-    tally = Tally(sets, model.location)
+    tally = Tally(sets, model.location, OtherRouters(others or {}))
     states = begun if hidden_states is None else hidden_states
     states = model.run_span(first, last, states, tally.observe)
+    return tally.rows(), states
+
+
+def begin_layers(model: StreamedModel, sets: Sequence[CalibrationSet]) -> list[torch.Tensor]:
+    """The hidden states at the first layer of the sets' prompts, which `model` is then ready for."""
+    return model.begin(encode(model.tokenizer, sets, model.location))
+
+
+def probe_layer(
+    model: StreamedModel,
+    sets: Sequence[CalibrationSet],
+    layer: int,
+    hidden_states: Sequence[torch.Tensor],
+    outputs: ExpertOutputs | None,
+    others: Mapping[str, Checkpoint] | None = None,
+) -> tuple[dict[str, Rows], list[torch.Tensor]]:
+    """The rows of one layer, and the hidden states behind it; `begin_layers` comes first.
+
+    `outputs` are what ranges of its experts gave elsewhere; None: the layer is run here. The rows of all
+    layers together are those of `probe_streamed`.
+    """
+    tally = Tally(sets, model.location, OtherRouters(others or {}))
+    if outputs is None:
+        states = model.run_span(layer, layer + 1, hidden_states, tally.observe)
+    else:
+        states = model.finish_layer(layer, hidden_states, outputs, tally.observe)
     return tally.rows(), states
 
 
@@ -127,7 +168,13 @@ def pack_states(states: Sequence[torch.Tensor]) -> PackedStates:
 
 def unpack_states(packed: PackedStates) -> list[torch.Tensor]:
     """What `pack_states` was given, on the CPU."""
-    return [torch.tensor(values).view(getattr(torch, dtype)) for dtype, values in packed]
+    return [
+        # Copied into place: numpy's strides of an empty array would not do for a view.
+        torch.empty(values.shape, dtype=torch.uint8)
+        .copy_(torch.tensor(values))
+        .view(getattr(torch, dtype))
+        for dtype, values in packed
+    ]
 
 
 def encode(tokenizer: Any, sets: Sequence[CalibrationSet], location: str) -> list[torch.Tensor]:
@@ -162,6 +209,7 @@ class Tally:
 
     sets: Sequence[CalibrationSet]
     location: str
+    others: OtherRouters
     _first: dict[tuple[int, int, str], tuple[torch.Tensor, ...]] = field(default_factory=dict)
     _distances: dict[tuple[int, int, str], tuple[float | None, ...]] = field(default_factory=dict)
     _routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
@@ -170,7 +218,7 @@ class Tally:
         self, layer: DecoderLayer, number: int, run: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """Run a layer of prompt `number` and take what its components add; for `run_span`."""
-        with observed((layer,)) as seen, routed((layer,)) as routes:
+        with observed((layer,)) as seen, routed((layer,), self.others) as routes:
             state = run()
             for key, output in seen.items():
                 self.add(number, key, output)

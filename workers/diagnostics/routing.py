@@ -1,15 +1,26 @@
-"""How a mixture of experts routes tokens: how often each expert is chosen, and with what weight."""
+"""How a mixture of experts routes tokens, and what its experts add for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from workers.diagnostics.expert_outputs import find_experts, run_by_pairs
 from workers.diagnostics.layers import DecoderLayer
+from workers.diagnostics.routers import (
+    OtherRouters,
+    find_router,
+    has_softmax,
+    load_entropy,
+    observed_router,
+    overlap,
+    token_entropies,
+)
 
 
 @dataclass
@@ -22,57 +33,98 @@ class Routing:
     """How often each expert was chosen, int64 `[E]`."""
     weights: torch.Tensor
     """The sum of the weights that it then had, float64 `[E]`."""
+    norms: torch.Tensor
+    """The sum of the L2 norms of what it then added, weighted, float64 `[E]`."""
+    entropy: float | None = None
+    """The sum over the tokens of the entropy of the router's softmax, in bits; None if it makes none."""
+    overlap: dict[str, int] = field(default_factory=dict)
+    """Other parent -> how many of all choices its router would have made, too."""
 
     def add(self, other: Routing) -> None:
         """Take in what the same layer did with other tokens."""
         self.tokens += other.tokens
         self.choices += other.choices
         self.weights += other.weights
+        self.norms += other.norms
+        if self.entropy is not None and other.entropy is not None:
+            self.entropy += other.entropy
+        for name, count in other.overlap.items():
+            self.overlap[name] += count
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `choices` and `weights` (means over the tokens) of each expert."""
-        return {
+        """Plain data, by expert (docs/diagnostics.md, Experts): `weights` and `merit` are means over all
+        tokens, entropies are in bits. What the model does not have is left out."""
+        choices = self.choices.tolist()
+        found: dict[str, Any] = {
             "tokens": self.tokens,
             "per_token": self.per_token,
-            "choices": self.choices.tolist(),
+            "choices": choices,
             "weights": (self.weights / self.tokens).tolist(),
+            "merit": (self.norms / self.tokens).tolist(),
+            "load_entropy": load_entropy(choices),
         }
+        if self.entropy is not None:
+            found["token_entropy"] = self.entropy / self.tokens
+        if self.overlap:
+            total = self.tokens * self.per_token
+            found["overlap"] = {name: count / total for name, count in self.overlap.items()}
+        return found
 
 
 @contextmanager
-def routed(layers: tuple[DecoderLayer, ...]) -> Iterator[dict[int, Routing]]:
-    """What the layers that have experts do in the run that is made inside, by layer.
+def routed(
+    layers: tuple[DecoderLayer, ...], others: OtherRouters | None = None
+) -> Iterator[dict[int, Routing]]:
+    """What the layers that have experts do in the run that is made inside, by layer; see `run_by_pairs`.
 
-    They are seen where the chosen experts are called: `experts(hidden_states, top_k_index, top_k_weights)`,
-    which all mixtures of transformers 5 share; those of another form are passed over.
+    Experts of a form that is not known are passed over. `others` are asked what they would have chosen.
     """
     seen: dict[int, Routing] = {}
+    said: dict[int, tuple[float | None, dict[str, int]]] = {}
 
-    def hook(layer: int) -> Any:
-        def keep(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = dict(
-                zip(("hidden_states", "top_k_index", "top_k_weights"), arguments, strict=False)
+    def keep_router(
+        layer: int,
+        softmax: bool,
+        scores: torch.Tensor,
+        chosen: torch.Tensor,
+        choices: dict[str, torch.Tensor],
+    ) -> None:
+        entropy = float(token_entropies(scores).sum()) if softmax else None
+        said[layer] = entropy, {name: overlap(chosen, other) for name, other in choices.items()}
+
+    def keep_experts(
+        layer: int,
+        experts: int,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        weighted: torch.Tensor,
+    ) -> None:
+        chosen = index.reshape(-1).cpu()
+        norms = torch.linalg.vector_norm(weighted, dim=-1, dtype=torch.float64)
+        zeros = torch.zeros(experts, dtype=torch.float64)
+        seen[layer] = Routing(
+            index.shape[0],
+            index.shape[-1],
+            torch.bincount(chosen, minlength=experts),
+            zeros.index_add(0, chosen, weights.reshape(-1).double().cpu()),
+            zeros.index_add(0, chosen, norms.cpu()),
+            *said.pop(layer, (None, {})),
+        )
+
+    with ExitStack() as watching:
+        for layer in layers:
+            experts = find_experts(layer.module)
+            if experts is None:
+                continue
+            count = getattr(experts[1], "num_experts", 0)
+            watching.enter_context(
+                run_by_pairs(experts[1], partial(keep_experts, layer.index, count))
             )
-            given |= named
-            index, weights = given.get("top_k_index"), given.get("top_k_weights")
-            experts = getattr(module, "num_experts", None)
-            if index is None or weights is None or not isinstance(experts, int):
-                return
-            chosen, weights = index.reshape(-1).cpu(), weights.reshape(-1).double().cpu()
-            sums = torch.zeros(experts, dtype=torch.float64).index_add_(0, chosen, weights)
-            counts = torch.bincount(chosen, minlength=experts)
-            seen[layer] = Routing(index.shape[0], index.shape[-1], counts, sums)
-
-        return keep
-
-    handles = [
-        module.register_forward_pre_hook(hook(layer.index), with_kwargs=True)
-        for layer in layers
-        for name, module in layer.module.named_modules()
-        if name.rpartition(".")[2] == "experts"
-    ]
-    try:
+            found = find_router(layer.module)
+            if found is not None:
+                name, router = found
+                called = f"{layer.name}.{name}"
+                keep = partial(keep_router, layer.index, has_softmax(router))
+                asked = partial(others.of, called, router) if others else dict
+                watching.enter_context(observed_router(router, keep, asked))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,7 +11,7 @@ be passed over: a model that does anything there is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,22 @@ from typing import Any
 import torch
 
 from workers.checkpoints import Checkpoint
+from workers.diagnostics.expert_blocks import (
+    BLOCK_BYTES,
+    AskedExperts,
+    LayerExperts,
+    find_divisible,
+    put_together,
+)
+from workers.diagnostics.expert_outputs import ByPairs, standing_for
 from workers.diagnostics.layers import DecoderLayer
 from workers.diagnostics.lazy_model import LazyModel
 from workers.errors import BadInputError
+
+OUTPUT_BYTES = 1 << 30
+"""Of outputs of experts that are in memory before they are summed; for more, experts are read again."""
+
+Around = Callable[[DecoderLayer, int, Callable[[], torch.Tensor]], torch.Tensor]
 
 
 class _ChangedBetweenLayersError(Exception):
@@ -37,10 +50,20 @@ class _LayerCall:
 
 
 class StreamedModel(LazyModel):
-    """The decoder of a checkpoint, whose layers are in memory while they run; see `LazyModel`."""
+    """The decoder of a checkpoint, whose layers are in memory while they run; see `LazyModel`.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str = "cpu") -> None:
+    Of a layer with more than `block_bytes` of experts, so many bytes of them are; see `expert_blocks`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "auto",
+        device: str = "cpu",
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
         super().__init__(checkpoint, dtype, device)
+        self._block_bytes = block_bytes
         self._calls: list[list[_LayerCall]] = []
 
     def outside_layers(self, name: str) -> bool:
@@ -86,7 +109,7 @@ class StreamedModel(LazyModel):
 
         with ExitStack() as shortcuts:
             for layer in self.layers:
-                shortcuts.enter_context(_forward_replaced(layer, partial(stand_in, layer.index)))
+                shortcuts.enter_context(standing_for(layer.module, partial(stand_in, layer.index)))
             self.decoder.module(input_ids=prompt.to(self.device), use_cache=False)
         assert len(calls) == len(self.layers)
         return states[0], calls
@@ -97,8 +120,7 @@ class StreamedModel(LazyModel):
         first: int,
         last: int,
         hidden_states: Sequence[torch.Tensor],
-        around: Callable[[DecoderLayer, int, Callable[[], torch.Tensor]], torch.Tensor]
-        | None = None,
+        around: Around | None = None,
     ) -> list[torch.Tensor]:
         """The hidden states behind layer `last - 1`, from those at layer `first`.
 
@@ -106,15 +128,114 @@ class StreamedModel(LazyModel):
         follow one another give what the whole decoder gives. `around` is called for each layer and
         prompt, by its number, with what runs the layer.
         """
-        states = [state.to(self.device) for state in hidden_states]
-        assert len(states) == len(self._calls), "begin comes first, with the same prompts"
+        states = self._given(hidden_states)
         for layer in self.layers[first:last]:
             self._check_state(layer.index, first)
-            with self.loaded(lambda name, own=layer.name: name.startswith(f"{own}.")):  # type: ignore[misc]
-                for number, state in enumerate(states):
-                    run = partial(self._run, layer, self._calls[number][layer.index], state)
-                    states[number] = around(layer, number, run) if around else run()
+            experts = find_divisible(self, layer, self._block_bytes)
+            if experts is not None and experts.bytes > self._block_bytes:
+                states = self._run_in_blocks(layer, experts, states, around)
+                continue
+            with self._loaded_layer(layer):
+                states = [
+                    self._run_around(layer, n, state, around) for n, state in enumerate(states)
+                ]
         return states
+
+    def _run_in_blocks(
+        self,
+        layer: DecoderLayer,
+        experts: LayerExperts,
+        states: list[torch.Tensor],
+        around: Around | None,
+    ) -> list[torch.Tensor]:
+        result = []
+        with self._loaded_layer(layer, experts):
+            asked = self._reach_experts(layer, experts, states)
+            for first, last in _groups([one.output_bytes for one in asked], OUTPUT_BYTES):
+                everyone = (0, experts.experts)
+                found = experts.outputs(asked[first:last])
+                for number, outputs in enumerate(found, first):
+                    given = put_together([(everyone, outputs)])
+                    with standing_for(experts.module, ByPairs(experts.module, given)):
+                        result.append(self._run_around(layer, number, states[number], around))
+        return result
+
+    @torch.inference_mode()
+    def ask_experts(
+        self, index: int, hidden_states: Sequence[torch.Tensor]
+    ) -> list[AskedExperts] | None:
+        """What each prompt gives to the experts of a layer; None if the layer's cannot be divided.
+
+        Prompts as in `run_span`. `run_experts` and `finish_layer` do the rest of the layer.
+        """
+        layer, states = self.layers[index], self._given(hidden_states)
+        experts = find_divisible(self, layer, self._block_bytes)
+        if experts is None:
+            return None
+        with self._loaded_layer(layer, experts):
+            return self._reach_experts(layer, experts, states)
+
+    @torch.inference_mode()
+    def run_experts(
+        self, index: int, asked: Sequence[AskedExperts], experts: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        """What these experts of a layer give for the prompts; see `LayerExperts.outputs`."""
+        found = find_divisible(self, self.layers[index], self._block_bytes)
+        assert found is not None
+        stem, left_out = f"{found.stem}.", found.names
+        there = [
+            AskedExperts(one.states.to(self.device), one.index.to(self.device)) for one in asked
+        ]
+        with self.loaded(lambda name: name.startswith(stem) and name not in left_out):
+            return found.outputs(there, experts)
+
+    @torch.inference_mode()
+    def finish_layer(
+        self,
+        index: int,
+        hidden_states: Sequence[torch.Tensor],
+        outputs: Sequence[tuple[tuple[int, int], Sequence[torch.Tensor]]],
+        around: Around | None = None,
+    ) -> list[torch.Tensor]:
+        """The hidden states behind a layer, with what `run_experts` gave for each range of its experts."""
+        layer, states = self.layers[index], self._given(hidden_states)
+        experts = find_divisible(self, layer, self._block_bytes)
+        assert experts is not None
+        result = []
+        with self._loaded_layer(layer, experts):
+            for number, state in enumerate(states):
+                given = put_together([(own, found[number]) for own, found in outputs])
+                with standing_for(experts.module, ByPairs(experts.module, given)):
+                    result.append(self._run_around(layer, number, state, around))
+        return result
+
+    def _given(self, hidden_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        states = [state.to(self.device) for state in hidden_states]
+        assert len(states) == len(self._calls), "begin comes first, with the same prompts"
+        return states
+
+    def _loaded_layer(
+        self, layer: DecoderLayer, without: LayerExperts | None = None
+    ) -> AbstractContextManager[None]:
+        left_out = without.names if without else frozenset()
+        return self.loaded(lambda name: name.startswith(f"{layer.name}.") and name not in left_out)
+
+    def _reach_experts(
+        self, layer: DecoderLayer, experts: LayerExperts, states: Sequence[torch.Tensor]
+    ) -> list[AskedExperts]:
+        with experts.stopping():
+            return [
+                experts.reached_by(
+                    partial(self._run, layer, self._calls[number][layer.index], state)
+                )
+                for number, state in enumerate(states)
+            ]
+
+    def _run_around(
+        self, layer: DecoderLayer, number: int, state: torch.Tensor, around: Around | None
+    ) -> torch.Tensor:
+        run = partial(self._run, layer, self._calls[number][layer.index], state)
+        return around(layer, number, run) if around else run()
 
     def _run(self, layer: DecoderLayer, call: _LayerCall, state: torch.Tensor) -> torch.Tensor:
         output = layer.module(state, *call.arguments, **call.keywords)
@@ -134,13 +255,15 @@ class StreamedModel(LazyModel):
                 )
 
 
-@contextmanager
-def _forward_replaced(layer: DecoderLayer, forward: Callable[..., Any]) -> Iterator[None]:
-    layer.module.forward = forward
-    try:
-        yield
-    finally:
-        del layer.module.forward
+def _groups(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, behind the last) of neighbours that are no larger than `most` together, or alone."""
+    begin = total = 0
+    for number, size in enumerate(sizes):
+        if number > begin and total + size > most:
+            yield begin, number
+            begin, total = number, 0
+        total += size
+    yield begin, len(sizes)
 
 
 def _is_same(one: Any, two: torch.Tensor) -> bool:
