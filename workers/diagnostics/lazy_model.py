@@ -133,6 +133,13 @@ class LazyModel:
         tensors = (getattr(*self._place(name)) for name in self._logical)
         return sum(tensor.numel() for tensor in tensors if not tensor.is_meta)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor of the model is loaded as."""
+        if self._fp32 and self._fp32.search(name):
+            return torch.float32
+        tensor: torch.Tensor = getattr(*self._place(name))
+        return tensor.dtype
+
     @contextmanager
     def loaded(self, chosen: Callable[[str], bool]) -> Iterator[None]:
         """The decoder's tensors with `chosen` names in memory, for the block's time."""
@@ -162,10 +169,7 @@ class LazyModel:
 
     def _load(self, names: list[str]) -> None:
         old = [getattr(*self._place(name)) for name in names]
-        kinds = [
-            torch.float32 if self._fp32 and self._fp32.search(name) else tensor.dtype
-            for name, tensor in zip(names, old, strict=True)
-        ]
+        kinds = [self.dtype_of(name) for name in names]
         memory = self._allocate([(t.numel(), kind) for t, kind in zip(old, kinds, strict=True)])
         work = []
         for name, tensor, flat in zip(names, old, memory, strict=True):
