@@ -23,12 +23,15 @@ from workers.merging.plan import BASE
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
+    import torch
+
     from workers.diagnostics.attribution import Products
     from workers.diagnostics.calibration import CalibrationSet
     from workers.diagnostics.probe import PackedStates, Rows
     from workers.diagnostics.static import StaticScan
     from workers.diagnostics.streaming import StreamedModel
     from workers.evaluation.health import Examination
+    from workers.evaluation.sharded_engine import GangMember
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
     from workers.merging.sources import Source
@@ -235,12 +238,16 @@ class EvaluationWorker(MergeWorker):
 
         Equal for all workers of a campaign. Raises `BadInputError` if the inputs cannot work.
         """
+        self.engine = self.make_engine()
+        probe = self.spec.tasks[0].items["search"][0].prompt
+        return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
+
+    def make_engine(self) -> Engine:
+        """Open the parents, and an engine over them."""
         from workers.evaluation.transformers_engine import TransformersEngine
 
         self.open(localize)
-        self.engine = TransformersEngine(self.parents, self.base, **self.spec.engine)
-        probe = self.spec.tasks[0].items["search"][0].prompt
-        return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
+        return TransformersEngine(self.parents, self.base, **self.spec.engine)
 
     def evaluate(
         self, recipe: dict[str, Any], split: str, finished: dict[str, list[str]], seconds: float
@@ -282,3 +289,71 @@ class EvaluationWorker(MergeWorker):
         self.realized = None
         given = {name: Recipe.from_dict(parent) for name, parent in parents.items()}
         return examine(self.engine, Recipe.from_dict(recipe), given, examination)
+
+
+class GangWorker(MergeWorker):
+    """A member of a gang: holds some experts of the model that its leader runs. See `GangMember`."""
+
+    spec: WorkerSpec
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec)
+        self.member: GangMember | None = None
+
+    def hold(self, names: list[str]) -> None:
+        """Open the parents where they lie, and hold these tensors."""
+        from workers.evaluation.sharded_engine import GangMember
+
+        self.open(lambda checkpoint: checkpoint)
+        self.member = GangMember(self.parents, self.base, **self.spec.engine)
+        self.member.hold(names)
+
+    def realize(self, recipe: dict[str, Any]) -> None:
+        """See `GangMember.realize`."""
+        assert self.member is not None, "hold comes first"
+        self.member.realize(recipe)
+
+    def compute(self, *arguments: Any) -> torch.Tensor:
+        """See `GangMember.compute`."""
+        assert self.member is not None, "hold comes first"
+        return self.member.compute(*arguments)
+
+
+class GangLeader(EvaluationWorker):
+    """Evaluates with the help of members, which it starts, and which end when it does.
+
+    `places`: for each member the options of its Ray actor. If a member dies, every call to this worker fails.
+    """
+
+    def __init__(self, spec: WorkerSpec, places: list[dict[str, Any]]) -> None:
+        super().__init__(spec)
+        self._places = places
+        self._members: dict[str, Any] = {}
+
+    def make_engine(self) -> Engine:
+        """Open the parents where they lie, start the members, and spread the model's experts over all."""
+        import ray
+
+        from workers.evaluation.sharded_engine import ShardedEngine
+
+        self.open(lambda checkpoint: checkpoint)
+        member = ray.remote(GangWorker)
+        self._members = {
+            f"member-{number}": member.options(**place).remote(self.spec)
+            for number, place in enumerate(self._places, 1)
+        }
+        names = tuple(self._members)
+        return ShardedEngine(self.parents, self.base, names, self._ask, **self.spec.engine)
+
+    def _ask(self, member: str, method: str, *arguments: Any) -> Callable[[], Any]:
+        import ray
+
+        reference = getattr(self._members[member], method).remote(*arguments)
+
+        def wait() -> Any:
+            try:
+                return ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # the member's own error is this worker's
+
+        return wait
