@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import WorkersConfig
@@ -73,6 +73,8 @@ class Crew:
         self._address = address
         self._check_engine = check_engine
         self._placement: Placement | None = None
+        self._gangs: list[Placement] = []
+        """For each place the places of its gang, the leader's first."""
         self._serial = 0
         self._failed_starts: list[str] = []
         self._was_in_service = False
@@ -80,9 +82,12 @@ class Crew:
         self._last_service = time.monotonic()
 
     def __enter__(self) -> Crew:
-        check_spread(self._config, self._address)
+        gang = replace(self._config, count=self._config.gang)
+        check_spread(gang if self._config.gang > 1 else self._config, self._address)
         start_ray(self._address, self._config)
-        if self._config.spread != "none":
+        if self._config.gang > 1:
+            self._gangs = [Placement(gang) for _ in range(self._config.count)]
+        elif self._config.spread != "none":
             self._placement = Placement(self._config)
         self.workers = [Worker(number) for number in range(self._config.count)]
         for worker in self.workers:
@@ -96,8 +101,8 @@ class Crew:
             if worker.actor is not None:
                 ray.kill(worker.actor)
         self.workers = []
-        if self._placement is not None:
-            self._placement.release()
+        for placement in (*self._gangs, *([self._placement] if self._placement else [])):
+            placement.release()
         ray.shutdown()
 
     def forgive(self) -> None:
@@ -108,23 +113,28 @@ class Crew:
         """Put a new actor into the place, instead of the one it may have."""
         import ray
 
-        from workers import actors
-
         if worker.actor is not None:
             ray.kill(worker.actor)
-        evaluates = isinstance(self._spec, actors.WorkerSpec)
-        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
-        place = self._placement.options(worker.number) if self._placement else {}
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
-        worker.actor = (
-            ray.remote(kind)
-            .options(
-                num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_restarts=0, **place
-            )
-            .remote(self._spec)
-        )
+        worker.actor = self._new_actor(worker.number)
         worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
+
+    def _new_actor(self, number: int) -> Any:
+        import ray
+
+        from workers import actors
+
+        needs = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus, "max_restarts": 0}
+        if self._gangs:
+            own, *others = [
+                needs | self._gangs[number].options(bundle) for bundle in range(self._config.gang)
+            ]
+            return ray.remote(actors.GangLeader).options(**own).remote(self._spec, others)
+        evaluates = isinstance(self._spec, actors.WorkerSpec)
+        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
+        place = self._placement.options(number) if self._placement else {}
+        return ray.remote(kind).options(**needs, **place).remote(self._spec)
 
     def enter_service(self, worker: Worker) -> None:
         import ray
@@ -166,8 +176,8 @@ class Crew:
 
     def _problem(self) -> str:
         """Why there may be no room for any worker."""
-        if self._placement is not None:
-            return self._placement.problem()
+        if self._placement is not None or self._gangs:
+            return (self._placement or self._gangs[0]).problem()
         return (
             f"does the cluster have a node with {self._config.cpus:g} free CPUs and "
             f"{self._config.gpus:g} GPUs?"
