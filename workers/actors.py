@@ -23,15 +23,12 @@ from workers.merging.plan import BASE
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
-    import torch
-
     from workers.diagnostics.attribution import Products
     from workers.diagnostics.calibration import CalibrationSet
     from workers.diagnostics.probe import PackedStates, Rows
     from workers.diagnostics.static import StaticScan
     from workers.diagnostics.streaming import StreamedModel
     from workers.evaluation.health import Examination
-    from workers.evaluation.sharded_engine import GangMember
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
     from workers.merging.sources import Source
@@ -291,64 +288,24 @@ class EvaluationWorker(MergeWorker):
         return examine(self.engine, Recipe.from_dict(recipe), given, examination)
 
 
-class GangWorker(MergeWorker):
-    """A member of a gang: holds some experts of the model that its leader runs. See `GangMember`."""
+class Members:
+    """Actors of one `kind` that a worker starts, with Ray's options in `places`. They end when it does."""
 
-    spec: WorkerSpec
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        super().__init__(spec)
-        self.member: GangMember | None = None
-
-    def hold(self, names: list[str]) -> None:
-        """Open the parents where they lie, and hold these tensors."""
-        from workers.evaluation.sharded_engine import GangMember
-
-        self.open(lambda checkpoint: checkpoint)
-        self.member = GangMember(self.parents, self.base, **self.spec.engine)
-        self.member.hold(names)
-
-    def realize(self, recipe: dict[str, Any]) -> None:
-        """See `GangMember.realize`."""
-        assert self.member is not None, "hold comes first"
-        self.member.realize(recipe)
-
-    def compute(self, *arguments: Any) -> torch.Tensor:
-        """See `GangMember.compute`."""
-        assert self.member is not None, "hold comes first"
-        return self.member.compute(*arguments)
-
-
-class GangLeader(EvaluationWorker):
-    """Evaluates with the help of members, which it starts, and which end when it does.
-
-    `places`: for each member the options of its Ray actor. If a member dies, every call to this worker fails.
-    """
-
-    def __init__(self, spec: WorkerSpec, places: list[dict[str, Any]]) -> None:
-        super().__init__(spec)
-        self._places = places
-        self._members: dict[str, Any] = {}
-
-    def make_engine(self) -> Engine:
-        """Open the parents where they lie, start the members, and spread the model's experts over all."""
+    def __init__(self, kind: type, spec: WorkerSpec, places: Sequence[dict[str, Any]]) -> None:
         import ray
 
-        from workers.evaluation.sharded_engine import ShardedEngine
-
-        self.open(lambda checkpoint: checkpoint)
-        member = ray.remote(GangWorker)
-        self._members = {
-            f"member-{number}": member.options(**place).remote(self.spec)
-            for number, place in enumerate(self._places, 1)
+        start = ray.remote(kind)
+        self._actors = {
+            f"member-{number}": start.options(**place).remote(spec)
+            for number, place in enumerate(places, 1)
         }
-        names = tuple(self._members)
-        return ShardedEngine(self.parents, self.base, names, self._ask, **self.spec.engine)
+        self.names = tuple(self._actors)
 
-    def _ask(self, member: str, method: str, *arguments: Any) -> Callable[[], Any]:
+    def ask(self, member: str, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Start a member's method; what waits for its result, and raises what it has raised."""
         import ray
 
-        reference = getattr(self._members[member], method).remote(*arguments)
+        reference = getattr(self._actors[member], method).remote(*arguments)
 
         def wait() -> Any:
             try:

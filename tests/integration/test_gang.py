@@ -77,7 +77,9 @@ def members() -> list[int]:
 
 def test_a_gang_ends_with_the_child_of_whole_workers(cluster: str, tmp_path: Path) -> None:
     """The same items scored alike, and the same bytes; the lost member costs one failed attempt."""
-    base, first, second = (str(path) for path in write_family(tmp_path / "family", "qwen3_5_moe"))
+    family = write_family(tmp_path / "family", "qwen3_5_moe", max_shard_size="10KB")
+    base, first, second = (str(path) for path in family)
+    assert len(list(family[1].glob("*.safetensors"))) > 8  # for everybody to write some
     task = write_task(tmp_path)
     campaign: dict[str, Any] = {
         "parents": [{"name": "a", "path": first}, {"name": "b", "path": second}],

@@ -33,10 +33,12 @@ from tests.families import (
     write_tokenizer,
 )
 from tests.unit.test_transformers_engine import dare_ties_recipe
+from workers.actors import MergeWorker, WorkerSpec
 from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation.sharded_engine import LEADER, GangMember, ShardedEngine
 from workers.evaluation.transformers_engine import TransformersEngine
+from workers.gang import GangLeader, GangWorker
 from workers.merging.executor import Merger
 from workers.merging.sources import Source
 
@@ -247,6 +249,32 @@ def test_nobody_has_memory_for_the_experts_of_others(tmp_path: Path) -> None:
         assert found["tensors"] == found["shard"], worker
         assert 0.2 * total < found["shard"] < 0.3 * total, worker
         assert found["grown"] < found["shard"] + (4 << 20) < 0.4 * total, worker
+
+
+def test_everybody_takes_a_part_of_a_scan(families: dict[str, list[Path]]) -> None:
+    base, father, mother = (str(path) for path in families["mixtral"])
+    places = {"a": father, "b": mother}
+    prints = {name: open_checkpoint(place).fingerprint for name, place in places.items()}
+    spec = WorkerSpec(places, base, prints)
+    workers = [GangWorker(spec), GangWorker(spec)]
+    asked: list[list[str]] = []
+
+    class Here:
+        names = ("member-1", "member-2")
+
+        def ask(self, member: str, method: str, *arguments: Any) -> Callable[[], Any]:
+            asked.append(arguments[-1])
+            result = getattr(workers[self.names.index(member)], method)(*arguments)
+            return lambda: result
+
+    leader, alone = GangLeader(spec, []), MergeWorker(spec)
+    for worker in (leader, alone, *workers):
+        worker.open(lambda checkpoint: checkpoint)
+    leader._members = Here()  # type: ignore[assignment]
+    names = [tensor.name for tensor in ArchitectureMap(alone.parents["a"]).tensors]
+    for count in (1, 2, 3, 7, len(names)):
+        assert leader.scan_tensors(names[:count]) == alone.scan_tensors(names[:count])
+    assert [len(given) for given in asked[-2:]] == [len(names[1::3]), len(names[2::3])]
 
 
 def test_what_cannot_be_spread_is_refused_by_name(
