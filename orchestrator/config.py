@@ -30,6 +30,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 
 OPERATIONAL_KEYS = (
     "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.spread",
+    "workers.gang",
 )  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
@@ -142,6 +143,9 @@ class WorkersConfig:
     """How many workers there are, and what Ray reserves for each."""
 
     count: int = 1
+    """Places of workers; or of gangs."""
+    gang: int = 1
+    """Workers that share one model, each with experts of its own; 1: every worker has a whole one."""
     cpus: float = 1
     gpus: float = 0
     spread: str = "none"
@@ -359,6 +363,7 @@ def _check_values(config: CampaignConfig, file: str) -> None:
         "engine.threads": config.engine.threads,
         "engine.batch_size": config.engine.batch_size,
         "workers.count": config.workers.count,
+        "workers.gang": config.workers.gang,
         "health.prompts": config.health.prompts,
         "health.new_tokens": config.health.new_tokens,
     }
@@ -383,6 +388,8 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):
         if not 0 <= share < math.inf:
             refuse(f"workers.{key}", f"{share} must be a number from 0 on")
+    if config.workers.gang > 1 and config.workers.cpus == 0 and config.workers.gpus == 0:
+        refuse("workers.gang", "workers that need neither CPUs nor GPUs have no places to reserve")
     if config.workers.spread not in SPREADS:
         refuse("workers.spread", f"{config.workers.spread!r} is none of {', '.join(SPREADS)}")
     for key in ("repetition", "endings", "difference", "function_loss"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import WorkersConfig
@@ -72,18 +72,27 @@ class Crew:
         self._config = config
         self._address = address
         self._check_engine = check_engine
-        self._placement: Placement | None = None
+        self._placements: list[Placement] = []
+        """One for each gang, the leader's place first; or one for all workers; or none."""
         self._serial = 0
         self._failed_starts: list[str] = []
         self._was_in_service = False
         """Whether any worker ever was: from then on, a bad start is the fault of its machine."""
         self._last_service = time.monotonic()
 
+    @property
+    def gang(self) -> int:
+        """How many workers share the work of a place."""
+        return self._config.gang
+
     def __enter__(self) -> Crew:
-        check_spread(self._config, self._address)
+        gangs = self._config.gang > 1
+        together = replace(self._config, count=self._config.gang) if gangs else self._config
+        check_spread(together, self._address)
         start_ray(self._address, self._config)
-        if self._config.spread != "none":
-            self._placement = Placement(self._config)
+        if gangs or self._config.spread != "none":
+            groups = self._config.count if gangs else 1
+            self._placements = [Placement(together) for _ in range(groups)]
         self.workers = [Worker(number) for number in range(self._config.count)]
         for worker in self.workers:
             self.start(worker)
@@ -96,8 +105,8 @@ class Crew:
             if worker.actor is not None:
                 ray.kill(worker.actor)
         self.workers = []
-        if self._placement is not None:
-            self._placement.release()
+        for placement in self._placements:
+            placement.release()
         ray.shutdown()
 
     def forgive(self) -> None:
@@ -108,23 +117,27 @@ class Crew:
         """Put a new actor into the place, instead of the one it may have."""
         import ray
 
-        from workers import actors
-
         if worker.actor is not None:
             ray.kill(worker.actor)
-        evaluates = isinstance(self._spec, actors.WorkerSpec)
-        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
-        place = self._placement.options(worker.number) if self._placement else {}
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
-        worker.actor = (
-            ray.remote(kind)
-            .options(
-                num_cpus=self._config.cpus, num_gpus=self._config.gpus, max_restarts=0, **place
-            )
-            .remote(self._spec)
-        )
+        worker.actor = self._new_actor(worker.number)
         worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
+
+    def _new_actor(self, number: int) -> Any:
+        import ray
+
+        from workers import actors, gang
+
+        needs = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus, "max_restarts": 0}
+        if self._config.gang > 1:
+            bundles = range(self._config.gang)
+            own, *others = [needs | self._placements[number].options(n) for n in bundles]
+            return ray.remote(gang.GangLeader).options(**own).remote(self._spec, others)
+        evaluates = isinstance(self._spec, actors.WorkerSpec)
+        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
+        place = self._placements[0].options(number) if self._placements else {}
+        return ray.remote(kind).options(**needs, **place).remote(self._spec)
 
     def enter_service(self, worker: Worker) -> None:
         import ray
@@ -166,8 +179,8 @@ class Crew:
 
     def _problem(self) -> str:
         """Why there may be no room for any worker."""
-        if self._placement is not None:
-            return self._placement.problem()
+        if self._placements:
+            return self._placements[0].problem()
         return (
             f"does the cluster have a node with {self._config.cpus:g} free CPUs and "
             f"{self._config.gpus:g} GPUs?"

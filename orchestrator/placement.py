@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.config import SPREADS, WorkersConfig
 from workers.errors import BadInputError
 
-STRATEGIES = {"spread": "SPREAD", "strict": "STRICT_SPREAD"}
+STRATEGIES = {"none": "PACK", "spread": "SPREAD", "strict": "STRICT_SPREAD"}
 """Values of `workers.spread`, and what Ray calls them."""
 
 

@@ -134,7 +134,7 @@ class Pool:
 
     def group_bytes(self, total: int) -> int:
         """What of a child a worker merges in one call: small enough that none waits long at the end."""
-        return min(GROUP_BYTES, total // (4 * len(self._workers)))
+        return min(GROUP_BYTES * self._crew.gang, total // (4 * len(self._workers)))
 
     def each(
         self,

@@ -20,6 +20,7 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
     import ray
 
+    count = workers.count * workers.gang
     on_terminate = signal.getsignal(signal.SIGTERM)
     interrupted: list[int] = []
     # An interrupt in the middle of Ray's start leaves it in pieces: it is taken when Ray is up.
@@ -30,8 +31,8 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
         else:
             ray.init(
                 address="local",  # not a cluster that happens to run here
-                num_cpus=max(1, -(-workers.count * workers.cpus // 1)),
-                num_gpus=-(-workers.count * workers.gpus // 1) or None,
+                num_cpus=max(1, -(-count * workers.cpus // 1)),
+                num_gpus=-(-count * workers.gpus // 1) or None,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",

@@ -264,12 +264,16 @@ class EvaluationWorker(MergeWorker):
 
         Equal for all workers of a campaign. Raises `BadInputError` if the inputs cannot work.
         """
+        self.engine = self.make_engine()
+        probe = self.spec.tasks[0].items["search"][0].prompt
+        return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
+
+    def make_engine(self) -> Engine:
+        """Open the parents, and an engine over them."""
         from workers.evaluation.transformers_engine import TransformersEngine
 
         self.open(localize)
-        self.engine = TransformersEngine(self.parents, self.base, **self.spec.engine)
-        probe = self.spec.tasks[0].items["search"][0].prompt
-        return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
+        return TransformersEngine(self.parents, self.base, **self.spec.engine)
 
     def evaluate(
         self, recipe: dict[str, Any], split: str, finished: dict[str, list[str]], seconds: float
@@ -311,3 +315,31 @@ class EvaluationWorker(MergeWorker):
         self.realized = None
         given = {name: Recipe.from_dict(parent) for name, parent in parents.items()}
         return examine(self.engine, Recipe.from_dict(recipe), given, examination)
+
+
+class Members:
+    """Actors of one `kind` that a worker starts, with Ray's options in `places`. They end when it does."""
+
+    def __init__(self, kind: type, spec: WorkerSpec, places: Sequence[dict[str, Any]]) -> None:
+        import ray
+
+        start = ray.remote(kind)
+        self._actors = {
+            f"member-{number}": start.options(**place).remote(spec)
+            for number, place in enumerate(places, 1)
+        }
+        self.names = tuple(self._actors)
+
+    def ask(self, member: str, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Start a member's method; what waits for its result, and raises what it has raised."""
+        import ray
+
+        reference = getattr(self._actors[member], method).remote(*arguments)
+
+        def wait() -> Any:
+            try:
+                return ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # the member's own error is this worker's
+
+        return wait

@@ -133,6 +133,13 @@ class LazyModel:
         tensors = (getattr(*self._place(name)) for name in self._logical)
         return sum(tensor.numel() for tensor in tensors if not tensor.is_meta)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor of the model is loaded as."""
+        if self._fp32 and self._fp32.search(name):
+            return torch.float32
+        tensor: torch.Tensor = getattr(*self._place(name))
+        return tensor.dtype
+
     @contextmanager
     def loaded(self, chosen: Callable[[str], bool]) -> Iterator[None]:
         """The decoder's tensors with `chosen` names in memory, for the block's time."""
@@ -160,7 +167,7 @@ class LazyModel:
     def read_experts(self, names: Sequence[str], experts: Sequence[int]) -> dict[str, torch.Tensor]:
         """These experts of tensors that hold experts, `[len(experts), ...]`, as the model would have them."""
         whole = [getattr(*self._place(name)) for name in names]
-        kinds = [self._kind(name, tensor) for name, tensor in zip(names, whole, strict=True)]
+        kinds = [self.dtype_of(name) for name in names]
         sizes = [tensor[0].numel() for tensor in whole]
         memory = self._allocate(
             [(size * len(experts), kind) for size, kind in zip(sizes, kinds, strict=True)]
@@ -179,10 +186,6 @@ class LazyModel:
             for name, tensor, flat in zip(names, whole, memory, strict=True)
         }
 
-    def _kind(self, name: str, tensor: torch.Tensor) -> torch.dtype:
-        is_kept = self._fp32 is not None and self._fp32.search(name) is not None
-        return torch.float32 if is_kept else tensor.dtype
-
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
             module, own = self._place(name)
@@ -192,7 +195,7 @@ class LazyModel:
 
     def _load(self, names: list[str]) -> None:
         old = [getattr(*self._place(name)) for name in names]
-        kinds = [self._kind(name, tensor) for name, tensor in zip(names, old, strict=True)]
+        kinds = [self.dtype_of(name) for name in names]
         memory = self._allocate([(t.numel(), kind) for t, kind in zip(old, kinds, strict=True)])
         work = []
         for name, tensor, flat in zip(names, old, memory, strict=True):

@@ -13,6 +13,7 @@ from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.devices import check_device
+from workers.diagnostics.lazy_model import companion_folder
 from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Generation, Reading
 from workers.evaluation.reading import read_texts
@@ -42,28 +43,29 @@ class TransformersEngine:
     ) -> None:
         import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        torch.set_num_threads(threads)
-        advice = "give workers.gpus a share of one, or set engine.device to cpu"
-        check_device(device, "engine.device", advice)
-        parents = {name: localize(parent) for name, parent in parents.items()}
+        prepare(device, threads)
+        parents = {name: self._place(parent) for name, parent in parents.items()}
         self.father = next(iter(parents.values()))
         self.device = torch.device(device)
         self.threads = threads
         self.tokenizer = self._load_tokenizer(transformers)
         self.model = self._load_model(transformers, dtype)
         self.merger = Merger(
-            parents, localize(base) if base else None, device, keep_statistics=True
+            parents, self._place(base) if base else None, device, keep_statistics=True
         )
         self.views = self._live_views()
         self._encode = lru_cache(maxsize=512)(self._encode_uncached)
 
+    def _place(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A parent, or the base, where its weights are read again and again."""
+        return localize(checkpoint)
+
     def _load_tokenizer(self, transformers: Any) -> Any:
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.father.folder, padding_side="left", local_files_only=True
-            )
+            with companion_folder(self.father) as folder:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, padding_side="left", local_files_only=True
+                )
         except (OSError, ValueError) as error:
             raise BadInputError(
                 f"{self.father.location}: transformers cannot load the tokenizer ({error})"
@@ -91,8 +93,14 @@ class TransformersEngine:
                 f"{self.father.location}: lacks weights of {type(model).__name__}: "
                 f"{', '.join(sorted(loading['missing_keys'])[:5])}"
             )
-        # Greedy, whatever sampling or penalties the father's generation_config.json asks for; only the
-        # tokens that end an answer are taken from it.
+        self._make_greedy(model, transformers)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def _make_greedy(self, model: Any, transformers: Any) -> None:
+        """Whatever sampling or penalties the father's generation_config.json asks for.
+
+        Only the tokens that end an answer are taken from it.
+        """
         ends = model.generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id
@@ -100,7 +108,6 @@ class TransformersEngine:
             eos_token_id=[] if ends is None else ends if isinstance(ends, list) else [ends],
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return model.to(self.device).eval().requires_grad_(False)
 
     def _child_config(self, transformers: Any) -> Any:
         """The configuration of a child where the father's is another, as his weights are FP8 codes.
@@ -137,6 +144,7 @@ class TransformersEngine:
             view = weights[live.stored].view(-1)[live.offset : live.offset + live.elements]
             if (
                 view.numel()
+                and not view.is_meta
                 and owners.setdefault((view.data_ptr(), view.numel()), live.name) != live.name
             ):
                 if live.name != self.merger.plan.tied:
@@ -257,6 +265,17 @@ class TransformersEngine:
             "threads": self.threads,
             "probe_tokens": self.tokenizer(prompt)["input_ids"],
         }
+
+
+def prepare(device: str, threads: int) -> None:
+    """Make this process one that computes. Raises `BadInputError` if there is no such device."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    advice = "give workers.gpus a share of one, or set engine.device to cpu"
+    check_device(device, "engine.device", advice)
 
 
 def _common_length(first: list[int], second: list[int]) -> int:
