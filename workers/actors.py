@@ -57,7 +57,7 @@ class WorkerSpec(MergeSpec):
     tasks: tuple[Task, ...] = ()
     batch_size: int = 1
     engine: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the engine: dtype, device, threads."""
+    """See `workers.evaluation.engines.build_engine`."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,10 @@ class EvaluationWorker(MergeWorker):
 
         Equal for all workers of a campaign. Raises `BadInputError` if the inputs cannot work.
         """
-        from workers.evaluation.transformers_engine import TransformersEngine
+        from workers.evaluation.engines import build_engine
 
         self.open(localize)
-        self.engine = TransformersEngine(self.parents, self.base, **self.spec.engine)
+        self.engine = build_engine(self.parents, self.base, **self.spec.engine)
         probe = self.spec.tasks[0].items["search"][0].prompt
         return self.engine.describe(probe) | {"batch_size": self.spec.batch_size}
 
