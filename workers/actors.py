@@ -58,7 +58,7 @@ class WorkerSpec(MergeSpec):
     tasks: tuple[Task, ...] = ()
     batch_size: int = 1
     engine: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the engine: dtype, device, threads."""
+    """See `workers.evaluation.engines.build_engine`."""
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,10 @@ class EvaluationWorker(MergeWorker):
 
     def make_engine(self) -> Engine:
         """Open the parents, and an engine over them."""
-        from workers.evaluation.transformers_engine import TransformersEngine
+        from workers.evaluation.engines import build_engine
 
         self.open(localize)
-        return TransformersEngine(self.parents, self.base, **self.spec.engine)
+        return build_engine(self.parents, self.base, **self.spec.engine)
 
     def evaluate(
         self, recipe: dict[str, Any], split: str, finished: dict[str, list[str]], seconds: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,25 @@ def test_an_unknown_key_is_refused_with_file_and_key(
     with pytest.raises(BadInputError) as caught:
         load_config(str(file))
     assert str(caught.value).startswith(f"{file}: {named}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"kind": "llama.cpp"}, "engine.kind"),
+        ({"vllm": {"max_model_len": 8}}, "engine.vllm"),
+        (
+            {"kind": "vllm", "vllm": {"worker_extension_cls": "x"}},
+            "engine.vllm.worker_extension_cls",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(
+    file: Path, changes: dict[str, Any], named: str
+) -> None:
+    file.write_text(yaml.safe_dump(SMALLEST | {"engine": changes}))
+    with pytest.raises(BadInputError, match=re.escape(f"{file}: {named}: ")):
+        load_config(str(file))
 
 
 @pytest.mark.parametrize(

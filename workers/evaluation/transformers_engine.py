@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,16 +12,13 @@ from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.devices import check_device
-from workers.diagnostics.lazy_model import companion_folder
 from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Generation, Reading
 from workers.evaluation.reading import read_texts
+from workers.evaluation.tokenizing import can_express, common_length, finish, load_tokenizer
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger
 from workers.merging.sources import DTYPE_NAMES
-
-EXPRESSED_SHARE = 0.9
-"""Of a text's characters, so many must come back from its tokens: normalization may change some."""
 
 
 class TransformersEngine:
@@ -48,7 +44,7 @@ class TransformersEngine:
         self.father = next(iter(parents.values()))
         self.device = torch.device(device)
         self.threads = threads
-        self.tokenizer = self._load_tokenizer(transformers)
+        self.tokenizer = load_tokenizer(self.father)
         self.model = self._load_model(transformers, dtype)
         self.merger = Merger(
             parents, self._place(base) if base else None, device, keep_statistics=True
@@ -59,20 +55,6 @@ class TransformersEngine:
     def _place(self, checkpoint: Checkpoint) -> Checkpoint:
         """A parent, or the base, where its weights are read again and again."""
         return localize(checkpoint)
-
-    def _load_tokenizer(self, transformers: Any) -> Any:
-        try:
-            with companion_folder(self.father) as folder:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    folder, padding_side="left", local_files_only=True
-                )
-        except (OSError, ValueError) as error:
-            raise BadInputError(
-                f"{self.father.location}: transformers cannot load the tokenizer ({error})"
-            ) from error
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
 
     def _load_model(self, transformers: Any, dtype: str) -> Any:
         try:
@@ -204,7 +186,7 @@ class TransformersEngine:
         ]
         # A tokenizer may close a text with an end token, and may join prompt and continuation.
         starts = [
-            min(_common_length(prompt, whole), len(whole) - 1)
+            min(common_length(prompt, whole), len(whole) - 1)
             for prompt, whole in zip(prompts, wholes, strict=True)
         ]
         padded = self.tokenizer.pad(
@@ -230,7 +212,7 @@ class TransformersEngine:
         written = output[:, encoded["input_ids"].shape[1] :]
         ended = torch.isin(written, torch.tensor(ends, device=written.device)).any(-1).tolist()
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [_finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
+        return [finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
 
     def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
         """See `Engine.read`."""
@@ -238,10 +220,7 @@ class TransformersEngine:
 
     def expresses(self, text: str) -> bool:
         """See `Engine.expresses`."""
-        ids = self.tokenizer(text)["input_ids"]
-        back = self.tokenizer.decode(ids, skip_special_tokens=True)
-        given, found = (Counter("".join(t.split())) for t in (text, back))
-        return (given & found).total() >= EXPRESSED_SHARE * given.total()
+        return can_express(self.tokenizer, text)
 
     def _encode_uncached(self, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
@@ -276,18 +255,3 @@ def prepare(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     advice = "give workers.gpus a share of one, or set engine.device to cpu"
     check_device(device, "engine.device", advice)
-
-
-def _common_length(first: list[int], second: list[int]) -> int:
-    for position, (one, two) in enumerate(zip(first, second, strict=False)):
-        if one != two:
-            return position
-    return min(len(first), len(second))
-
-
-def _finish(text: str, stop: Sequence[str], ended: bool) -> Generation:
-    """Cut at the first stop text; truncated if neither it nor the model ended the answer."""
-    cuts = [text.find(word) for word in stop if word in text]
-    if cuts:
-        return Generation(text[: min(cuts)], truncated=False)
-    return Generation(text, truncated=not ended)

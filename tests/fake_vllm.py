@@ -1,0 +1,177 @@
+"""A stand-in for vLLM where it cannot be installed: the public interface that the engine uses, and no more.
+
+Workers are mixed with the extension as vLLM mixes them, each has the layers of a pipeline stage and a share
+of the experts, and takes weights by the names of a checkpoint. What all workers have been given, together,
+is the model that answers; it is run by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+__version__ = "0.0-fake"
+
+EXPERT = re.compile(r"layers\.(\d+)\..*experts\.(\d+)\.")
+
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+
+class _Experts(torch.nn.Module):
+    def __init__(self, own: list[int], total: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(len(own)))
+        self.expert_map = torch.full((total,), -1)
+        self.expert_map[own] = torch.arange(len(own))
+
+
+class Worker:
+    """One rank: what it holds is `loaded`, checkpoint name -> values."""
+
+    def __init__(self, layers: list[int], experts: list[int], total: int, faults: set[str]) -> None:
+        self.device = torch.device("cpu")
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.faults = faults
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleDict()
+        for layer in layers:
+            self.model.layers[str(layer)] = torch.nn.ModuleDict(
+                {"norm": torch.nn.LayerNorm(4)}
+                | ({"experts": _Experts(experts, total)} if total else {})
+            )
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if "raises" in self.faults:
+            raise RuntimeError("The size of tensor a must match the size of tensor b")
+        for name, values in weights_iterator:
+            stale = any(part in name for part in self.faults)
+            if not stale or name not in self.loaded:
+                self.loaded[name] = values.clone()
+
+
+class LLM:
+    """`stages` x `expert_parallel_size` workers, and the whole model."""
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        worker_extension_cls: str,
+        pipeline_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        faults: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        if options:
+            raise TypeError(f"unexpected argument {min(options)!r}")
+        self.folder, self.dtype = Path(model), dtype
+        config = json.loads((self.folder / "config.json").read_text())
+        text = config.get("text_config", config)
+        layers, experts = text["num_hidden_layers"], text.get("num_experts") or 0
+        module, _, name = worker_extension_cls.rpartition(".")
+        extension = getattr(import_module(module), name)
+        for attribute in dir(extension):
+            assert attribute.startswith("__") or not hasattr(Worker, attribute), attribute
+        kind = type("ExtendedWorker", (Worker, extension), {})
+        self.workers = [
+            kind(
+                list(range(layers))[stage::pipeline_parallel_size],
+                list(range(experts))[rank::expert_parallel_size],
+                experts,
+                set(faults),
+            )
+            for stage in range(pipeline_parallel_size)
+            for rank in range(expert_parallel_size)
+        ]
+        own = {}
+        for file in self.folder.glob("*.safetensors"):
+            own |= load_file(file)
+        for worker in self.workers:
+            worker.loaded |= {name: values for name, values in own.items() if faults}
+        self._model = self._load(self.folder)
+        self.cache_is_valid = True
+        model_config = SimpleNamespace(dtype=self._model.dtype)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config))
+
+    def _load(self, folder: Path) -> Any:
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        results = [getattr(worker, method)(*args) for worker in self.workers]
+        if method == "darwin_realize":
+            self.cache_is_valid = False
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copy(self.folder / "config.json", folder)
+                save_file(self.weights(), Path(folder) / "model.safetensors", {"format": "pt"})
+                self._model = self._load(Path(folder))
+        return results
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the workers hold together."""
+        return {name: values for worker in self.workers for name, values in worker.loaded.items()}
+
+    def reset_prefix_cache(self) -> None:
+        self.cache_is_valid = True
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[dict[str, list[int]]], wanted: SamplingParams, use_tqdm: bool
+    ) -> list[Any]:
+        assert self.cache_is_valid, "keys and values of other weights would be used"
+        assert wanted.temperature == 0.0
+        return [self._answer(prompt["prompt_token_ids"], wanted) for prompt in prompts]
+
+    def _answer(self, ids: list[int], wanted: SamplingParams) -> Any:
+        logits = self._model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        prompt_logprobs = [None] + [
+            {token: SimpleNamespace(logprob=float(row[token]))}
+            for token, row in zip(ids[1:], logits, strict=False)
+        ]
+        end, written = self._model.config.get_text_config().eos_token_id, list(ids)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+        stop, text, reason = getattr(wanted, "stop", None) or [], "", "length"
+        for _ in range(wanted.max_tokens):
+            token = int(self._model(torch.tensor([written])).logits[0, -1].argmax())
+            written.append(token)
+            text = tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
+            cut = min((text.find(word) for word in stop if word in text), default=math.inf)
+            if token == end or cut < math.inf:
+                text, reason = text[: int(min(cut, len(text)))], "stop"
+                break
+        output = SimpleNamespace(text=text, finish_reason=reason)
+        return SimpleNamespace(prompt_logprobs=prompt_logprobs, outputs=[output])
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Make `import vllm` give this module."""
+    before = sys.modules.get("vllm")
+    module = ModuleType("vllm")
+    vars(module).update(LLM=LLM, SamplingParams=SamplingParams, __version__=__version__)
+    sys.modules["vllm"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["vllm"]
+        if before is not None:
+            sys.modules["vllm"] = before

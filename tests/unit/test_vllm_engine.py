@@ -1,0 +1,167 @@
+"""The vLLM engine over a stand-in with vLLM's public interface; `tests/vllm` runs it with the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import fake_vllm
+from tests.checkpoint_files import write_child
+from tests.families import write_family
+from workers.checkpoints import ArchitectureMap, open_checkpoint
+from workers.errors import BadInputError
+from workers.evaluation.transformers_engine import TransformersEngine
+from workers.evaluation.vllm_engine import VllmEngine
+from workers.merging import Recipe, Rule, Selector
+from workers.merging.executor import Merger
+
+PAIRS = [("what is ", "this?"), ("abc=", "cba")]
+PARALLEL = {"pipeline_parallel_size": 2, "expert_parallel_size": 2}
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[None]:
+    with fake_vllm.installed():
+        yield
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    root = tmp_path_factory.mktemp("families")
+    return {kind: write_family(root / kind, kind) for kind in ("qwen3", "qwen3_moe", "qwen3_5_moe")}
+
+
+def open_engine(folders: list[Path], **options: Any) -> tuple[VllmEngine, Merger]:
+    base, first, second = (open_checkpoint(str(path)) for path in folders)
+    parents = {"a": first, "b": second}
+    return VllmEngine(parents, base, "float32", options), Merger(parents, base)
+
+
+def recipe_for(merger: Merger) -> Recipe:
+    rules = (
+        Rule(
+            Selector(components=("expert", "mlp", "attention", "linear_attention")),
+            "dare_ties",
+            {"weight": {"a": 0.9, "b": 0.7}, "density": 0.6},
+        ),
+        Rule(Selector(), "linear", {"weight": {"a": 0.4, "b": 0.6}}),
+    )
+    return Recipe(merger.references, rules, merger.base_reference, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "qwen3_5_moe"])
+def test_workers_together_hold_the_child(
+    kind: str, families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    engine, merger = open_engine(families[kind], **PARALLEL)
+    recipe = recipe_for(merger)
+    engine.realize(recipe)
+    child = write_child(merger, recipe, tmp_path / "child")
+    stored = load_file(child / "model.safetensors")
+    held = engine.llm.weights()
+    for tensor in ArchitectureMap(open_checkpoint(str(child))).tensors:
+        flat = stored[tensor.stored].reshape(-1)[tensor.offset : tensor.offset + tensor.elements]
+        name = tensor.stored
+        if tensor.expert is not None and name.endswith("experts.gate_up_proj"):
+            name = name.removesuffix("gate_up_proj") + tensor.name.rpartition("experts.")[2]
+        elif tensor.expert is not None and name.endswith("experts.down_proj"):
+            name = name.removesuffix("down_proj") + tensor.name.rpartition("experts.")[2]
+        assert torch.equal(held.pop(name), flat.view(tensor.shape)), name
+    assert not held
+
+
+def test_a_worker_merges_its_own_layers_and_experts_alone(
+    families: dict[str, list[Path]],
+) -> None:
+    engine, merger = open_engine(families["qwen3_5_moe"], **PARALLEL)
+    tensors = merger.plan.child.tensors
+    outside = [tensor for tensor in tensors if tensor.layer is None]
+    for worker, (stage, rank) in zip(
+        engine.llm.workers, [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True
+    ):
+        worker.loaded.clear()
+        counted = worker.darwin_realize(recipe_for(merger).to_dict())
+        own = [
+            tensor
+            for tensor in tensors
+            if tensor.layer is not None
+            and tensor.layer % 2 == stage
+            and (tensor.expert is None or tensor.expert % 2 == rank)
+        ]
+        assert counted == {
+            "tensors": len(own) + len(outside),
+            "elements": sum(tensor.elements for tensor in own + outside),
+        }
+        assert sum(values.numel() for values in worker.loaded.values()) == counted["elements"]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_it_answers_as_the_transformers_engine_does(
+    kind: str, families: dict[str, list[Path]]
+) -> None:
+    engine, merger = open_engine(families[kind], **PARALLEL)
+    recipe = recipe_for(merger)
+    other = TransformersEngine(merger.parents, merger.base, "float32")
+    for one in (engine, other):
+        one.realize(recipe)
+    for found, expected in zip(
+        engine.loglikelihood(PAIRS), other.loglikelihood(PAIRS), strict=True
+    ):
+        assert found.tokens == expected.tokens
+        assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+    prompts = [prompt for prompt, _ in PAIRS]
+    assert engine.generate(prompts, 8, ["e"]) == other.generate(prompts, 8, ["e"])
+    texts = [("", "what is this thing called?"), ("abc=", "cba")]
+    found, expected = engine.read(texts), other.read(texts)
+    assert found.tokens == expected.tokens
+    assert found.logprob == pytest.approx(expected.logprob, abs=1e-3)
+    assert engine.expresses("what is this?") and not engine.expresses("12345")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", "cannot load weights a second time"),
+        ("o_proj", "layers that write nothing, what precedes"),
+        ("v_proj", "layers that read nothing, what precedes"),
+        ("down_proj", "it is two models"),
+        ("up_proj", "it is two models"),
+        ("embed_tokens", "embedding and head negated"),
+        ("lm_head", "embedding and head negated"),
+    ],
+)
+def test_a_build_that_keeps_old_weights_is_refused(
+    fault: str, said: str, families: dict[str, list[Path]]
+) -> None:
+    with pytest.raises(BadInputError, match=said):
+        open_engine(families["qwen3_moe"], faults=(fault,))
+
+
+def test_what_it_depends_on_is_described(families: dict[str, list[Path]]) -> None:
+    engine, _ = open_engine(families["qwen3"], pipeline_parallel_size=2)
+    assert engine.describe("ab") == {
+        "engine": "vllm",
+        "vllm": "0.0-fake",
+        "model": "Qwen3ForCausalLM",
+        "dtype": "float32",
+        "options": {"pipeline_parallel_size": 2},
+        "probe_tokens": engine.tokenizer("ab")["input_ids"],
+    }
+
+
+def test_an_argument_that_vllm_refuses_is_named(families: dict[str, list[Path]]) -> None:
+    with pytest.raises(BadInputError, match=r"engine\.vllm .*nonsense"):
+        open_engine(families["qwen3"], nonsense=1)
+
+
+def test_without_vllm_the_error_says_what_to_install(
+    families: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fake_vllm.sys.modules, "vllm", None)
+    with pytest.raises(BadInputError, match=r"install darwin-orchestrator\[vllm\]"):
+        open_engine(families["qwen3"])

@@ -1,0 +1,24 @@
+"""The engines by their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.checkpoints import Checkpoint
+from workers.evaluation.engine import Engine
+
+
+def build_engine(
+    parents: dict[str, Checkpoint],
+    base: Checkpoint | None,
+    kind: str = "transformers",
+    **settings: Any,
+) -> Engine:
+    """The engine called `kind` over these parents, the father first; `settings` are its own arguments."""
+    if kind == "vllm":
+        from workers.evaluation.vllm_engine import VllmEngine
+
+        return VllmEngine(parents, base, **settings)
+    from workers.evaluation.transformers_engine import TransformersEngine
+
+    return TransformersEngine(parents, base, **settings)

@@ -1,0 +1,165 @@
+"""The vLLM engine: a model on any number of GPUs, with merges in its live weights.
+
+Behind the extra `[vllm]`. Each of vLLM's workers merges its own share (see `vllm_extension`); no weight
+passes through this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from workers.checkpoints import ArchitectureMap, Checkpoint, localize
+from workers.errors import BadInputError
+from workers.evaluation.engine import Continuation, Generation, Reading
+from workers.evaluation.reload_check import check_reload
+from workers.evaluation.tokenizing import can_express, common_length, finish, load_tokenizer
+from workers.evaluation.vllm_extension import EXTENSION
+from workers.merging import ParentReference, Recipe
+from workers.merging.plan import BASE
+
+TEXT_TOKENS = 512
+"""Of a longer text the rest is not read: as the transformers engine does."""
+
+
+class VllmEngine:
+    """One live model, built from the father, that takes the weights of any recipe over the parents.
+
+    `dtype` is "auto" or a torch dtype name; `options` go to `vllm.LLM` as they are (tensor_parallel_size,
+    pipeline_parallel_size, enable_expert_parallel, max_model_len, gpu_memory_utilization, ...).
+
+    Raises `BadInputError` if vLLM is not installed, cannot load the father, or does not take new weights
+    (see `reload_check`): some of its builds keep old ones, without an error.
+    """
+
+    def __init__(
+        self,
+        parents: dict[str, Checkpoint],
+        base: Checkpoint | None,
+        dtype: str = "auto",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise BadInputError(
+                f"engine.kind: vllm is not installed ({error}): install darwin-orchestrator[vllm] on every "
+                "worker, or use engine.kind: transformers"
+            ) from error
+        self._vllm: Any = vllm
+        parents = {name: localize(parent) for name, parent in parents.items()}
+        base = localize(base) if base else None
+        self.father = next(iter(parents.values()))
+        self.tokenizer = load_tokenizer(self.father)
+        self.options = dict(options or {})
+        try:
+            self.llm = self._vllm.LLM(
+                model=str(self.father.folder),
+                dtype=dtype,
+                worker_extension_cls=EXTENSION,
+                **self.options,
+            )
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise BadInputError(
+                f"{self.father.location}: vLLM cannot load it with engine.vllm {self.options} ({error})"
+            ) from error
+        opened = parents | ({BASE: base} if base else {})
+        self.llm.collective_rpc(
+            "darwin_open",
+            args=(
+                {name: str(parent.folder) for name, parent in parents.items()},
+                str(base.folder) if base else None,
+                {name: checkpoint.fingerprint for name, checkpoint in opened.items()},
+            ),
+        )
+        check_reload(
+            ArchitectureMap.of(self.father),
+            [ParentReference(name, parent.fingerprint) for name, parent in parents.items()],
+            self.realize,
+            self._prompt_logprobs,
+            f"this build of vLLM ({self._vllm.__version__}, {self._architecture})",
+        )
+
+    @property
+    def _architecture(self) -> str:
+        return ", ".join(self.father.config.get("architectures") or ["unknown"])
+
+    def realize(self, recipe: Recipe) -> None:
+        """See `Engine.realize`. What was cached of prompts is dropped with the weights it was made by."""
+        self.llm.collective_rpc("darwin_realize", args=(recipe.to_dict(),))
+        self.llm.reset_prefix_cache()
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
+        """See `Engine.loglikelihood`."""
+        wholes, starts = [], []
+        for prompt, continuation in pairs:
+            before = self.tokenizer(prompt)["input_ids"]
+            whole = self.tokenizer(prompt + continuation)["input_ids"]
+            wholes.append(whole)
+            starts.append(min(common_length(before, whole), len(whole) - 1))
+        if min(starts) < 1:
+            raise BadInputError(
+                "an empty prompt has no token to begin with, as this tokenizer adds none: give each item "
+                "a prompt"
+            )
+        return [
+            Continuation(sum(found[start - 1 :]), len(whole) - start)
+            for whole, start, found in zip(
+                wholes, starts, self._prompt_logprobs(wholes), strict=True
+            )
+        ]
+
+    def _prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Of each prompt's tokens behind the first, the log-probability (nats)."""
+        wanted = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False
+        )
+        return [
+            [
+                float(found[token].logprob)
+                for token, found in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[Generation]:
+        """See `Engine.generate`."""
+        wanted = self._vllm.SamplingParams(
+            temperature=0.0, max_tokens=max_new_tokens, stop=list(stop) or None
+        )
+        ids = [{"prompt_token_ids": self.tokenizer(prompt)["input_ids"]} for prompt in prompts]
+        outputs = [output.outputs[0] for output in self.llm.generate(ids, wanted, use_tqdm=False)]
+        return [finish(out.text, stop, out.finish_reason != "length") for out in outputs]
+
+    def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
+        """See `Engine.read`. vLLM does not show what its layers do: there are no outputs of them."""
+        wholes, starts = [], []
+        for given, rest in texts:
+            before = self.tokenizer(given)["input_ids"] if given else []
+            whole = self.tokenizer(given + rest)["input_ids"][:TEXT_TOKENS]
+            wholes.append(whole)
+            starts.append(max(1, common_length(before, whole)))
+        found = [
+            logprobs[start - 1 :]
+            for logprobs, start in zip(self._prompt_logprobs(wholes), starts, strict=True)
+        ]
+        return Reading(sum(map(sum, found)), sum(map(len, found)), [], [])
+
+    def expresses(self, text: str) -> bool:
+        """See `Engine.expresses`."""
+        return can_express(self.tokenizer, text)
+
+    def describe(self, prompt: str) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        config = self.llm.llm_engine.vllm_config
+        return {
+            "engine": "vllm",
+            "vllm": self._vllm.__version__,
+            "model": self._architecture,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "options": self.options,
+            "probe_tokens": self.tokenizer(prompt)["input_ids"],
+        }
