@@ -198,6 +198,14 @@ def test_greedy_is_greedy_whatever_the_father_is_configured_to(
     assert answers[0] == answers[1]
 
 
+def test_a_stop_text_that_no_tokens_make_up_changes_nothing(
+    families: dict[str, list[Path]],
+) -> None:
+    parents = {n: open_checkpoint(str(p)) for n, p in zip("ab", families["llama"][1:], strict=True)}
+    engine = TransformersEngine(parents, None, dtype="float32")
+    assert engine.generate(["abc"], 8, ["\n"]) == engine.generate(["abc"], 8, ())
+
+
 def test_a_model_without_end_token_is_always_cut(families: dict[str, list[Path]]) -> None:
     parents = {n: open_checkpoint(str(p)) for n, p in zip("ab", families["llama"][1:], strict=True)}
     engine = TransformersEngine(parents, None, dtype="float32")

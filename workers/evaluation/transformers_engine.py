@@ -205,14 +205,20 @@ class TransformersEngine:
         """See `Engine.generate`."""
         encoded = self._encode(tuple(prompts))
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        if stop:
-            options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        # transformers refuses texts that no tokens make up; such a text cannot come, and `finish` looks too.
+        written_stops = [word for word in stop if self._writes(word)]
+        if written_stops:
+            options |= {"stop_strings": written_stops, "tokenizer": self.tokenizer}
         output = self.model.generate(**encoded, **options)
         ends = self.model.generation_config.eos_token_id
         written = output[:, encoded["input_ids"].shape[1] :]
         ended = torch.isin(written, torch.tensor(ends, device=written.device)).any(-1).tolist()
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [finish(text, stop, end) for text, end in zip(texts, ended, strict=True)]
+
+    def _writes(self, text: str) -> bool:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text in self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
         """See `Engine.read`."""
