@@ -15,6 +15,8 @@ from orchestrator.breeding import (
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys, engine_settings
 from orchestrator.errors import EngineMismatchError
 from orchestrator.examination import fingerprint, load_examination
+from orchestrator.experts.match_stage import paired, recorded_or_matched
+from orchestrator.experts.matching import Matching
 from orchestrator.finishing import finish, judge_child
 from orchestrator.genomes.build import build_space
 from orchestrator.genomes.space import Space
@@ -30,7 +32,7 @@ from orchestrator.searching import Search
 from orchestrator.state import CampaignState, scored_record
 from workers.errors import BadInputError
 from workers.merging import Recipe, passthrough_recipe
-from workers.merging.plan import Plan
+from workers.merging.plan import Plan, form_of
 from workers.storage import Store, check_store, open_store
 
 
@@ -50,6 +52,7 @@ class Campaign:
         self.watcher = watcher
         self.store: Store = open_store(config.store).substore(config.name)
         self.inputs: Inputs = open_inputs(config)
+        self.matching: Matching | None = None
         # Built here so that a bad configuration fails before anything is written.
         self._enter_space(None)
         self.state = CampaignState(config.objective)
@@ -87,8 +90,8 @@ class Campaign:
 
     def _check_recipes(self) -> None:
         """Raise `BadInputError` now if what the search will ask cannot be merged from these parents."""
-        self.plan = Plan(self.inputs.maps, self.inputs.base_map)
-        start = self.space.decode(self.space.point(self.space.start))
+        start = self.decode(self.space.point(self.space.start))
+        self.plan = Plan(self.inputs.maps, self.inputs.base_map, form_of(start))
         for recipe in (start, *self.parent_recipes.values()):
             self.plan.assign(recipe)
         check_breeding(self.config, self.inputs, self.plan, start)
@@ -97,6 +100,10 @@ class Campaign:
     def space(self) -> Space:
         """The genome space of the round that is searched."""
         return self.search.space
+
+    def decode(self, genome: dict[str, float]) -> Recipe:
+        """The recipe of a genome of the round that is searched, its experts paired as they were matched."""
+        return paired(self.space.decode(genome), self.matching)
 
     @property
     def pool(self) -> Pool:
@@ -139,6 +146,7 @@ class Campaign:
                 + (f"; {done} candidates are scored already" if done else "")
             )
             with self._make_pool() as self._pool:
+                self._match_experts()
                 self._prescribe()
                 self.evaluate(self.parent_recipes.values(), "search")
                 self.search.run()
@@ -246,6 +254,14 @@ class Campaign:
                 f"this worker would score differently from those before ({changes}); restore the "
                 "environment that the campaign began with, or start one of another name"
             )
+
+    def _match_experts(self) -> None:
+        """Find which experts of the donors belong to the father's, if the campaign asks for that."""
+        self.matching = recorded_or_matched(
+            self.config, self.inputs, self.ledger, self.record, self.pool, self.watcher.stage
+        )
+        if self.matching is not None:
+            self._check_recipes()
 
     def _prescribe(self) -> None:
         """Scan the parents if the genome space asks for it, and tell which genes will not be searched."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from orchestrator.tensor_rules import cover
 from workers.errors import BadInputError
 from workers.merging import METHODS, MergeMethod, ParentReference, Recipe, Rule, Selector
+from workers.merging.expert_order import orders_to_dict
 from workers.merging.plan import BASE, Assignment, Plan
 
 DECIMALS = 12
@@ -63,12 +64,18 @@ class Composer:
                     f"{name}: is not of the same parents as the other children: these compose only if "
                     "all are recipes over the same ones, in the same order"
                 )
+            if orders_to_dict(child.experts) != orders_to_dict(first.experts):
+                raise BadInputError(
+                    f"{name}: pairs other experts than the other children, so they do not compose: write "
+                    "that child and merge it"
+                )
             if child.layers or child.dtype or child.shard_bytes or child.vocabulary:
                 raise BadInputError(
                     f"{name}: changes its father's form (layers, dtype, shard_bytes or vocabulary), so it "
                     "does not compose: write that child and merge it"
                 )
         self.parents = first.parents
+        self._experts = first.experts
         self._plan = plan
         self._bases = {child.base for child in children.values()} - {None}
         # As each child has its father's layout, so has what is merged of them.
@@ -77,8 +84,10 @@ class Composer:
 
     def compose(self, recipe: Recipe) -> Recipe:
         """See the function `compose`."""
-        if recipe.layers or recipe.vocabulary:
-            raise BadInputError("a recipe that changes layers or vocabulary does not compose")
+        if recipe.layers or recipe.vocabulary or recipe.experts:
+            raise BadInputError(
+                "a recipe that changes layers or vocabulary or the order of experts does not compose"
+            )
         base = self._common_base(recipe)
         over = self._rows_of("the recipe over them", recipe, self._over)
         made: dict[tuple[Row, ...], Row] = {}
@@ -102,6 +111,7 @@ class Composer:
             recipe.seed,
             dtype=recipe.dtype,
             shard_bytes=recipe.shard_bytes,
+            experts=self._experts,
         )
 
     def shares(self, recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -40,6 +40,9 @@ SPREADS = ("none", "spread", "strict")
 GATES = ("finite", "different", "changed", "perplexity", "repetition", "endings", "layers")
 """What is checked before a child is published."""
 
+MATCHINGS = ("none", "weights", "outputs")
+"""What experts can be matched by."""
+
 
 @dataclass
 class ParentConfig:
@@ -92,6 +95,16 @@ class ScanConfig:
     @property
     def scans(self) -> bool:
         return self.static or self.probe
+
+
+@dataclass
+class ExpertsConfig:
+    """Mixtures of experts whose donors may have their experts under other numbers than the father."""
+
+    match: str = "none"
+    """Whether they are matched before the search, and by what: `none`, `weights` or `outputs`."""
+    sets: list[str] = field(default_factory=list)
+    """Sets of prompts for a matching by outputs; none named: those that ship."""
 
 
 @dataclass
@@ -199,6 +212,7 @@ class CampaignConfig:
     """The parents' common ancestor, for methods that merge differences to it."""
     genome: GenomeConfig = field(default_factory=GenomeConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     breeding: BreedingConfig = field(default_factory=BreedingConfig)
     objective: str = "mean"
@@ -391,6 +405,10 @@ def _check_values(config: CampaignConfig, file: str) -> None:
         refuse("scan.sets", "is for a probe: set scan.probe to true")
     if not 0 <= config.scan.alpha <= 1:
         refuse("scan.alpha", f"{config.scan.alpha} is not between 0 and 1")
+    if config.experts.match not in MATCHINGS:
+        refuse("experts.match", f"{config.experts.match!r} is none of {', '.join(MATCHINGS)}")
+    if config.experts.sets and config.experts.match != "outputs":
+        refuse("experts.sets", "are the prompts of experts.match: outputs")
     if config.breeding.survivors < 2:
         refuse("breeding.survivors", f"{config.breeding.survivors} must be 2 or more")
     rounds = config.breeding.rounds

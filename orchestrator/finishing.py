@@ -81,6 +81,8 @@ def finish(campaign: Campaign, candidate: Candidate, judgement: Judgement) -> di
         "ended": campaign.search.ended,
         "flat": campaign.search.flat.to_dict() if campaign.search.flat else None,
     }
+    if campaign.matching is not None:
+        lineage["matching"] = campaign.matching.told
     number = campaign.state.round_of_recipe(recipe.id)
     through, bred = bred_ancestors(
         lineage, campaign.search.rounds, number, candidate.genome, campaign.plan, campaign.recipes

@@ -35,6 +35,8 @@ class Inputs:
     tasks: tuple[Task, ...]
     calibration: tuple[CalibrationSet, ...] = ()
     """The prompts of the scan's probe; empty if the campaign does not probe."""
+    expert_prompts: tuple[CalibrationSet, ...] = ()
+    """Those that experts are matched with; empty if they are not matched by outputs."""
 
     @property
     def father(self) -> Checkpoint:
@@ -89,6 +91,12 @@ class Inputs:
             del holder[last]
         if config.breeding.rounds == 1:
             del data["breeding"]  # without breeding nothing of it counts
+        if config.experts.match == "none":
+            del data["experts"]
+        else:
+            data["experts"]["sets"] = [
+                {"name": prompts.name, "content": prompts.sha256} for prompts in self.expert_prompts
+            ]
         data["parents"] = [
             {"name": reference.name, "content": reference.fingerprint}
             for reference in self.references
@@ -123,7 +131,9 @@ def open_inputs(config: CampaignConfig) -> Inputs:
         tasks.append(load_task(Path(task.name).stem, definition, limits))
     check_disjoint(tasks)
     calibration = load_calibration_sets(config.scan.sets) if config.scan.probe else ()
-    return Inputs(parents, base, tuple(tasks), calibration)
+    by_outputs = config.experts.match == "outputs"
+    prompts = load_calibration_sets(config.experts.sets) if by_outputs else ()
+    return Inputs(parents, base, tuple(tasks), calibration, prompts)
 
 
 def absolute_places(inputs: Inputs) -> tuple[dict[str, str], str | None]:

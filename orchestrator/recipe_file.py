@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import find_shipped, read_yaml
+from orchestrator.experts.match_wish import MatchWish, match_wish
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.mergekit.file import from_mergekit, is_mergekit
 from orchestrator.mother_centric import PRESET, expand
@@ -35,7 +36,7 @@ from workers.merging.recipe import parse_form, parse_rule_parents, parse_slice
 
 KEYS = {
     "parents", "base", "rules", "seed", "layers", "dtype", "shard_bytes", "vocabulary",
-    "experts", "allow_degenerate",
+    "experts", "match_experts", "sets", "allow_degenerate",
 }  # fmt: skip
 RULE_KEYS = {"where", "method", "parameters", "post", "parents"}
 RESERVED_NAMES = ("base", "union")
@@ -58,6 +59,8 @@ class RecipeFile:
     """Small files of the child that are not the father's."""
     warnings: tuple[str, ...] = ()
     """What the user should know, though it is no mistake."""
+    match: MatchWish | None = None
+    """The experts that still have to be matched; until then the recipe takes them by their numbers."""
 
 
 def load_recipe_file(
@@ -160,7 +163,7 @@ def load_recipe_data(
     references = tuple(ParentReference(name, p.fingerprint) for name, p in parents.items())
     base_reference = ParentReference("base", base.fingerprint) if base else None
     recipe = Recipe(references, rules, base_reference, seed, layers, **form)
-    loaded = RecipeFile(parents, base, recipe)
+    loaded = RecipeFile(parents, base, recipe, match=match_wish(path, data))
     for problem in [] if allowed else _degenerate(loaded):
         raise BadInputError(f"{path}: {problem}, or set allow_degenerate: true")
     return loaded

@@ -44,6 +44,8 @@ def respell(path: str, to: str | None = None) -> str:
     loaded = load_recipe_data(path, data, opened)
     if to == "darwin":
         return _text(data, notes)
+    if loaded.match is not None:
+        raise BadInputError(f"{path}: match_experts: mergekit pairs experts by their numbers alone")
     places = _places(data)
     try:
         written = to_mergekit(loaded.recipe, places)

@@ -133,7 +133,7 @@ class Search:
         """The generation's candidates: as recorded, or recorded now."""
         campaign = self.campaign
         genomes = [self.space.point(point) for point in points]
-        recipes = [campaign.know(self.space.decode(genome)) for genome in genomes]
+        recipes = [campaign.know(campaign.decode(genome)) for genome in genomes]
         if generation == len(campaign.state.generations):
             campaign.record(
                 "asked",

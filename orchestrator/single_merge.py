@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.calls import open_calls
@@ -17,6 +18,7 @@ from orchestrator.descent.lineage import (
     lineage_bytes,
     package_version,
 )
+from orchestrator.experts.matched_merge import match_recipe
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
 from workers.checkpoints import Checkpoint
@@ -45,6 +47,10 @@ def merge_recipe(
     target = open_store(out)
     _check_place(target)
     writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
+    matching = match_recipe(loaded, workers, address)
+    if matching is not None:
+        loaded = replace(loaded, recipe=replace(loaded.recipe, experts=matching.orders))
+        writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
     for warning in [*loaded.warnings, *writer.plan.warnings]:
         print(f"darwin: warning: {warning}", file=sys.stderr)
     with (
@@ -65,6 +71,7 @@ def merge_recipe(
         "base": _source(loaded.base) if loaded.base else None,
         "recipe_id": loaded.recipe.id,
         "recipe": loaded.recipe.to_dict(),
+        **({"matching": matching.told} if matching else {}),
         **report.to_dict(),
     }
     add_ancestry(lineage, loaded.parents, loaded.base)

@@ -57,7 +57,7 @@ class Matching:
     @property
     def notes(self) -> list[str]:
         """What the user should know of each donor, a sentence each."""
-        return [_note(name, found) for name, found in self.quality.items()]
+        return notes_on_matching({"matching": self.told})
 
 
 def match_experts(
@@ -116,14 +116,19 @@ def _summary(layers: list[LayerMatching]) -> dict[str, Any]:
     }
 
 
-def _note(name: str, found: dict[str, Any]) -> str:
+def notes_on_matching(lineage: Mapping[str, Any]) -> list[str]:
+    """What is to be said of the experts that a lineage says were matched, a sentence for each donor."""
+    told = lineage.get("matching")
+    return [_note(told["by"], *donor) for donor in told["donors"].items()] if told else []
+
+
+def _note(by: str, name: str, found: dict[str, Any]) -> str:
     text = (
-        f"experts of {name}: {found['moved']} of {found['experts']} have another number than their "
-        f"counterparts; these are alike by {found['similarity']:.2f}, {found['margin']:.2f} more than the "
-        "next best"
+        f"By their {by}, {found['moved']} of {found['experts']} experts of {name} have another number than "
+        f"those of the father that they belong to; these are alike by {found['similarity']:.2f}, "
+        f"{found['margin']:.2f} more than the next best"
     )
-    poor = found["poor"]
-    if not poor:
-        return text
-    listed = ", ".join(map(str, poor))
-    return f"{text}; in the layers {listed} they are hardly so: they may not belong together there"
+    if not found["poor"]:
+        return f"{text}."
+    listed = ", ".join(map(str, found["poor"]))
+    return f"{text}. In the layers {listed} hardly so: they may not belong together there."

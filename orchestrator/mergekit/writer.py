@@ -13,7 +13,7 @@ from orchestrator.mergekit.methods import PEER_METHODS, REQUIRED, PeerMethod, Pe
 from orchestrator.mergekit.models import DTYPES
 from workers.checkpoints import COMPONENTS
 from workers.errors import BadInputError
-from workers.merging import CARRIED, METHODS, Recipe, Rule
+from workers.merging import CARRIED, Recipe, Rule, get_method
 from workers.merging.selector import Selector, parse_selector
 
 MERGED = tuple(component for component in COMPONENTS if component not in CARRIED)
@@ -36,7 +36,9 @@ class _Writer:
         self.places = places
         if not recipe.rules:
             raise BadInputError("rules: there are none: mergekit has no file that merges nothing")
-        self.method = METHODS[recipe.rules[0].method]
+        if recipe.experts:
+            raise BadInputError("experts: mergekit pairs experts by their numbers alone")
+        self.method = get_method(recipe.rules[0].method)
         self.name, self.peer = self._peer()
 
     def _peer(self) -> tuple[str, PeerMethod]:

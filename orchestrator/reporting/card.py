@@ -9,6 +9,7 @@ import yaml
 
 from orchestrator.descent.ancestry import Ancestry, parse_ancestry
 from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
+from orchestrator.experts.matching import notes_on_matching
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.mri.prescribing import notes_on_search
 from orchestrator.reporting.ancestry_view import founders, licences, tree_lines
@@ -69,6 +70,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         "## How it was made\n",
         _making(lineage),
         "".join(f"{note}\n" for note in notes_on_search(lineage["search"])),
+        "".join(f"{note}\n" for note in notes_on_matching(lineage)),
         _measured(lineage),
         _tensor_table(lineage, names),
         "## Lineage\n",

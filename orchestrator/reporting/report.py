@@ -15,6 +15,7 @@ import yaml
 from orchestrator.descent.ancestry import parse_ancestry
 from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.descent.shares import measured_shares, weighted_shares
+from orchestrator.experts.matching import notes_on_matching
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
 from orchestrator.mri.prescribing import notes_on_search
@@ -103,7 +104,7 @@ def build_report(store: Store) -> str:
         given_up=sum(evaluation.failed is not None for evaluation in state.evaluations.values()),
         seconds=sum(evaluation.seconds for evaluation in state.evaluations.values()),
         reason=searched["reason"] if searched else None,
-        notes=notes_on_search(lineage["search"]),
+        notes=[*notes_on_search(lineage["search"]), *notes_on_matching(lineage)],
         child_uri=target.uri,
         child_folder=child["folder"],
         base_remains=any(0 < sum(shares.values()) < 0.999 for shares in by_component.values()),

@@ -277,7 +277,7 @@ def test_all_donors_are_matched_by_several_workers(by: str, models: dict[str, Pa
     assert quality["stranger"]["experts"] == 16
     again = Matching.from_dict(matching.to_dict(), list(models))
     assert again == matching
-    assert "in the layers 0, 1, 2, 3 they are hardly so" in again.notes[2]
+    assert "In the layers 0, 1, 2, 3 hardly so" in again.notes[2]
 
 
 def test_a_father_without_experts(tmp_path: Path) -> None:
