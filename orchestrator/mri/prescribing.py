@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 from orchestrator.calls import Calls
 from orchestrator.config import CampaignConfig
+from orchestrator.genomes.expert_space import ExpertSpace
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
+from orchestrator.mri.expert_prescription import prescribe_experts
 from orchestrator.mri.prescription import Prescription, prescribe
 from workers.storage import Store, open_store
 
@@ -54,7 +56,7 @@ def recorded_or_scanned(
 def scan_and_prescribe(
     config: CampaignConfig, inputs: Inputs, space: Space, calls: Calls, store: Store | None
 ) -> Prescription:
-    """What the configured scan advises for the tensors of `space`; the scan is kept in `store`."""
+    """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`."""
     from orchestrator.mri.probe import ActivationProbe
     from orchestrator.mri.scan import scan_parents
 
@@ -62,6 +64,8 @@ def scan_and_prescribe(
     if config.scan.probe:
         probe = ActivationProbe(inputs.calibration, device=config.engine.device)
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
+    if isinstance(space, ExpertSpace):
+        return prescribe_experts(scan)
     if not config.scan.static:
         scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
     return prescribe(scan, space.to_prescribe, config.scan.alpha)
@@ -69,18 +73,23 @@ def scan_and_prescribe(
 
 def describe_space(space: Space, prescription: Prescription | None) -> dict[str, Any]:
     """What the lineage says of a genome space: its genes, those not searched, and what the scan told."""
-    return {
+    described: dict[str, Any] = {
         "genes": [gene.name for gene in space.genes],
         "removed": [gene.to_dict() for gene in space.removed],
-        "scan": {
+        "scan": None,
+    }
+    if prescription:
+        described["scan"] = {
             "tensors": len(prescription.shares),
             "dispersion": prescription.dispersion,
             "is_telling": prescription.is_telling,
             "equal_tensors": len(prescription.equal),
         }
-        if prescription
-        else None,
-    }
+    if isinstance(space, ExpertSpace):
+        described["bands"] = space.bands
+        if prescription:
+            described["scan"]["experts"] = prescription.advised_experts
+    return described
 
 
 def notes_on_search(search: dict[str, Any]) -> list[str]:
@@ -89,7 +98,8 @@ def notes_on_search(search: dict[str, Any]) -> list[str]:
     space = search.get("space") or {}
     scan = space.get("scan")
     if scan:
-        found = f"shares for {scan['tensors']} tensors that spread by {scan['dispersion']:g}"
+        what = f"{scan['experts']} experts" if "experts" in scan else f"{scan['tensors']} tensors"
+        found = f"shares for {what} that spread by {scan['dispersion']:g}"
         notes.append(
             f"The scan of the parents advises {found}."
             if scan["is_telling"]
