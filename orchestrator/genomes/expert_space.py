@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from orchestrator.genomes.blending import blend_parameters
@@ -24,6 +25,7 @@ from orchestrator.genomes.expert_file import SCHEDULE, SHARE, TRUST
 from orchestrator.genomes.parameter_file import DECIMALS
 from orchestrator.genomes.space import Gene, RemovedGene, point_of, start_of
 from workers.merging import MergeMethod, ParentReference, Recipe, Rule, Selector
+from workers.merging.selector import Spans
 
 SHARE_DECIMALS = 2
 """Blends go by percents: their number, and so the number of a recipe's rules, stays bounded whatever the
@@ -121,9 +123,7 @@ class ExpertSpace:
                 alike.setdefault(decision, {}).setdefault(layer, []).append(expert)
         rules = []
         for decision, places in alike.items():
-            where = Selector(
-                places=tuple((layer, tuple(_spans(own))) for layer, own in places.items())
-            )
+            where = Selector(places=tuple(_place(layer, own) for layer, own in places.items()))
             if decision.source is not None:
                 rules.append(Rule(where, "passthrough", {"source": decision.source}))
             else:
@@ -185,6 +185,17 @@ def _shrunk(shares: Sequence[float], decimals: int) -> tuple[float, ...]:
         largest = rounded.index(max(rounded))
         rounded[largest] = round(rounded[largest] - beyond, decimals)
     return tuple(rounded)
+
+
+def _place(layer: int, experts: list[int]) -> tuple[int, Spans]:
+    """The experts of a layer, ascending, as a selector has them."""
+    return _alone(layer, experts[0]) if len(experts) == 1 else (layer, tuple(_spans(experts)))
+
+
+@cache
+def _alone(layer: int, expert: int) -> tuple[int, Spans]:
+    """One object for all candidates: a driver keeps all recipes, and few experts are treated alike."""
+    return layer, ((expert, expert),)
 
 
 def _spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
