@@ -12,7 +12,7 @@ from orchestrator.genomes.expert_space import ExpertSpace
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
-from orchestrator.mri.expert_prescription import prescribe_experts
+from orchestrator.mri.expert_prescription import Orders, prescribe_experts
 from orchestrator.mri.prescription import Prescription, prescribe
 from workers.storage import Store, open_store
 
@@ -31,10 +31,12 @@ def recorded_or_scanned(
     record: Recorder,
     calls: Calls,
     stage: Callable[[str], None],
+    orders: Orders | None = None,
 ) -> Prescription:
     """The prescription that the space waits for: the ledger's, or a new one that is recorded first.
 
-    Scans are kept in the store that campaigns lie in, by the content of the parents.
+    Scans are kept in the store that campaigns lie in, by the content of the parents. `orders`: where experts
+    of donors belong, if they are not at their places.
     """
     base = inputs.base_reference
     of = {
@@ -43,18 +45,25 @@ def recorded_or_scanned(
         "scan": asdict(config.scan)
         | {"sets": {prompts.name: prompts.sha256 for prompts in inputs.calibration}},
         "space": space.identity,
-    }
+    } | ({"experts": _plain(orders)} if orders else {})
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
     stage("scanning the parents")
-    prescription = scan_and_prescribe(config, inputs, space, calls, open_store(config.store))
+    prescription = scan_and_prescribe(
+        config, inputs, space, calls, open_store(config.store), orders
+    )
     record("prescription", of=of, prescription=prescription.to_dict())
     return prescription
 
 
 def scan_and_prescribe(
-    config: CampaignConfig, inputs: Inputs, space: Space, calls: Calls, store: Store | None
+    config: CampaignConfig,
+    inputs: Inputs,
+    space: Space,
+    calls: Calls,
+    store: Store | None,
+    orders: Orders | None = None,
 ) -> Prescription:
     """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`."""
     from orchestrator.mri.probe import ActivationProbe
@@ -65,10 +74,17 @@ def scan_and_prescribe(
         probe = ActivationProbe(inputs.calibration, device=config.engine.device)
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
     if isinstance(space, ExpertSpace):
-        return prescribe_experts(scan)
+        return prescribe_experts(scan, orders)
     if not config.scan.static:
         scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
     return prescribe(scan, space.to_prescribe, config.scan.alpha)
+
+
+def _plain(orders: Orders) -> dict[str, dict[str, list[int]]]:
+    return {
+        parent: {str(layer): list(order) for layer, order in of.items()}
+        for parent, of in orders.items()
+    }
 
 
 def describe_space(space: Space, prescription: Prescription | None) -> dict[str, Any]:
