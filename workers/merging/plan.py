@@ -205,8 +205,8 @@ class Plan:
             # A rule for each tensor must not cost a look at every tensor.
             found = (tensor for name in where.names for tensor in self._by_any_name.get(name, ()))
             names = frozenset(t.name for t in found if where.matches_place(t))
-        elif where.places:
-            places = where.each_place(self.child.experts)
+        elif where.is_by_place:
+            places = where.each_place(self.child.layers, self.child.experts)
             found = (tensor for place in places for tensor in self._by_place.get(place, ()))
             rest = replace(where, places=())
             names = frozenset(t.name for t in found if rest.matches(t))
@@ -216,7 +216,7 @@ class Plan:
             raise BadInputError(
                 f"recipe: the rule for {where} matches no tensor of {self.layout.location}"
             )
-        if not where.is_by_name and not where.places:
+        if not where.is_by_name and not where.is_by_place:
             self._selected[where] = names  # others differ from candidate to candidate of a search
         return names
 

@@ -57,10 +57,16 @@ class Selector:
             for layer, spans in self.places
         )
 
-    def each_place(self, experts: int) -> Iterator[tuple[int, int]]:
-        """(layer, expert) of all `places`, as far as a model of so many experts has them."""
-        for layer, spans in self.places:
-            for first, last in spans:
+    @property
+    def is_by_place(self) -> bool:
+        """Whether it selects experts alone: their tensors can be looked up by layer and expert."""
+        return bool(self.places) or self.experts is not None
+
+    def each_place(self, layers: int, experts: int) -> Iterator[tuple[int, int]]:
+        """(layer, expert) where it may select something of a model of so many layers and experts."""
+        places = self.places or _in_all(layers, self.experts)
+        for layer, spans in places:
+            for first, last in spans if _is_within(layer, self.layers) else ():
                 for expert in range(max(first, 0), min(last + 1, experts)):
                     yield layer, expert
 
@@ -144,6 +150,10 @@ def _as_span(span: Any, where: str) -> tuple[int, int]:
     if len(span) != 2 or not all(type(end) is int for end in span):
         raise BadInputError(f"{where}: {span!r} is not [first, last]")
     return span[0], span[1]
+
+
+def _in_all(layers: int, span: tuple[int, int] | None) -> tuple[tuple[int, Spans], ...]:
+    return tuple((layer, (span,)) for layer in range(layers)) if span else ()
 
 
 def _is_within(number: int | None, span: tuple[int, int] | None) -> bool:
