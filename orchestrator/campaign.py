@@ -82,6 +82,7 @@ class Campaign:
             self.config.seed,
             self.config.scan.scans,
             prescription,
+            self.config.scan.probe,
         )
         optimizer = build_optimizer(
             search.optimizer, space.start, search.step, search.population, self.config.seed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.config import GenomeConfig
+from orchestrator.genomes.expert_file import is_expert_file
+from orchestrator.genomes.expert_genes import build_expert_space
 from orchestrator.genomes.parameter_space import build_parameter_space
 from orchestrator.genomes.ratio_file import is_ratio_file
 from orchestrator.genomes.ratio_genes import build_ratio_space
@@ -20,12 +22,15 @@ def build_space(
     seed: int,
     scans: bool = False,
     prescription: Prescription | None = None,
+    probes: bool = False,
 ) -> Space:
     """Make the configured space for these parents. Raises `BadInputError` naming file and key.
 
-    `scans`: whether the campaign scans the parents; `prescription`: what the scan has advised. Without it
-    a space that needs one is made for what can be known before.
+    `scans`: whether the campaign scans the parents, `probes`: whether it also runs them; `prescription`: what
+    the scan has advised. Without it a space that needs one is made for what can be known before.
     """
+    if is_expert_file(config):
+        return build_expert_space(config, father, parents, base, seed, probes, prescription)
     if is_ratio_file(config):
         return build_ratio_space(config, father, parents, base, seed, scans, prescription)
     return build_parameter_space(config, father, parents, base, seed)

@@ -78,8 +78,8 @@ def load_ratio_file(config: GenomeConfig, method: MergeMethod) -> RatioFile:
         raise BadInputError(f"{path}: unknown key {sorted(unknown, key=str)[0]!r}")
     components = _components(f"{path}: components", data.get("components"))
     fixed = {
-        name: _share(f"{path}: fixed.{name}", value)
-        for name, value in _table(f"{path}: fixed", data.get("fixed")).items()
+        name: parse_share(f"{path}: fixed.{name}", value)
+        for name, value in parse_table(f"{path}: fixed", data.get("fixed")).items()
     }
     for name in fixed:
         if name not in (TRUST, *DENSITIES):
@@ -99,7 +99,7 @@ def load_ratio_file(config: GenomeConfig, method: MergeMethod) -> RatioFile:
         path,
         components,
         blocks,
-        _thresholds(path, data.get("transplant")),
+        parse_thresholds(path, data.get("transplant")),
         genes,
         fixed,
         tuple(parse_exceptions(path, data.get("exceptions") or [], method)),
@@ -110,7 +110,7 @@ def _genes(
     path: str, data: dict[str, Any], components: tuple[str, ...], config: GenomeConfig
 ) -> tuple[RatioGene, ...]:
     """The genes with the campaign's own bounds, and with the values of the start that it names."""
-    given = _table(f"{path}: genes", data.get("genes"))
+    given = parse_table(f"{path}: genes", data.get("genes"))
     start = _named_start(path, data, config.start, given)
     for name in config.genes:
         if name not in given:
@@ -123,7 +123,11 @@ def _genes(
         where, own = f"{path}: genes.{name}", config.genes.get(name)
         if own is not None:
             where = f"genome.genes.{name}"
-            table = _table(where, table) | {"low": own.low, "high": own.high, "start": own.start}
+            table = parse_table(where, table) | {
+                "low": own.low,
+                "high": own.high,
+                "start": own.start,
+            }
         gene = _gene(where, name, table, components)
         values = start.get(name, gene.start)
         if any(not gene.low <= value <= gene.high for value in values):
@@ -138,7 +142,7 @@ def _genes(
 def _gene(where: str, name: Any, given: Any, components: tuple[str, ...]) -> RatioGene:
     if not isinstance(name, str) or "." in name:
         raise BadInputError(f"{where}: a gene's name is a text without dots")
-    given = _table(where, given)
+    given = parse_table(where, given)
     needed = {"low", "high", "start"}
     allowed = needed if name in OTHER_GENES else needed | {"weight", "components", "per"}
     wrong = (needed - given.keys()) | (given.keys() - allowed)
@@ -179,7 +183,7 @@ def _named_start(
     path: str, data: dict[str, Any], name: str | None, genes: Collection[str]
 ) -> dict[str, tuple[float, ...]]:
     """Gene -> its starting values, of the start that the campaign names."""
-    starts = _table(f"{path}: starts", data.get("starts"))
+    starts = parse_table(f"{path}: starts", data.get("starts"))
     if name is None or (name == PRESET and any(gene not in OTHER_GENES for gene in genes)):
         return {}  # the preset's depend on the model
     if name not in starts:
@@ -188,20 +192,22 @@ def _named_start(
             f"{', '.join([*starts, *([PRESET] if genes else [])]) or 'none'}"
         )
     found = {}
-    for gene, values in _table(f"{path}: starts.{name}", starts[name]).items():
+    for gene, values in parse_table(f"{path}: starts.{name}", starts[name]).items():
         where = f"{path}: starts.{name}.{gene}"
         if gene not in genes:
             raise BadInputError(f"{where}: there is no such gene")
         listed = values if isinstance(values, list) else [values]
-        found[gene] = tuple(_share(where, value) for value in listed)
+        found[gene] = tuple(parse_share(where, value) for value in listed)
     return found
 
 
-def _thresholds(path: str, data: Any) -> tuple[float, float]:
-    table = _table(f"{path}: transplant", data)
+def parse_thresholds(path: str, data: Any) -> tuple[float, float]:
+    table = parse_table(f"{path}: transplant", data)
     if table.keys() != {"below", "above"}:
         raise BadInputError(f"{path}: transplant: needs exactly below and above")
-    below, above = (_share(f"{path}: transplant.{key}", table[key]) for key in ("below", "above"))
+    below, above = (
+        parse_share(f"{path}: transplant.{key}", table[key]) for key in ("below", "above")
+    )
     if below > above:
         raise BadInputError(f"{path}: transplant: below {below} is more than above {above}")
     return below, above
@@ -216,7 +222,7 @@ def _components(where: str, data: Any) -> tuple[str, ...]:
     return tuple(data)
 
 
-def _table(where: str, data: Any) -> dict[str, Any]:
+def parse_table(where: str, data: Any) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -224,7 +230,7 @@ def _table(where: str, data: Any) -> dict[str, Any]:
     return data
 
 
-def _share(where: str, value: Any) -> float:
+def parse_share(where: str, value: Any) -> float:
     number = parse_number(where, value)
     if not 0.0 <= number <= 1.0:
         raise BadInputError(f"{where}: {number} is not between 0 and 1")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from orchestrator.config import GenomeConfig
+from orchestrator.genomes.blending import check_takes_shares, density_genes
 from orchestrator.genomes.parameter_file import DECIMALS
 from orchestrator.genomes.ratio_file import (
     DENSITIES,
@@ -24,7 +25,7 @@ from orchestrator.mother_centric import PRESET, ratio
 from orchestrator.mri.prescription import LEAST_DISPERSION, Prescription
 from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.errors import BadInputError
-from workers.merging import MergeMethod, ParentReference, get_method
+from workers.merging import ParentReference, get_method
 
 NO_RULE = {
     "lambda": "a penalty that a candidate sets for itself: searching it would only drive it to 0",
@@ -63,7 +64,8 @@ def build_ratio_space(
         file = replace(file, genes=tuple(_start_at_preset(file, father)))
     base = base if method.uses_base != "never" else None
     method.check_inputs(tuple(parent.name for parent in parents), base is not None)
-    _check_method(file, method)
+    families = {gene.name: gene for gene in file.genes}
+    check_takes_shares(file.path, method, has_densities=all(_has(file, d) for d in DENSITIES))
     distrust = _why_no_trust(file, scans, prescription)
     advised = prescription.shares if prescription and distrust is None else {}
     equal = prescription.equal if prescription else frozenset()
@@ -92,7 +94,10 @@ def build_ratio_space(
         values[TRUST] = 0.0
         if _has(file, TRUST):
             removed.append(RemovedGene(TRUST, distrust))
-    densities = _densities(file, method, parents, base, genes, removed, values)
+    densities = density_genes(families, file.fixed, method, parents, base)
+    genes += densities.genes
+    removed += densities.removed
+    values |= densities.values
     for gene in file.genes:
         if gene.name == TRUST and distrust is None:
             genes.append(Gene(TRUST, gene.low, gene.high, gene.start[0]))
@@ -113,28 +118,12 @@ def build_ratio_space(
         tensors=tensors,
         transplant=file.transplant,
         values=values,
-        densities=densities,
+        densities=densities.of,
     )
 
 
 def _has(file: RatioFile, name: str) -> bool:
     return name in file.fixed or any(gene.name == name for gene in file.genes)
-
-
-def _check_method(file: RatioFile, method: MergeMethod) -> None:
-    """Raise `BadInputError` unless a share for each parent, and a density, are all that it needs."""
-    if method.name != "slerp" and method.parameter("weight") is None:
-        raise BadInputError(
-            f"{file.path}: method {method.name} takes no share for each parent: choose one with weights "
-            "(linear, dare_ties, ...) or slerp"
-        )
-    given = {"t", "weight", *(["density"] if all(_has(file, name) for name in DENSITIES) else [])}
-    for parameter in method.parameters:
-        if parameter.default is None and parameter.name not in given:
-            raise BadInputError(
-                f"{file.path}: method {method.name} needs a value of {parameter.name!r}, for which the "
-                "space has no gene"
-            )
 
 
 def _why_no_trust(file: RatioFile, scans: bool, prescription: Prescription | None) -> str | None:
@@ -266,39 +255,6 @@ def _searched(
             about = ", ".join(member.family.components) or "the space's components"
             removed.append(RemovedGene(name, f"the model has no such tensor ({about})"))
     return genes, removed
-
-
-def _densities(
-    file: RatioFile,
-    method: MergeMethod,
-    parents: tuple[ParentReference, ...],
-    base: ParentReference | None,
-    genes: list[Gene],
-    removed: list[RemovedGene],
-    values: dict[str, float],
-) -> dict[str, str]:
-    """Parent -> the gene of its density; adds the genes, those removed, and values that are fixed."""
-    families = {gene.name: gene for gene in file.genes}
-    densities: dict[str, str] = {}
-    for number, parent in enumerate(parents):
-        declared = DENSITIES[min(number, 1)]
-        family = families.get(declared)
-        name = declared if len(parents) == 2 or number == 0 else f"{declared}.{parent.name}"
-        if method.parameter("density") is None:
-            if family is not None:
-                removed.append(RemovedGene(name, f"the method {method.name} has no densities"))
-            continue
-        densities[parent.name] = name
-        if family is None:
-            values[name] = file.fixed[declared]
-        elif base is not None and parent.fingerprint == base.fingerprint:
-            values[name] = 1.0
-            removed.append(
-                RemovedGene(name, f"{parent.name} is the base: it has no changes to drop")
-            )
-        else:
-            genes.append(Gene(name, family.low, family.high, family.start[0]))
-    return densities
 
 
 def _exceptions(file: RatioFile, tensor: LogicalTensor) -> tuple[tuple[str, float], ...]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.genomes.blending import blend_parameters
 from orchestrator.genomes.parameter_file import DECIMALS
 from orchestrator.genomes.ratio_file import TRUST
 from orchestrator.genomes.space import Gene, RemovedGene, point_of, start_of
@@ -105,9 +106,8 @@ class RatioSpace:
             if source is not None:
                 rules.append(Rule(where, "passthrough", {"source": source}))
             else:
-                rules.append(
-                    Rule(where, self.method.name, self._parameters(shares, exceptions, density))
-                )
+                parameters = blend_parameters(self.method, self.parents, shares, density)
+                rules.append(Rule(where, self.method.name, parameters | dict(exceptions)))
         return Recipe(self.parents, tuple(rules), self.base, self.seed)
 
     def _transplanted(self, shares: tuple[float, ...]) -> str | None:
@@ -119,24 +119,6 @@ class RatioSpace:
             if share > above:
                 return parent.name
         return None
-
-    def _parameters(
-        self,
-        shares: tuple[float, ...],
-        exceptions: tuple[tuple[str, float], ...],
-        density: dict[str, float],
-    ) -> dict[str, Any]:
-        """The method's parameters for a tensor of which the mothers have these shares."""
-        if self.method.parameter("weight") is None:
-            parameters: dict[str, Any] = {"t": shares[0]}
-        else:
-            # Shares are rounded one by one, so that their sum may be a trace above 1.
-            all_shares = (max(round(1.0 - math.fsum(shares), DECIMALS), 0.0), *shares)
-            names = (parent.name for parent in self.parents)
-            parameters = {"weight": dict(zip(names, all_shares, strict=True))}
-        if density:
-            parameters["density"] = density
-        return parameters | dict(exceptions)
 
 
 def _genome_shares(terms: tuple[Terms, ...], values: dict[str, float]) -> tuple[float, ...]:

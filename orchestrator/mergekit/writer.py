@@ -7,6 +7,7 @@ Whether that merges every tensor as the recipe does is seen by reading it back (
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.mergekit.methods import PEER_METHODS, REQUIRED, PeerMethod, PeerParameter
@@ -259,7 +260,7 @@ def _filters(where: Selector, place: str) -> list[str | None]:
         texts = [_literal(pattern) for pattern in where.names]
         if None not in texts and where.components in ((), MERGED):
             return texts
-    elif not where.names and where.experts is None and where.components in ((), MERGED):
+    elif replace(where, layers=None) in (Selector(), Selector(MERGED)):
         return [None]
     raise BadInputError(
         f"{place}: {where.to_dict()} is no filter that mergekit has: only names of the form *TEXT*"

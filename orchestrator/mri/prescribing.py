@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 from orchestrator.calls import Calls
 from orchestrator.config import CampaignConfig
+from orchestrator.genomes.expert_space import ExpertSpace
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
+from orchestrator.mri.expert_prescription import Orders, prescribe_experts
 from orchestrator.mri.prescription import Prescription, prescribe
 from workers.storage import Store, open_store
 
@@ -29,10 +31,12 @@ def recorded_or_scanned(
     record: Recorder,
     calls: Calls,
     stage: Callable[[str], None],
+    orders: Orders | None = None,
 ) -> Prescription:
     """The prescription that the space waits for: the ledger's, or a new one that is recorded first.
 
-    Scans are kept in the store that campaigns lie in, by the content of the parents.
+    Scans are kept in the store that campaigns lie in, by the content of the parents. `orders`: where experts
+    of donors belong, if they are not at their places.
     """
     base = inputs.base_reference
     of = {
@@ -41,20 +45,27 @@ def recorded_or_scanned(
         "scan": asdict(config.scan)
         | {"sets": {prompts.name: prompts.sha256 for prompts in inputs.calibration}},
         "space": space.identity,
-    }
+    } | ({"experts": _plain(orders)} if orders else {})
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
     stage("scanning the parents")
-    prescription = scan_and_prescribe(config, inputs, space, calls, open_store(config.store))
+    prescription = scan_and_prescribe(
+        config, inputs, space, calls, open_store(config.store), orders
+    )
     record("prescription", of=of, prescription=prescription.to_dict())
     return prescription
 
 
 def scan_and_prescribe(
-    config: CampaignConfig, inputs: Inputs, space: Space, calls: Calls, store: Store | None
+    config: CampaignConfig,
+    inputs: Inputs,
+    space: Space,
+    calls: Calls,
+    store: Store | None,
+    orders: Orders | None = None,
 ) -> Prescription:
-    """What the configured scan advises for the tensors of `space`; the scan is kept in `store`."""
+    """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`."""
     from orchestrator.mri.probe import ActivationProbe
     from orchestrator.mri.scan import scan_parents
 
@@ -62,25 +73,39 @@ def scan_and_prescribe(
     if config.scan.probe:
         probe = ActivationProbe(inputs.calibration, device=config.engine.device)
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
+    if isinstance(space, ExpertSpace):
+        return prescribe_experts(scan, orders)
     if not config.scan.static:
         scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
     return prescribe(scan, space.to_prescribe, config.scan.alpha)
 
 
+def _plain(orders: Orders) -> dict[str, dict[str, list[int]]]:
+    return {
+        parent: {str(layer): list(order) for layer, order in of.items()}
+        for parent, of in orders.items()
+    }
+
+
 def describe_space(space: Space, prescription: Prescription | None) -> dict[str, Any]:
     """What the lineage says of a genome space: its genes, those not searched, and what the scan told."""
-    return {
+    described: dict[str, Any] = {
         "genes": [gene.name for gene in space.genes],
         "removed": [gene.to_dict() for gene in space.removed],
-        "scan": {
+        "scan": None,
+    }
+    if prescription:
+        described["scan"] = {
             "tensors": len(prescription.shares),
             "dispersion": prescription.dispersion,
             "is_telling": prescription.is_telling,
             "equal_tensors": len(prescription.equal),
         }
-        if prescription
-        else None,
-    }
+    if isinstance(space, ExpertSpace):
+        described["bands"] = space.bands
+        if prescription:
+            described["scan"]["experts"] = prescription.advised_experts
+    return described
 
 
 def notes_on_search(search: dict[str, Any]) -> list[str]:
@@ -89,7 +114,8 @@ def notes_on_search(search: dict[str, Any]) -> list[str]:
     space = search.get("space") or {}
     scan = space.get("scan")
     if scan:
-        found = f"shares for {scan['tensors']} tensors that spread by {scan['dispersion']:g}"
+        what = f"{scan['experts']} experts" if "experts" in scan else f"{scan['tensors']} tensors"
+        found = f"shares for {what} that spread by {scan['dispersion']:g}"
         notes.append(
             f"The scan of the parents advises {found}."
             if scan["is_telling"]

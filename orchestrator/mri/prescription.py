@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.genomes.parameter_file import DECIMALS
@@ -38,6 +38,9 @@ PROBED_AS = {
 Values = dict[str, float]
 """Parent -> a number."""
 
+ExpertShares = dict[int, dict[str, tuple[float | None, ...]]]
+"""Layer -> donor -> its share of each expert; None where nothing is advised."""
+
 
 @dataclass(frozen=True)
 class Prescription:
@@ -51,21 +54,39 @@ class Prescription:
     """Whether the shares differ enough between tensors to say anything."""
     equal: frozenset[str] = frozenset()
     """Tensors that are the same in all parents, and in the base if there is one."""
+    experts: ExpertShares = field(default_factory=dict)
+    """Instead of `shares`, for a space that decides expert by expert (see `expert_prescription`)."""
+
+    @property
+    def advised_experts(self) -> int:
+        """The number of experts, over all layers, that have advice."""
+        first_donor = (next(iter(of.values()), ()) for of in self.experts.values())
+        return sum(share is not None for shares in first_donor for share in shares)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `from_dict`."""
-        return {
+        data = {
             "dispersion": self.dispersion,
             "is_telling": self.is_telling,
             "equal": sorted(self.equal),
             "shares": self.shares,
         }
+        if self.experts:
+            data["experts"] = {str(layer): of for layer, of in self.experts.items()}
+        return data
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Prescription:
         """Read what `to_dict` wrote."""
         return Prescription(
-            data["shares"], data["dispersion"], data["is_telling"], frozenset(data["equal"])
+            data["shares"],
+            data["dispersion"],
+            data["is_telling"],
+            frozenset(data["equal"]),
+            {
+                int(layer): {donor: tuple(shares) for donor, shares in of.items()}
+                for layer, of in data.get("experts", {}).items()
+            },
         )
 
 

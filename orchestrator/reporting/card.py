@@ -13,6 +13,7 @@ from orchestrator.experts.matching import notes_on_matching
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.mri.prescribing import notes_on_search
 from orchestrator.reporting.ancestry_view import founders, licences, tree_lines
+from orchestrator.reporting.expert_map import expert_map, expert_rows
 from orchestrator.statistics import format_p_value
 
 MOST_WARNINGS = 10
@@ -73,6 +74,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         "".join(f"{note}\n" for note in notes_on_matching(lineage)),
         _measured(lineage),
         _tensor_table(lineage, names),
+        _experts(lineage),
         "## Lineage\n",
         _parent_table(lineage),
         _unused(lineage),
@@ -209,6 +211,17 @@ def _tensor_table(lineage: dict[str, Any], names: list[str]) -> str:
         shares = [f"{change.changed[name]:.1%}" for name in names]
         rows.append([change.component, f"{change.elements:,}", ", ".join(change.methods), *shares])
     return _table(rows)
+
+
+def _experts(lineage: dict[str, Any]) -> str:
+    """What became of the routed experts; empty for models without."""
+    found = expert_map(lineage)
+    if found is None:
+        return ""
+    return (
+        f"### Experts\n\nRouted experts that are {found.parents[0]}'s, a blend, or another parent's:\n\n"
+        + _table(expert_rows(found))
+    )
 
 
 def _measured(lineage: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from orchestrator.reporting.card import (
     verdict,
     what_was_searched,
 )
+from orchestrator.reporting.expert_map import expert_chart, expert_map, expert_rows
 from orchestrator.state import CampaignState, Candidate
 from orchestrator.statistics import format_p_value
 from workers.errors import BadInputError
@@ -85,6 +86,7 @@ def build_report(store: Store) -> str:
     else:
         by_component = measured_shares(attribution["components"], parents, "component")
         by_layer = measured_shares(attribution["cells"], parents, "component", "layer")
+    experts = expert_map(lineage)
     return template.render(
         lineage=lineage,
         verdict=verdict(lineage),
@@ -114,6 +116,7 @@ def build_report(store: Store) -> str:
         attribution=attribution,
         intended={component: shares for (component,), shares in intended.items()},
         changes=component_changes(lineage),
+        experts=expert_rows(experts) if experts else [],
         ancestry=ancestry,
         founders=founders(ancestry) if ancestry else [],
         licences=licences(ancestry) if ancestry else [],
@@ -124,6 +127,7 @@ def build_report(store: Store) -> str:
         | {
             "bars": charts.share_bars(by_component, parents),
             "maps": charts.share_maps(by_layer, parents),
+            "experts": expert_chart(experts) if experts else None,
             "ancestry": ancestry_chart(ancestry, parents) if ancestry else None,
         },
     )

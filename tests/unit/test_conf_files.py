@@ -9,12 +9,14 @@ import yaml
 
 from orchestrator.config import SHIPPED, CampaignConfig, GenomeConfig, find_shipped, load_config
 from orchestrator.genomes.build import build_space
+from orchestrator.genomes.expert_file import is_expert_file
 from orchestrator.genomes.ratio_file import is_ratio_file
 from orchestrator.inputs import open_inputs
 from orchestrator.mri.prescription import Prescription
 from orchestrator.mri.probe import load_calibration_sets
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.search import OPTIMIZERS
+from tests.expert_scans import mixture_map
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.evaluation import load_task
 from workers.merging import METHODS, MergeMethod, ParentReference
@@ -70,7 +72,10 @@ def takes_shares(method: MergeMethod) -> bool:
     return method.name == "slerp" or method.parameter("weight") is not None
 
 
-@pytest.mark.parametrize("name", sorted({*shipped("genome")} - {*RATIO_SPACES}))
+EXPERT_SPACES = [name for name in shipped("genome") if is_expert_file(GenomeConfig(name))]
+
+
+@pytest.mark.parametrize("name", sorted({*shipped("genome")} - {*RATIO_SPACES, *EXPERT_SPACES}))
 def test_a_genome_space_is_for_methods_that_there_are(name: str) -> None:
     father = ArchitectureMap(open_checkpoint(FATHER))
     parents = tuple(ParentReference(letter, letter * 64) for letter in "ab")
@@ -98,6 +103,20 @@ def test_a_ratio_space_is_for_every_method_that_takes_shares(name: str, method: 
         plan = Plan({"a": father, "b": father}, father)
         assigned = plan.assign(space.decode(space.point(space.start)))
         assert {way.method.name for way in assigned.values()} - {"passthrough"} == {method}
+
+
+@pytest.mark.parametrize("name", EXPERT_SPACES)
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if takes_shares(m)])
+def test_an_expert_space_is_for_every_method_that_takes_shares(name: str, method: str) -> None:
+    father = mixture_map((0, 1, 2), 4)
+    parents = tuple(ParentReference(letter, letter * 64) for letter in "ab")
+    base = ParentReference("base", "0" * 64)
+    advice = {layer: {"b": (0.2, 0.4, 0.6, 0.8)} for layer in range(3)}
+    advised = Prescription({}, 0.2, is_telling=True, experts=advice)
+    space = build_space(GenomeConfig(name, method), father, parents, base, 0, True, advised, True)
+    plan = Plan({"a": father, "b": father}, father)
+    assigned = plan.assign(space.decode(space.point(space.start)))
+    assert {way.method.name for way in assigned.values()} - {"passthrough"} == {method}
 
 
 @pytest.mark.parametrize("name", shipped("recipe"))

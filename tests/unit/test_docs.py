@@ -18,6 +18,7 @@ from orchestrator.inputs import open_inputs
 from orchestrator.mri.scan import scan_parents
 from orchestrator.recipe_file import load_recipe_file
 from tests.campaigns import write_campaign
+from tests.families import write_family
 from workers.checkpoints import open_checkpoint
 from workers.merging import METHODS
 from workers.storage.folder import FolderStore
@@ -53,13 +54,18 @@ def test_a_recipe_of_the_documentation_can_be_merged(
     ],
 )
 def test_a_genome_of_the_documentation_can_be_searched(text: str, tmp_path: Path) -> None:
-    parents = [{"name": skill, "path": f"shipped:strings/{skill}"} for skill in ("sort", "shift")]
-    file = write_campaign(tmp_path, **({"parents": parents} | yaml.safe_load(text)))
+    given = yaml.safe_load(text)
+    places = [f"shipped:strings/{skill}" for skill in ("base", "sort", "shift")]
+    if given["genome"]["space"] == "experts":
+        places = list(map(str, write_family(tmp_path, "qwen3_moe")))
+    base, *parents = places
+    given["parents"] = [{"name": f"parent{n}", "path": place} for n, place in enumerate(parents)]
+    file = write_campaign(tmp_path, **({"base": base} | given))
     config = load_config(str(file))
     inputs = open_inputs(config)
     space = build_space(
         config.genome, inputs.father_map, inputs.references, inputs.base_reference, 0,
-        config.scan.scans,
+        config.scan.scans, probes=config.scan.probe,
     )  # fmt: skip
     assert space.genes
 

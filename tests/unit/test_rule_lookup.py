@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from workers.checkpoints.safetensors_format import Header, TensorEntry
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe, Rule, Selector
 from workers.merging.plan import RECENT_CHOICES, Plan
+from workers.merging.selector import parse_selector
 from workers.storage import open_store
 
 PARENTS = (ParentReference("a", "0" * 64), ParentReference("b", "1" * 64))
@@ -89,6 +92,69 @@ def test_a_stored_name_selects_all_experts_in_it(tmp_path: Path) -> None:
     assert names == {f"layers.0.mlp.experts.{n}.down_proj.weight" for n in range(4)}
     one = merger.plan.select(Selector(names=(fused,), experts=(2, 2)))
     assert one == {"layers.0.mlp.experts.2.down_proj.weight"}
+
+
+SPANS = ((0, 1), (3, 3))
+
+
+@pytest.mark.parametrize("rest", [{}, {"components": ("expert", "norm")}, {"layers": (1, 9)},
+                                  {"experts": (1, 3)}, {"names": ("*down*", "*gate*")}])  # fmt: skip
+def test_places_select_experts_of_layers(rest: dict, tmp_path: Path) -> None:
+    """By the index as by asking tensor by tensor, and as text tells; alone and with other conditions."""
+    stored = [
+        f"model.layers.{layer}.mlp.{part}.weight"
+        for layer in range(4)
+        for part in (
+            "gate",
+            *(f"experts.{e}.{n}" for e in range(5) for n in ("up_proj", "down_proj")),
+        )
+    ]
+    plan = plan_of(stored, tmp_path)
+    where = Selector(
+        places=((0, ((2, 2),)), (2, SPANS), (3, ((4, 10**12),)), (7, ((0, 0),))), **rest
+    )
+    expected = {
+        name
+        for name, tensor in plan.child.by_name.items()
+        if (tensor.layer, tensor.expert) in {(0, 2), (2, 0), (2, 1), (2, 3), (3, 4)}
+        and matches(replace(where, places=(), experts=None), tensor)
+        and (where.experts is None or 1 <= (tensor.expert or 0) <= 3)
+    }
+    assert plan.select(where) == expected
+    assert {t.name for t in plan.child.tensors if where.matches(t)} == expected
+    assert parse_selector(json.loads(json.dumps(where.to_dict()))) == where
+
+
+def test_places_are_read_with_layers_as_numbers_or_texts() -> None:
+    wanted = Selector(places=((2, SPANS), (10, ((5, 7),))))
+    for two, ten in ((2, 10), ("2", "10")):
+        assert parse_selector({"places": {ten: [[5, 7]], two: [[0, 1], [3, 3]]}}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("places", "problem"),
+    [
+        ([], "where.places: .* is not a dict"),
+        ({}, "names no layer"),
+        ({"1": []}, "where.places.1: names no expert"),
+        ({"1": [3]}, "where.places.1: 3 is not a list"),
+        ({"1": [[1, 2, 3]]}, r"where.places.1: \[1, 2, 3\] is not \[first, last\]"),
+        ({"x": [[1, 2]]}, "'x' is not a layer's number"),
+        ({-1: [[1, 2]]}, "-1 is not a layer's number"),
+        ({1: [[1, 2]], "1": [[1, 2]]}, "or stands there twice"),
+        ({True: [[1, 2]]}, "True is not a layer's number"),
+    ],
+)
+def test_places_that_are_none_are_refused(places: object, problem: str) -> None:
+    with pytest.raises(BadInputError, match=problem):
+        parse_selector({"places": places})
+
+
+def test_places_of_a_search_are_not_kept(tmp_path: Path) -> None:
+    plan = plan_of([f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(5)], tmp_path)
+    for expert in range(5):
+        assert len(plan.select(Selector(places=((0, ((expert, expert),)),)))) == 1
+    assert plan._selected == {}
 
 
 def test_a_name_that_there_is_not_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -205,14 +205,19 @@ class Plan:
             # A rule for each tensor must not cost a look at every tensor.
             found = (tensor for name in where.names for tensor in self._by_any_name.get(name, ()))
             names = frozenset(t.name for t in found if where.matches_place(t))
+        elif where.is_by_place:
+            places = where.each_place(self.child.layers, self.child.experts)
+            found = (tensor for place in places for tensor in self._by_place.get(place, ()))
+            rest = replace(where, places=())
+            names = frozenset(t.name for t in found if rest.matches(t))
         else:
             names = frozenset(t.name for t in self.child.tensors if where.matches(t))
         if not names:
             raise BadInputError(
                 f"recipe: the rule for {where} matches no tensor of {self.layout.location}"
             )
-        if not where.is_by_name:  # in a search these differ from candidate to candidate
-            self._selected[where] = names
+        if not where.is_by_name and not where.is_by_place:
+            self._selected[where] = names  # others differ from candidate to candidate of a search
         return names
 
     @cached_property
@@ -222,6 +227,15 @@ class Plan:
         for tensor in self.child.tensors:
             for name in {tensor.name, tensor.stored}:
                 found.setdefault(name, []).append(tensor)
+        return found
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[int, int], list[LogicalTensor]]:
+        """Tensors of routed experts by their layer and expert."""
+        found: dict[tuple[int, int], list[LogicalTensor]] = {}
+        for tensor in self.child.tensors:
+            if tensor.layer is not None and tensor.expert is not None:
+                found.setdefault((tensor.layer, tensor.expert), []).append(tensor)
         return found
 
     def depth(self, tensor: LogicalTensor, where: Selector) -> float:

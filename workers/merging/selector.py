@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from workers.checkpoints import COMPONENTS, LogicalTensor
 from workers.errors import BadInputError
 
-KEYS = ("components", "layers", "experts", "names")
+KEYS = ("components", "layers", "experts", "places", "names")
+
+Spans = tuple[tuple[int, int], ...]
+"""Numbers as runs of neighbours: first and last of each, both included."""
 
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -26,6 +30,9 @@ class Selector:
     """First and last routed expert, both included; other tensors never match."""
     names: tuple[str, ...] = ()
     """Shell-style patterns (`*`, `?`, `[...]`); one must match the canonical or the stored name."""
+    places: tuple[tuple[int, Spans], ...] = ()
+    """Layer -> its routed experts, the layers ascending. A search decides expert by expert, and a model has
+    ten thousands of them: their tensors' names would be megabytes for each candidate."""
 
     @property
     def is_by_name(self) -> bool:
@@ -43,7 +50,25 @@ class Selector:
         """Whether it selects the tensor, whatever its name."""
         if self.components and tensor.component not in self.components:
             return False
-        return _is_within(tensor.layer, self.layers) and _is_within(tensor.expert, self.experts)
+        if not _is_within(tensor.layer, self.layers) or not _is_within(tensor.expert, self.experts):
+            return False
+        return not self.places or any(
+            layer == tensor.layer and any(_is_within(tensor.expert, span) for span in spans)
+            for layer, spans in self.places
+        )
+
+    @property
+    def is_by_place(self) -> bool:
+        """Whether it selects experts alone: their tensors can be looked up by layer and expert."""
+        return bool(self.places) or self.experts is not None
+
+    def each_place(self, layers: int, experts: int) -> Iterator[tuple[int, int]]:
+        """(layer, expert) where it may select something of a model of so many layers and experts."""
+        places = self.places or _in_all(layers, self.experts)
+        for layer, spans in places:
+            for first, last in spans if _is_within(layer, self.layers) else ():
+                for expert in range(max(first, 0), min(last + 1, experts)):
+                    yield layer, expert
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `parse_selector`."""
@@ -54,6 +79,8 @@ class Selector:
             data["layers"] = list(self.layers)
         if self.experts is not None:
             data["experts"] = list(self.experts)
+        if self.places:
+            data["places"] = {str(layer): list(map(list, spans)) for layer, spans in self.places}
         if self.names:
             data["names"] = list(self.names)
         return data
@@ -61,7 +88,7 @@ class Selector:
 
 def parse_selector(data: Any) -> Selector:
     """A selector from plain data: `{components: [...], layers: [first, last], experts: [first, last],
-    names: [...]}`, each of them optional."""
+    places: {layer: [[first, last], ...]}, names: [...]}`, each of them optional."""
     typed(data, dict, "where")
     unknown = set(data) - set(KEYS)
     if unknown:
@@ -77,7 +104,32 @@ def parse_selector(data: Any) -> Selector:
     names = _list_or_none(data, "names")
     for name in names:
         typed(name, str, "where.names")
-    return Selector(tuple(components), _span(data, "layers"), _span(data, "experts"), tuple(names))
+    return Selector(
+        tuple(components),
+        _span(data, "layers"),
+        _span(data, "experts"),
+        tuple(names),
+        _places(data.get("places")),
+    )
+
+
+def _places(data: Any) -> tuple[tuple[int, Spans], ...]:
+    """Layers in ascending order, each with its spans as they are given."""
+    if data is None:
+        return ()
+    places: dict[int, Spans] = {}
+    for key, spans in typed(data, dict, "where.places").items():
+        where = f"where.places.{key}"
+        # JSON knows no numbers as keys, YAML does.
+        layer = int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,6}", key) else key
+        if type(layer) is not int or layer < 0 or layer in places:
+            raise BadInputError(f"{where}: {key!r} is not a layer's number, or stands there twice")
+        places[layer] = tuple(_as_span(span, where) for span in typed(spans, list, where))
+        if not places[layer]:
+            raise BadInputError(f"{where}: names no expert")
+    if not places:
+        raise BadInputError("where.places: names no layer")
+    return tuple(sorted(places.items()))
 
 
 def _list_or_none(data: dict[str, Any], key: str) -> list[Any]:
@@ -90,10 +142,18 @@ def _span(data: dict[str, Any], key: str) -> tuple[int, int] | None:
     span = data.get(key)
     if span is None:
         return None
-    typed(span, list, f"where.{key}")
+    return _as_span(span, f"where.{key}")
+
+
+def _as_span(span: Any, where: str) -> tuple[int, int]:
+    typed(span, list, where)
     if len(span) != 2 or not all(type(end) is int for end in span):
-        raise BadInputError(f"where.{key}: {span!r} is not [first, last]")
+        raise BadInputError(f"{where}: {span!r} is not [first, last]")
     return span[0], span[1]
+
+
+def _in_all(layers: int, span: tuple[int, int] | None) -> tuple[tuple[int, Spans], ...]:
+    return tuple((layer, (span,)) for layer in range(layers)) if span else ()
 
 
 def _is_within(number: int | None, span: tuple[int, int] | None) -> bool:
