@@ -74,7 +74,8 @@ def _inline(svg: str, title: str, width: int) -> str:
 
     def clean(tag: re.Match[str]) -> str:
         kept = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", tag[0])
-        kept = re.sub(r"(\.\d\d)\d+", r"\1", kept)
+        if not kept.startswith("<image"):  # its scale is stretched by as many pixels as it has
+            kept = re.sub(r"(\.\d\d)\d+", r"\1", kept)
         return kept.replace("xlink:href", "href").replace(f": {INK}", ": currentColor")
 
     body = re.sub(r"<[^>]+>", clean, body)
