@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.mri.experts import routing_by_layer
+
 DEAD_SHARE = 0.05
 """An expert is dead if it is chosen less often than this share of the even load, k / E of the tokens.
 
@@ -14,6 +16,9 @@ perfectly balanced layer that chooses 8 of 256, as each is chosen for 3.1 % of t
 
 LEAST_CHOICES = 5.0
 """With an even load each expert must be due so many choices, or that one has none says nothing."""
+
+MOST_LAYERS = 6
+"""So many layers with dead experts are named."""
 
 
 def dead_experts(choices: Sequence[int], tokens: int, per_token: int) -> list[int] | None:
@@ -26,20 +31,13 @@ def dead_experts(choices: Sequence[int], tokens: int, per_token: int) -> list[in
 
 def dead_by_layer(scan: dict[str, Any]) -> dict[str, dict[int, list[int] | None]]:
     """Parent -> layer with experts -> its dead ones, over all sets that the scan has probed with."""
-    found: dict[str, dict[int, list[int] | None]] = {}
-    for parent, sets in (scan["probe"] or {"parents": {}})["parents"].items():
-        totals: dict[int, tuple[int, int, list[int]]] = {}
-        for row in (row for rows in sets.values() for row in rows if "routing" in row):
-            own = row["routing"]
-            tokens, _, choices = totals.get(row["layer"], (0, 0, [0] * len(own["choices"])))
-            choices = [one + other for one, other in zip(choices, own["choices"], strict=True)]
-            totals[row["layer"]] = tokens + own["tokens"], own["per_token"], choices
-        if totals:
-            found[parent] = {
-                layer: dead_experts(choices, tokens, per_token)
-                for layer, (tokens, per_token, choices) in sorted(totals.items())
-            }
-    return found
+    return {
+        parent: {
+            layer: dead_experts(routing["choices"], routing["tokens"], routing["per_token"])
+            for layer, routing in layers.items()
+        }
+        for parent, layers in routing_by_layer(scan).items()
+    }
 
 
 def dead_expert_notes(found: dict[str, dict[int, list[int] | None]]) -> list[str]:
@@ -50,7 +48,11 @@ def dead_expert_notes(found: dict[str, dict[int, list[int] | None]]) -> list[str
         if not known:
             lines.append(f"dead experts of {parent}: too few tokens in the probe's sets to tell")
             continue
-        places = ", ".join(f"layer {layer}: {len(dead)}" for layer, dead in known.items() if dead)
+        most = sorted(known, key=lambda layer: (-len(known[layer] or ()), layer))
+        named = [layer for layer in most if known[layer]][:MOST_LAYERS]
+        places = ", ".join(f"layer {layer}: {len(known[layer] or ())}" for layer in sorted(named))
+        if len(named) < sum(map(bool, known.values())):
+            places = f"most in {places}"
         lines.append(
             f"dead experts of {parent} (chosen less than {DEAD_SHARE:.0%} as often as at an even load): "
             f"{sum(map(len, known.values()))}" + (f" ({places})" if places else "")

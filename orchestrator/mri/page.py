@@ -10,6 +10,7 @@ from rich.table import Table
 
 from orchestrator.config import ScanConfig
 from orchestrator.mri.dead_experts import dead_by_layer, dead_expert_notes
+from orchestrator.mri.experts import expert_notes, routing_by_layer, summarize_experts
 from orchestrator.mri.importance import (
     Cells,
     changed_by,
@@ -63,6 +64,7 @@ def summarize(scan: dict[str, Any]) -> dict[str, Any]:
         ],
         "left_out": {name: len(tensors) for name, tensors in scan["left_out"].items()},
         "advice": advice(scan),
+        "experts": summarize_experts(routing_by_layer(scan)),
         "dead_experts": dead_by_layer(scan),
     }
 
@@ -145,7 +147,11 @@ def notes(summary: dict[str, Any]) -> list[str]:
     ]
     if len(broken) > MOST_BROKEN:
         found.append(f"not finite: {len(broken) - MOST_BROKEN:,} more tensors")
-    told = [*_advice_notes(summary["advice"]), *dead_expert_notes(summary["dead_experts"])]
+    told = [
+        *_advice_notes(summary["advice"]),
+        *expert_notes(summary["experts"]),
+        *dead_expert_notes(summary["dead_experts"]),
+    ]
     return [*told, *found] + [
         f"left out: {count:,} stored tensors of {name}, which hold no floating point numbers or which "
         "the father lacks"
@@ -173,6 +179,7 @@ def build_page(scan: dict[str, Any], places: dict[str, str]) -> str:
     """The HTML page: the same scan, of checkpoints that lie in the same `places`, gives the same bytes."""
     from jinja2 import Environment, StrictUndefined
 
+    from orchestrator.mri.expert_charts import expert_figures, set_figures
     from orchestrator.reporting.charts import parent_colours
 
     parents = parents_of(scan)
@@ -190,7 +197,12 @@ def build_page(scan: dict[str, Any], places: dict[str, str]) -> str:
         summary=summary,
         pairs=_most_telling(summary["pairs"]),
         notes=notes(summary),
-        figures=[*_static_figures(scan, parents), *_probe_figures(scan, parents)],
+        figures=[
+            *_static_figures(scan, parents),
+            *_probe_figures(scan, parents),
+            *expert_figures(routing_by_layer(scan), parents),
+            *set_figures(scan, parents),
+        ],
     )
 
 
