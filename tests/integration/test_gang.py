@@ -30,8 +30,8 @@ RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Ray cluster of a head and two nodes with a CPU each."""
+def cluster() -> Iterator[tuple[str, int]]:
+    """Address and process of a Ray cluster of a head and two nodes with a CPU each."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.ray_cluster", "2"],
         env=os.environ | RAY,
@@ -41,7 +41,7 @@ def cluster() -> Iterator[str]:
     )
     assert process.stdout is not None
     address = next(line for line in process.stdout if ":" in line and " " not in line.strip())
-    yield address.strip()
+    yield address.strip(), process.pid
     process.communicate("")
 
 
@@ -62,21 +62,33 @@ def write_task(folder: Path) -> str:
     return str(task)
 
 
-def members() -> list[int]:
-    """Pids of the Ray workers that hold experts for a leader."""
+def members(ancestor: int) -> list[int]:
+    """Pids of the Ray workers below a process that hold experts for a leader."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             title = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
-        except OSError:
+            if title.startswith("ray::GangWorker") and ancestor in ancestors(int(entry.name)):
+                found.append(int(entry.name))
+        except (OSError, ValueError):
             continue  # it ended while one looked
-        if title.startswith("ray::GangWorker"):
-            found.append(int(entry.name))
     return found
 
 
-def test_a_gang_ends_with_the_child_of_whole_workers(cluster: str, tmp_path: Path) -> None:
+def ancestors(pid: int) -> list[int]:
+    """The parent, its parent, and so on."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def test_a_gang_ends_with_the_child_of_whole_workers(
+    cluster: tuple[str, int], tmp_path: Path
+) -> None:
     """The same items scored alike, and the same bytes; the lost member costs one failed attempt."""
+    address, root = cluster
     family = write_family(tmp_path / "family", "qwen3_5_moe", max_shard_size="10KB")
     base, first, second = (str(path) for path in family)
     assert len(list(family[1].glob("*.safetensors"))) > 8  # for everybody to write some
@@ -89,7 +101,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: str, tmp_path: Pat
         "search": {"optimizer": "cma_es", "evaluations": 4, "population": 4},
         "engine": {"dtype": "auto", "batch_size": 8},
         "health": {"prompts": 4, "new_tokens": 8, "allow": ["changed", "repetition", "endings"]},
-        "address": cluster,
+        "address": address,
     }
     places = {}
     for name, workers in (
@@ -104,7 +116,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: str, tmp_path: Pat
     store = open_store(str(tmp_path / "gang" / "store" / "small"))
     process = start_darwin("run", places["gang"], environment=os.environ | RAY)
     wait_for(lambda: count_records(store, "scored") > 0, process)
-    killed = members()
+    killed = members(root)
     assert len(killed) == 1
     os.kill(killed[0], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
@@ -121,7 +133,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: str, tmp_path: Pat
     assert "Actor" in failures[0]["error"]
     descriptions = [r["description"] for r in ledger if r["kind"] == "engine"]
     assert len(descriptions) == 1 and "gang" not in descriptions[0]
-    wait_for(lambda: not members())  # none outlives its leader
+    wait_for(lambda: not members(root))  # none outlives its leader
 
 
 def content(ledger: list[Any], kind: str) -> list[dict[str, Any]]:

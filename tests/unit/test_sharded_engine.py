@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -32,6 +34,7 @@ from tests.families import (
     write_family,
     write_tokenizer,
 )
+from tests.unit.test_fp8 import fp8_config, quantize
 from tests.unit.test_transformers_engine import dare_ties_recipe
 from workers.actors import MergeWorker, WorkerSpec
 from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
@@ -167,6 +170,29 @@ def test_a_tied_head_follows_the_embedding(tmp_path: Path) -> None:
     recipe = recipe_for(whole.merger, rule("linear", weight={"a": 1.0, "b": 2.0}))
     for engine in (whole, gang.engine):
         engine.realize(recipe)
+    assert gang.engine.loglikelihood(PAIRS) == whole.loglikelihood(PAIRS)
+
+
+def test_a_father_of_fp8_codes(families: dict[str, list[Path]], tmp_path: Path) -> None:
+    """Whose child is stored in BF16, and whose scales are of blocks of the experts' matrices."""
+    plain, mother = families["qwen3_moe"][1:]
+    father = tmp_path / "father"
+    shutil.copytree(plain, father)
+    weights = read_tensors(plain)
+    codes = quantize({name: w for name, w in weights.items() if "_proj" in name}, (16, 16))
+    safetensors.torch.save_file(weights | codes, father / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (father / "config.json").write_text(
+        json.dumps(fp8_config((16, 16), activation_scheme="dynamic") | config)
+    )
+    parents = {"a": open_checkpoint(str(father)), "b": open_checkpoint(str(mother))}
+    whole, gang = TransformersEngine(parents, None), Gang(parents, None, 2)
+    recipe = recipe_for(whole.merger, rule("linear", weight={"a": 0.4, "b": 0.6}))
+    for engine in (whole, gang.engine):
+        engine.realize(recipe)
+    views = gang.views()
+    assert views.keys() == whole.views.keys()
+    assert all(torch.equal(view, views[name]) for name, view in whole.views.items())
     assert gang.engine.loglikelihood(PAIRS) == whole.loglikelihood(PAIRS)
 
 
