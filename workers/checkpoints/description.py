@@ -85,9 +85,10 @@ def parse_description(name: str, data: Any) -> Description:
 
 
 def _table(name: str, data: dict[str, Any], key: str) -> dict[str, Any]:
-    if not isinstance(data[key], dict):
+    table = data[key]
+    if not isinstance(table, dict):
         raise BadInputError(f"{name}: {key}: must be a table")
-    return data[key]
+    return table
 
 
 def _numbers(name: str, key: str, text: Any) -> list[int]:
@@ -96,7 +97,9 @@ def _numbers(name: str, key: str, text: Any) -> list[int]:
     for part in (chosen, left_out or "0:0"):
         match = NUMBERS.fullmatch(part)
         if match is None or match[3] == "0":
-            raise BadInputError(f"{name}: sets: {key}: {text!r} is not first:stop or first:stop:step")
+            raise BadInputError(
+                f"{name}: sets: {key}: {text!r} is not first:stop or first:stop:step"
+            )
         found.append(range(int(match[1]), int(match[2]), int(match[3] or 1)))
     return [number for number in found[0] if number not in found[1]]
 
@@ -126,10 +129,8 @@ def _expand(name: str, pattern: str, sets: dict[str, list[int]]) -> list[str]:
     return [f"{pattern[:start]}{n}{behind}" for n in sets[place[1]] for behind in rest]
 
 
-def _dtype_and_shape(
-    name: str, tensor: str, given: Any, dtype: Any
-) -> tuple[str, tuple[int, ...]]:
-    shape = list(given) if isinstance(given, list) else [None]
+def _dtype_and_shape(name: str, tensor: str, given: Any, dtype: Any) -> tuple[str, tuple[int, ...]]:
+    shape: list[Any] = list(given) if isinstance(given, list) else [None]
     if shape and isinstance(shape[0], str):
         dtype, *shape = shape
     if dtype not in BITS_PER_ELEMENT or not all(type(size) is int and size > 0 for size in shape):

@@ -1,0 +1,101 @@
+"""Which workers run on which nodes, and what of a model each of them holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.config import CampaignConfig
+from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.inputs import PlannedInputs
+from orchestrator.planning.traffic import Traffic, live_tensors
+from workers.checkpoints import LogicalTensor
+from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
+from workers.experts.shard_map import ShardMap
+
+ENGINE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of an element of a live model, where its dtype is not the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Workers on nodes. Those of one gang have numbers that follow one another."""
+
+    workers: int
+    gang: int
+    """Workers that hold one live model together."""
+    per_node: int
+    """As many workers as a node has room for."""
+    nodes: tuple[tuple[int, ...], ...]
+    """The numbers of each node's workers, of nodes that have any."""
+
+    @property
+    def engines(self) -> int:
+        return self.workers // self.gang
+
+    @property
+    def most(self) -> int:
+        """Workers of the fullest node."""
+        return max(map(len, self.nodes))
+
+    def members(self, node: Sequence[int]) -> set[int]:
+        """Which parts of the model the workers of a node hold."""
+        return {worker % self.gang for worker in node}
+
+
+def place_workers(config: CampaignConfig, cluster: Cluster, spread: bool = False) -> Placement:
+    """The campaign's workers on as many nodes as they need: node after node, or spread over the cluster's."""
+    workers = config.workers
+    gang: int = getattr(workers, "gang", 1)
+    count = workers.count
+    per_node = _per_node(config, cluster)
+    needed = math.ceil(count / max(per_node, 1))
+    spread = spread or getattr(workers, "spread", "none") != "none"
+    nodes: dict[int, list[int]] = {}
+    for worker in range(count):
+        node = worker % max(cluster.nodes, needed) if spread else worker // max(per_node, 1)
+        nodes.setdefault(node, []).append(worker)
+    return Placement(count, gang, per_node, tuple(map(tuple, nodes.values())))
+
+
+def _per_node(config: CampaignConfig, cluster: Cluster) -> int:
+    workers = config.workers
+    room = [cluster.cores_per_node // workers.cpus] if workers.cpus else []
+    if workers.gpus:
+        room.append(cluster.gpus_per_node // workers.gpus)
+    return int(min(room, default=cluster.cores_per_node))
+
+
+@dataclass(frozen=True)
+class Member:
+    """What one worker of a gang holds of the live model, and what realizing a candidate takes there."""
+
+    live: int
+    """Bytes of its weights in the engine."""
+    traffic: Traffic
+
+
+def share_out(
+    config: CampaignConfig, inputs: PlannedInputs, traffic: dict[str, Traffic], gang: int
+) -> tuple[Member, ...]:
+    """The live model's tensors, shared out among the workers of a gang; the first of them leads.
+
+    `traffic`: of each tensor of the child by name.
+    """
+    tensors = live_tensors(inputs)
+    names = [f"member {number}" for number in range(gang)]
+    shards = ShardMap.of(tensors, names, lead=names[0]) if gang > 1 else None
+    live = dict.fromkeys(names, 0)
+    shares = {name: Traffic() for name in names}
+    for tensor in tensors:
+        owner = shards.owner(tensor) if shards else names[0]
+        live[owner] += live_bytes(config, tensor)
+        shares[owner].add(traffic[tensor.name])
+    return tuple(Member(live[name], shares[name]) for name in names)
+
+
+def live_bytes(config: CampaignConfig, tensor: LogicalTensor) -> int:
+    """Bytes of a tensor in the engine."""
+    own = BITS_PER_ELEMENT[tensor.dtype] // 8
+    return tensor.elements * ENGINE_BYTES.get(config.engine.dtype, own)
