@@ -29,7 +29,10 @@ class Cluster:
     gpu_bandwidth: float
     core_merge: float
     """Of a child, that one core merges and compares with its parents."""
+    core_scan: float
+    """Of parents, that one core scans."""
     core_hash: float
+    """Of a file, that one core reads back."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

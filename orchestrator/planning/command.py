@@ -56,7 +56,7 @@ def _facts(plan: dict[str, Any]) -> Table:
         table.add_row(
             "", f"{parent['name']}: {parent['place']}, {gigabytes(parent['bytes'])}{like}"
         )
-    gangs = f" in {workers['engines']} gangs of {workers['gang']}" if workers["gang"] > 1 else ""
+    gangs = f", {workers['engines']} gangs of {workers['gang']}," if workers["gang"] > 1 else ""
     table.add_row(
         "workers",
         f"{workers['count']}{gangs} on {workers['nodes']} of {cluster['nodes']} nodes, up to "

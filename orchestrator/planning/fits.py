@@ -55,9 +55,6 @@ def problems_of(
 def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> Iterator[str]:
     workers = config.workers
     each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
-    if placement.workers % placement.gang:
-        whole = math.ceil(placement.workers / placement.gang) * placement.gang
-        yield f"workers: {placement.workers} make no whole gangs of {placement.gang}: {whole} would"
     if config.engine.device != "cpu" and not workers.gpus:
         yield "workers: engine.device is a GPU, and workers.gpus reserves none: set it to 1"
     if not placement.per_node:
@@ -65,11 +62,13 @@ def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> 
             f"workers: no node has room for one with {each}: a node has {cluster.gpus_per_node} GPUs and "
             f"{cluster.cores_per_node} cores"
         )
-    elif len(placement.nodes) > cluster.nodes:
+    elif placement.needed > cluster.nodes:
+        fewer = cluster.nodes * placement.per_node // placement.gang
+        gangs = f" in gangs of {placement.gang}" if placement.gang > 1 else ""
         yield (
-            f"workers: {placement.workers} with {each} do not fit on {cluster.nodes} nodes, "
-            f"{placement.per_node} on a node: {len(placement.nodes)} nodes would do, or "
-            f"{cluster.nodes * placement.per_node} workers"
+            f"workers: {placement.workers}{gangs} with {each} do not fit on {cluster.nodes} nodes, "
+            f"{placement.per_node} on a node: {placement.needed} nodes would do"
+            + (f", or workers.count: {fewer}" if 0 < fewer < placement.engines else "")
         )
 
 
@@ -86,9 +85,7 @@ def _gpu(
     gang = _smallest_gang(room - (memory.gpu - memory.live), share)
     advice = "a larger GPU would do: one worker of a gang has all that is no routed expert"
     if gang is not None:
-        advice = (
-            f"a gang of {gang} workers would do (workers.gang, and workers.count a multiple of it)"
-        )
+        advice = f"a gang of {gang} workers would do (workers.gang)"
     yield (
         f"GPU memory: a worker's part of the live model and its buffers take {gigabytes(memory.gpu)}, and "
         f"there is room for {gigabytes(room)} ({ENGINE_RESERVE:.0%} is left to the engine): {advice}"
@@ -124,7 +121,7 @@ def _node(
     of_worker, on_cpu = memory.process + memory.merging, config.engine.device == "cpu"
 
     def needed(nodes: int) -> int:
-        wider = place_workers(config, replace(cluster, nodes=nodes), spread=True)
+        wider = place_workers(config, replace(cluster, nodes=nodes), spread="spread")
         return node_bytes(wider, members, of_worker, on_cpu, keeps)
 
     more = (n for n in range(cluster.nodes + 1, placement.workers + 1) if needed(n) <= room)

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.inputs import PlannedInputs, PlannedParent
 from orchestrator.planning.placement import Member, Placement
-from orchestrator.planning.traffic import unit_memory
+from orchestrator.planning.traffic import tables_of, unit_memory
 from workers.merging.parts import Part
 
 PROCESS_BYTES = 600_000_000
@@ -16,6 +16,10 @@ PROCESS_BYTES = 600_000_000
 
 LOGICAL_TENSOR_BYTES = 500
 """Of a worker, for each logical tensor of each parent."""
+
+STATISTIC_BYTES = 36_000
+"""Of a table of one tensor of one parent, which a search keeps for methods that need it; as measured
+(docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ def memory_of(
     unit = max((unit_memory(inputs, unit, remote) for unit in units), default=0)
     part = max((part.stop - part.start for part in parts), default=0)
     tensors = sum(len(found.tensors) for found in inputs.maps)
-    process = PROCESS_BYTES + tensors * LOGICAL_TENSOR_BYTES
+    tables = tables_of(inputs) * STATISTIC_BYTES // placement.gang
+    process = PROCESS_BYTES + tensors * LOGICAL_TENSOR_BYTES + tables
     merging = max(1, int(config.workers.cpus)) * (part + unit)
     live = max(member.live for member in members)
     on_gpu = config.engine.device != "cpu"
@@ -79,13 +84,14 @@ def memory_of(
 def node_bytes(
     placement: Placement, members: tuple[Member, ...], of_worker: int, has_live: bool, keeps: bool
 ) -> int:
-    """Bytes of the fullest node's memory. Workers that hold the same part of the model share the parents'."""
-    return max(
-        of_worker * len(node)
-        + sum(members[worker % placement.gang].live for worker in node) * has_live
-        + sum(members[number].traffic.touched for number in placement.members(node)) * keeps
-        for node in placement.nodes
-    )
+    """Bytes of the fullest node's memory.
+
+    Workers that hold the same part of the model share the parents' part; which of several gangs' workers are
+    on a node together is Ray's choice, so they count as different ones.
+    """
+    live = max(member.live for member in members) * has_live
+    parents = max(member.traffic.touched for member in members) * keeps
+    return placement.most * (of_worker + live) + min(placement.most, placement.gang) * parents
 
 
 def with_parents(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config import CampaignConfig
@@ -20,43 +19,51 @@ ENGINE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Placement:
-    """Workers on nodes. Those of one gang have numbers that follow one another."""
+    """Workers on nodes. An engine is one worker, or a gang of them, whose first one leads: it takes the calls
+    to scan and to merge."""
 
-    workers: int
+    engines: int
     gang: int
     """Workers that hold one live model together."""
     per_node: int
     """As many workers as a node has room for."""
-    nodes: tuple[tuple[int, ...], ...]
-    """The numbers of each node's workers, of nodes that have any."""
+    nodes: tuple[int, ...]
+    """Workers on each node that has any."""
+    leading_nodes: int
+    """Nodes with an engine's first worker."""
+    needed: int
+    """Nodes without which the workers have no places."""
 
     @property
-    def engines(self) -> int:
-        return self.workers // self.gang
+    def workers(self) -> int:
+        return self.engines * self.gang
 
     @property
     def most(self) -> int:
         """Workers of the fullest node."""
-        return max(map(len, self.nodes))
-
-    def members(self, node: Sequence[int]) -> set[int]:
-        """Which parts of the model the workers of a node hold."""
-        return {worker % self.gang for worker in node}
+        return max(self.nodes)
 
 
-def place_workers(config: CampaignConfig, cluster: Cluster, spread: bool = False) -> Placement:
+def place_workers(config: CampaignConfig, cluster: Cluster, spread: str = "none") -> Placement:
     """The campaign's workers on as many nodes as they need: node after node, or spread over the cluster's."""
     workers = config.workers
     gang: int = getattr(workers, "gang", 1)
-    count = workers.count
+    asked: str = getattr(workers, "spread", "none")
+    spread = asked if asked != "none" else spread
+    count = workers.count * gang
     per_node = _per_node(config, cluster)
     needed = math.ceil(count / max(per_node, 1))
-    spread = spread or getattr(workers, "spread", "none") != "none"
-    nodes: dict[int, list[int]] = {}
+    if spread == "strict":
+        needed = max(needed, gang if gang > 1 else count)
+    nodes: dict[int, int] = {}
+    leading = set()
     for worker in range(count):
-        node = worker % max(cluster.nodes, needed) if spread else worker // max(per_node, 1)
-        nodes.setdefault(node, []).append(worker)
-    return Placement(count, gang, per_node, tuple(map(tuple, nodes.values())))
+        apart = max(cluster.nodes, needed)
+        node = worker // max(per_node, 1) if spread == "none" else worker % apart
+        nodes[node] = nodes.get(node, 0) + 1
+        if worker % gang == 0:
+            leading.add(node)
+    return Placement(workers.count, gang, per_node, tuple(nodes.values()), len(leading), needed)
 
 
 def _per_node(config: CampaignConfig, cluster: Cluster) -> int:

@@ -53,7 +53,7 @@ def traffic_of(inputs: PlannedInputs, target: LogicalTensor) -> Traffic:
     compared = requested + sum(
         size for name, size in parents.items() if way.copies or name not in read
     )
-    if not way.copies and way.method.statistic is not None and way.method.statistic(way.values):
+    if needs_statistic(way):
         compared += requested
     made = target.elements * BITS_PER_ELEMENT[target.dtype] // 8
     fp32 = FP32_BYTES * target.elements
@@ -65,6 +65,22 @@ def traffic_of(inputs: PlannedInputs, target: LogicalTensor) -> Traffic:
         _once(inputs, parents | read),
         made + requested if way.copies else requested + 2 * fp32 * (len(read) + 1) + made,
     )
+
+
+def needs_statistic(way: Assignment) -> bool:
+    """Whether the method must have seen the whole tensor first."""
+    statistic = way.method.statistic
+    return not way.copies and statistic is not None and statistic(way.values) is not None
+
+
+def tables_of(inputs: PlannedInputs) -> int:
+    """How many statistics a search keeps of the live model: one for each tensor and input."""
+    ways = (inputs.assigned[tensor.name] for tensor in live_tensors(inputs))
+    counts: dict[int, int] = {}
+    for way in ways:
+        if id(way) not in counts:
+            counts[id(way)] = len(merged_inputs(inputs, way)) if needs_statistic(way) else 0
+    return sum(counts[id(inputs.assigned[tensor.name])] for tensor in live_tensors(inputs))
 
 
 def merged_inputs(inputs: PlannedInputs, way: Assignment) -> tuple[str, ...]:
