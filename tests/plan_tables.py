@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,17 @@ def tables() -> str:
 
 
 def _facts(found: list[dict[str, Any]], streamed: list[dict[str, Any]]) -> list[str]:
-    memory: Callable[[str], list[str]] = lambda key: [gigabytes(p["memory"][key]) for p in found]  # noqa: E731
+    def memory(key: str, of: list[dict[str, Any]] = found) -> list[str]:
+        return [gigabytes(plan["memory"][key]) for plan in of]
+
     rows = [
         ("GPUs, live models", [f"{p['workers']['count']}, {p['workers']['engines']}" for p in found]),
         ("a GPU's memory: its part of a live model, and buffers", memory("gpu")),
         ("a worker's part of the parents, kept in memory", memory("resident")),
-        ("units in flight instead, streamed from a bucket", [gigabytes(p["memory"]["streamed"]) for p in streamed]),
+        ("units in flight instead, streamed from a bucket", memory("streamed", streamed)),
         ("parts and units in flight of a worker that writes the child", memory("merging")),
         ("a node's memory, in all", memory("node")),
-        ("the same, streamed", [gigabytes(p["memory"]["node"]) for p in streamed]),
+        ("the same, streamed", memory("node", streamed)),
         ("a node's disk for copies of parents", memory("copies")),
         ("parts of a file of the child, at most", [f"{p['child']['parts_per_file'][1]:,}" for p in found]),
     ]  # fmt: skip

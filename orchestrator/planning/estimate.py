@@ -24,7 +24,6 @@ from orchestrator.planning.placement import (
 )
 from orchestrator.planning.stages import Timing
 from orchestrator.planning.traffic import total, traffic_by_tensor
-from workers.merging.parts import cut_parts
 from workers.storage import MOST_PARTS
 
 
@@ -44,14 +43,13 @@ def estimate(
     traffic = traffic_by_tensor(inputs)
     share = partial(share_out, config, inputs, traffic)
     members = share(placement.gang)
-    parts = cut_parts(inputs.plan, inputs.assigned)
-    memory = memory_of(config, inputs, placement, members, parts)
+    memory = memory_of(config, inputs, placement, members)
     kept = with_parents(memory, config, placement, members)
     if keeps is None:
         remote = reads_by_request(inputs, placement.gang)
         keeps = kept.node <= cluster.node_memory * GB and not remote
     memory = kept if keeps else memory
-    parts_of = Counter(part.file for part in parts)
+    parts_of = Counter(part.file for part in inputs.parts)
     files = inputs.plan.layout.weight_files
     timing = Timing(config, inputs, cluster, placement, members, keeps)
     most_parts = max(parts_of.values())
@@ -76,7 +74,7 @@ def estimate(
             "largest_file": max(file.size for file in files),
             "parts_per_file": [min(parts_of.values()), max(parts_of.values())],
             "most_parts": MOST_PARTS,
-            "parts": len(parts),
+            "parts": len(inputs.parts),
         },
         "token_bytes": _token_bytes(config, inputs, placement),
         "cluster": cluster.to_dict(),

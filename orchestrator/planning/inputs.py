@@ -16,6 +16,7 @@ from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.description import Description, parse_description
 from workers.errors import BadInputError
 from workers.merging import METHODS, ParentReference
+from workers.merging.parts import Part, cut_parts
 from workers.merging.plan import BASE, Assignment, Plan
 from workers.storage import StorageError
 from workers.storage.hub import HUB_SCHEME, is_hub_id
@@ -60,6 +61,11 @@ class PlannedInputs:
     assigned: dict[str, Assignment]
     scans: bool
     """Whether the genome space has the parents scanned before the search."""
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts in which the child will be written."""
+        return cut_parts(self.plan, self.assigned)
 
     @cached_property
     def all(self) -> dict[str, PlannedParent]:
@@ -107,6 +113,7 @@ def open_planned(config: CampaignConfig, likes: list[str]) -> PlannedInputs:
         ParentReference(BASE, base.fingerprint) if base else None,
         config.seed,
         config.scan.scans,
+        probes=config.scan.probe,
     )
     plan = Plan(maps, headers.map_of(base) if base else None)
     recipe = space.decode(space.point(space.start))

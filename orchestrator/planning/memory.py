@@ -9,7 +9,6 @@ from orchestrator.config import CampaignConfig
 from orchestrator.planning.inputs import PlannedInputs, PlannedParent
 from orchestrator.planning.placement import Member, Placement
 from orchestrator.planning.traffic import tables_of, unit_memory
-from workers.merging.parts import Part
 
 PROCESS_BYTES = 600_000_000
 """Of a worker: Python, torch, transformers and Ray's own, before it has opened a parent."""
@@ -52,13 +51,12 @@ def memory_of(
     inputs: PlannedInputs,
     placement: Placement,
     members: tuple[Member, ...],
-    parts: tuple[Part, ...],
 ) -> Memory:
     """What the campaign needs if the parents are streamed for each candidate."""
     remote = reads_by_request(inputs, placement.gang)
-    units = [unit for part in parts for unit in part.units]
+    units = (unit for part in inputs.parts for unit in part.units)
     unit = max((unit_memory(inputs, unit, remote) for unit in units), default=0)
-    part = max((part.stop - part.start for part in parts), default=0)
+    part = max(part.stop - part.start for part in inputs.parts)
     tensors = sum(len(found.tensors) for found in inputs.maps)
     tables = tables_of(inputs) * STATISTIC_BYTES // placement.gang
     process = PROCESS_BYTES + tensors * LOGICAL_TENSOR_BYTES + tables

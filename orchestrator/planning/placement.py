@@ -19,8 +19,7 @@ ENGINE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Placement:
-    """Workers on nodes. An engine is one worker, or a gang of them, whose first one leads: it takes the calls
-    to scan and to merge."""
+    """Workers on nodes. An engine is one worker, or a gang of them, whose first one leads."""
 
     engines: int
     gang: int
@@ -47,9 +46,8 @@ class Placement:
 def place_workers(config: CampaignConfig, cluster: Cluster, spread: str = "none") -> Placement:
     """The campaign's workers on as many nodes as they need: node after node, or spread over the cluster's."""
     workers = config.workers
-    gang: int = getattr(workers, "gang", 1)
-    asked: str = getattr(workers, "spread", "none")
-    spread = asked if asked != "none" else spread
+    gang = workers.gang
+    spread = workers.spread if workers.spread != "none" else spread
     count = workers.count * gang
     per_node = _per_node(config, cluster)
     needed = math.ceil(count / max(per_node, 1))

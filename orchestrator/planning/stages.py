@@ -77,8 +77,8 @@ class Timing:
             found.append(self._copy(copied))
         leading = self.placement.leading_nodes
         if self.inputs.scans and self.config.scan.static:
-            cores = all_bytes / (self.placement.engines * self.cluster.core_scan * GB)
-            found.append(self._read("scan the weights", all_bytes, leading, cores))
+            cores = all_bytes / (self.placement.workers * self.cluster.core_scan * GB)
+            found.append(self._read("scan the weights", all_bytes, self.nodes, cores))
         if self.inputs.scans and self.config.scan.probe:
             live = sum(member.live for member in self.members) * len(self.inputs.parents)
             found.append(self._read("read the parents for the probe", live, leading))
@@ -159,19 +159,23 @@ class Timing:
     def _ending(self, read: int, child: Traffic, size: int, parents: int) -> list[Stage]:
         """The child written, read back, and measured beside its parents."""
         threads = max(1, int(self.config.workers.cpus))
-        engines, nodes = self.placement.engines, self.placement.leading_nodes
+        workers, engines = self.placement.workers, self.placement.engines
         out = size if self.writes_over_network else 0
-        rate = self.cluster.nic if out else self.cluster.disk
-        child_seconds = {"nic" if out else "disk": size / (nodes * rate * GB)}
-        core_seconds = child.made / (engines * threads * self.cluster.core_merge * GB)
+        store, rate = ("nic", self.cluster.nic) if out else ("disk", self.cluster.disk)
+        writing = {store: size / (self.nodes * rate * GB)}
+        core_seconds = child.made / (workers * threads * self.cluster.core_merge * GB)
+        merging = _sum(self._reading(read, self.nodes), writing) | {"cores": core_seconds}
+        measuring = _sum(self._reading(parents, self.nodes), writing) | {"cores": core_seconds}
+        # A file is read back by one worker, of a gang by the first.
         files = self.inputs.plan.layout.weight_files
         rounds = math.ceil(len(files) / engines)
-        hashing = rounds * max(file.size for file in files) / (self.cluster.core_hash * GB)
-        merging = _sum(self._reading(read, nodes), child_seconds) | {"cores": core_seconds}
-        measuring = _sum(self._reading(parents, nodes), child_seconds) | {"cores": core_seconds}
+        back = {
+            store: size / (self.placement.leading_nodes * rate * GB),
+            "cores": rounds * max(file.size for file in files) / (self.cluster.core_hash * GB),
+        }
         return [
             Stage("merge and write the child", 1, read, size, self._moved(read) + out, *_slowest(merging)),
-            Stage("read it back", 1, size, 0, out, *_slowest(child_seconds | {"cores": hashing})),
+            Stage("read it back", 1, size, 0, out, *_slowest(back)),
             Stage(
                 "measure it beside its parents", 1, size + parents, 0, self._moved(parents) + out,
                 *_slowest(measuring),
