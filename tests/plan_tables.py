@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import load_config
+from orchestrator.config import CampaignConfig, load_config
 from orchestrator.planning.cluster import load_cluster
 from orchestrator.planning.command import duration
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
-from orchestrator.planning.inputs import open_planned
+from orchestrator.planning.inputs import PlannedInputs, open_planned
 
 PAGE = Path(__file__).parents[1] / "docs" / "cluster.md"
 BEGIN, END = "<!-- plan of the 397B -->\n", "<!-- end of the plan -->\n"
@@ -21,17 +22,21 @@ NODES = (4, 8, 16)
 CAMPAIGN, LIKE = "qwen35_397b_expert_transplant", "qwen35_397b"
 
 
-def plans(places: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def plans(inputs: PlannedInputs, config: CampaignConfig) -> list[dict[str, Any]]:
     """The plan on each number of nodes: two nodes for each live model, all else as it ships."""
-    config = load_config(CAMPAIGN)
-    for parent in config.parents:
-        parent.path = (places or {}).get(parent.name, parent.path)
-    inputs = open_planned(config, [LIKE])
     found = []
     for nodes in NODES:
         config.workers.count = nodes // 2
         found.append(estimate(config, inputs, load_cluster("gpu8_80gb", {"nodes": nodes})))
     return found
+
+
+def in_a_bucket(inputs: PlannedInputs) -> PlannedInputs:
+    """The same parents, read where they lie."""
+    parents = {name: replace(parent, kind="bucket") for name, parent in inputs.parents.items()}
+    moved = replace(inputs, parents=parents)
+    vars(moved).update(traffic=inputs.traffic, parts=inputs.parts)  # depend on no place
+    return moved
 
 
 def with_tables(page: str) -> str:
@@ -42,9 +47,9 @@ def with_tables(page: str) -> str:
 
 
 def tables() -> str:
-    found = plans()
-    names = [parent["name"] for parent in found[0]["parents"]]
-    streamed = plans({name: f"s3://bucket/{name}" for name in names})
+    config = load_config(CAMPAIGN)
+    inputs = open_planned(config, [LIKE])
+    found, streamed = plans(inputs, config), plans(in_a_bucket(inputs), config)
     assert all(plan["status"] == "fits" for plan in (*found, *streamed))
     return "\n".join([*_facts(found, streamed), "", *_times(found, streamed), ""])
 

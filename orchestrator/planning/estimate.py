@@ -23,7 +23,7 @@ from orchestrator.planning.placement import (
     share_out,
 )
 from orchestrator.planning.stages import Timing
-from orchestrator.planning.traffic import total, traffic_by_tensor
+from orchestrator.planning.traffic import total
 from workers.storage import MOST_PARTS
 
 
@@ -40,8 +40,7 @@ def estimate(
     `score_seconds`: what an engine takes to score a candidate, which no header tells.
     """
     placement = place_workers(config, cluster)
-    traffic = traffic_by_tensor(inputs)
-    share = partial(share_out, config, inputs, traffic)
+    share = partial(share_out, config, inputs)
     members = share(placement.gang)
     memory = memory_of(config, inputs, placement, members)
     kept = with_parents(memory, config, placement, members)
@@ -55,7 +54,7 @@ def estimate(
     most_parts = max(parts_of.values())
     problems = problems_of(config, cluster, placement, members, memory, keeps, most_parts, share)
     child_bytes = sum(file.size for file in files)
-    stages = timing.stages(total(traffic.values()), child_bytes, score_seconds)
+    stages = timing.stages(total(inputs.traffic.values()), child_bytes, score_seconds)
     return {
         "status": "does not fit" if problems else "fits",
         "problems": problems,

@@ -12,6 +12,7 @@ from orchestrator.config import SHIPPED, CampaignConfig, find_shipped, read_yaml
 from orchestrator.genomes.build import build_space
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.places import open_parent
+from orchestrator.planning.traffic import Traffic, traffic_of
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.description import Description, parse_description
 from workers.errors import BadInputError
@@ -61,6 +62,11 @@ class PlannedInputs:
     assigned: dict[str, Assignment]
     scans: bool
     """Whether the genome space has the parents scanned before the search."""
+
+    @cached_property
+    def traffic(self) -> dict[str, Traffic]:
+        """What merging each tensor of the child takes, by name."""
+        return {tensor.name: traffic_of(self, tensor) for tensor in self.plan.child.tensors}
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.inputs import PlannedInputs, PlannedParent
 from orchestrator.planning.placement import Member, Placement
-from orchestrator.planning.traffic import tables_of, unit_memory
+from orchestrator.planning.traffic import largest_unit_memory, tables_of
 
 PROCESS_BYTES = 600_000_000
 """Of a worker: Python, torch, transformers and Ray's own, before it has opened a parent."""
@@ -54,8 +54,7 @@ def memory_of(
 ) -> Memory:
     """What the campaign needs if the parents are streamed for each candidate."""
     remote = reads_by_request(inputs, placement.gang)
-    units = (unit for part in inputs.parts for unit in part.units)
-    unit = max((unit_memory(inputs, unit, remote) for unit in units), default=0)
+    unit = largest_unit_memory(inputs, remote)
     part = max(part.stop - part.start for part in inputs.parts)
     tensors = sum(len(found.tensors) for found in inputs.maps)
     tables = tables_of(inputs) * STATISTIC_BYTES // placement.gang

@@ -81,13 +81,8 @@ class Member:
     traffic: Traffic
 
 
-def share_out(
-    config: CampaignConfig, inputs: PlannedInputs, traffic: dict[str, Traffic], gang: int
-) -> tuple[Member, ...]:
-    """The live model's tensors, shared out among the workers of a gang; the first of them leads.
-
-    `traffic`: of each tensor of the child by name.
-    """
+def share_out(config: CampaignConfig, inputs: PlannedInputs, gang: int) -> tuple[Member, ...]:
+    """The live model's tensors, shared out among the workers of a gang; the first of them leads."""
     tensors = live_tensors(inputs)
     names = [f"member {number}" for number in range(gang)]
     shards = ShardMap.of(tensors, names, lead=names[0]) if gang > 1 else None
@@ -96,7 +91,7 @@ def share_out(
     for tensor in tensors:
         owner = shards.owner(tensor) if shards else names[0]
         live[owner] += live_bytes(config, tensor)
-        shares[owner].add(traffic[tensor.name])
+        shares[owner].add(inputs.traffic[tensor.name])
     return tuple(Member(live[name], shares[name]) for name in names)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from orchestrator.planning.inputs import PlannedInputs
 from workers.checkpoints import LogicalTensor
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.merging.plan import BASE, CHUNK_ELEMENTS, Assignment, MergeUnit
 from workers.merging.recipe import CARRIED
+
+if TYPE_CHECKING:
+    from orchestrator.planning.inputs import PlannedInputs
 
 FP32_BYTES = 4
 
@@ -103,11 +106,6 @@ def input_bytes(inputs: PlannedInputs, name: str, tensor: LogicalTensor) -> int:
     return size
 
 
-def traffic_by_tensor(inputs: PlannedInputs) -> dict[str, Traffic]:
-    """What merging each tensor of the child takes."""
-    return {tensor.name: traffic_of(inputs, tensor) for tensor in inputs.plan.child.tensors}
-
-
 def total(traffic: Iterable[Traffic]) -> Traffic:
     """The sum."""
     found = Traffic()
@@ -119,6 +117,22 @@ def total(traffic: Iterable[Traffic]) -> Traffic:
 def live_tensors(inputs: PlannedInputs) -> list[LogicalTensor]:
     """Those that a live causal language model has: no vision tower, no prediction of further tokens."""
     return [tensor for tensor in inputs.plan.child.tensors if tensor.component not in CARRIED]
+
+
+def largest_unit_memory(inputs: PlannedInputs, remote: bool) -> int:
+    """The most that `unit_memory` is for any unit of the child."""
+    # Most units are alike: tens of thousands of experts' matrices.
+    kinds = {
+        (
+            id(inputs.assigned[unit.tensor.name]),
+            unit.count,
+            unit.tensor.elements,
+            unit.tensor.dtype,
+        ): unit
+        for part in inputs.parts
+        for unit in part.units
+    }
+    return max((unit_memory(inputs, unit, remote) for unit in kinds.values()), default=0)
 
 
 def unit_memory(inputs: PlannedInputs, unit: MergeUnit, remote: bool) -> int:

@@ -22,7 +22,7 @@ from orchestrator.planning.cluster import GB, load_cluster
 from orchestrator.planning.command import plan_campaign
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.inputs import PlannedInputs, open_planned
-from orchestrator.planning.traffic import live_tensors, total, traffic_by_tensor
+from orchestrator.planning.traffic import live_tensors, total
 from tests.campaigns import run_darwin
 from tests.checkpoint_files import RemoteStore, local_calls, write_checkpoint
 from tests.plan_tables import PAGE, with_tables
@@ -156,7 +156,7 @@ def test_a_merge_reads_and_writes_what_is_planned(
     """Byte for byte, by requests to a store; `ties` reads whole tensors for its statistics first."""
     config = load_config(write_plan(tmp_path, mixtures, genome={"method": method}))
     inputs = open_planned(config, [])
-    planned = total(traffic_by_tensor(inputs).values())
+    planned = total(inputs.traffic.values())
     merger = open_counted(inputs, mixtures)
     recipe = start_recipe(config, inputs, merger)
     for store in asked(merger):
@@ -183,8 +183,7 @@ def test_a_candidate_reads_what_is_planned(
     config = load_config(write_plan(tmp_path, mixtures, genome={"method": method}))
     inputs = open_planned(config, [])
     live = live_tensors(inputs)
-    flows = traffic_by_tensor(inputs)
-    planned = total(flows[tensor.name] for tensor in live)
+    planned = total(inputs.traffic[tensor.name] for tensor in live)
     merger = open_counted(inputs, mixtures)
     recipe = start_recipe(config, inputs, merger)
     for store in asked(merger):
@@ -198,7 +197,7 @@ def test_a_candidate_reads_what_is_planned(
 def test_a_father_who_is_the_base_is_read_once(mixtures: dict[str, Path], tmp_path: Path) -> None:
     genome = {"method": "dare_linear"}
     config = load_config(write_plan(tmp_path, mixtures, base=str(mixtures["a"]), genome=genome))
-    planned = total(traffic_by_tensor(open_planned(config, [])).values())
+    planned = total(open_planned(config, []).traffic.values())
     size = open_checkpoint(str(mixtures["a"])).total_bytes
     assert planned.touched == 2 * size
     assert planned.requested > planned.distinct
