@@ -77,6 +77,64 @@ def _say_result(result: dict[str, Any]) -> None:
 
 
 @app.command()
+def plan(
+    campaign: Annotated[str, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")
+    ] = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]MODEL",
+            help="Plan parents that are not files here as a described model; repeated.",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="CLUSTER", help="One that ships, or a .yaml of one's own.")
+    ] = "gpu8_80gb",
+    nodes: Annotated[
+        int | None, typer.Option(help="Over the cluster's, as all that follow.")
+    ] = None,
+    gpus_per_node: Annotated[int | None, typer.Option()] = None,
+    cores_per_node: Annotated[int | None, typer.Option()] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of one GPU.")] = None,
+    node_memory: Annotated[float | None, typer.Option(help="GB of a node.")] = None,
+    disk_size: Annotated[float | None, typer.Option(help="GB of a node's disk.")] = None,
+    nic: Annotated[float | None, typer.Option(help="GB/s of a node's network.")] = None,
+    disk: Annotated[float | None, typer.Option(help="GB/s of a node's disk.")] = None,
+    gpu_copy: Annotated[float | None, typer.Option(help="GB/s from memory to one GPU.")] = None,
+    gpu_bandwidth: Annotated[float | None, typer.Option(help="GB/s of a GPU's memory.")] = None,
+    keep: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep/--stream",
+            help="Parents stay in memory for the search, or are read for each candidate.",
+            show_default="kept if they fit",
+        ),
+    ] = None,
+    score: Annotated[
+        float, typer.Option(help="Seconds in which an engine scores a candidate.")
+    ] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """What a campaign will read, write, move and hold, from headers alone. Ends with 2 if it does not fit."""
+    from orchestrator.planning.command import plan_campaign, render_plan
+
+    changes: dict[str, float | None] = {
+        "nodes": nodes, "gpus_per_node": gpus_per_node, "cores_per_node": cores_per_node,
+        "gpu_memory": gpu_memory, "node_memory": node_memory, "disk_size": disk_size, "nic": nic,
+        "disk": disk, "gpu_copy": gpu_copy, "gpu_bandwidth": gpu_bandwidth,
+    }  # fmt: skip
+    result = plan_campaign(campaign, overrides or [], cluster, changes, like or [], keep, score)
+    if as_json:
+        _print_json(result)
+    else:
+        _say(render_plan(result))
+    if result["problems"]:
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
 def status(place: CampaignPlace, as_json: JsonFlag = False) -> None:
     """Where a campaign stands, read from its store alone."""
     from orchestrator.overview import campaign_overview, render_overview

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, config_to_dict, find_shipped
 from orchestrator.mri.probe import load_calibration_sets
@@ -181,8 +182,15 @@ def _check_one_vocabulary(parents: dict[str, Checkpoint]) -> None:
                 )
 
 
+class Identified(Protocol):
+    """A checkpoint, or what stands for one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
 def too_few_task_vectors(
-    method: MergeMethod, parents: dict[str, Checkpoint], base: Checkpoint | None
+    method: MergeMethod, parents: Mapping[str, Identified], base: Identified | None
 ) -> str | None:
     """What is wrong if so many parents equal the base that the method is not what its name says.
 

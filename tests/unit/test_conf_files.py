@@ -14,6 +14,7 @@ from orchestrator.genomes.ratio_file import is_ratio_file
 from orchestrator.inputs import open_inputs
 from orchestrator.mri.prescription import Prescription
 from orchestrator.mri.probe import load_calibration_sets
+from orchestrator.planning.cluster import load_cluster
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.search import OPTIMIZERS
 from tests.expert_scans import mixture_map
@@ -24,6 +25,8 @@ from workers.merging.plan import Plan
 
 CHECKED = {
     "campaign": ".yaml",
+    "checkpoint": ".yaml",  # tests/unit/test_description.py
+    "cluster": ".yaml",
     "genome": ".yaml",
     "recipe": ".yaml",
     "task": ".yaml",
@@ -43,7 +46,13 @@ def test_every_file_is_of_a_kind_that_is_checked_here() -> None:
     assert all(shipped(kind) for kind in CHECKED)
 
 
-@pytest.mark.parametrize("name", shipped("campaign"))
+TO_COMPLETE = [
+    name for name in shipped("campaign") if "CHOOSE" in find_shipped("campaign", name).read_text()
+]
+"""Campaigns with places that users fill in, and tasks of their own: tests/unit/test_planning.py."""
+
+
+@pytest.mark.parametrize("name", sorted({*shipped("campaign")} - {*TO_COMPLETE}))
 def test_a_campaign_names_what_there_is(name: str) -> None:
     config = load_config(name)
     assert isinstance(config, CampaignConfig)
@@ -129,6 +138,11 @@ def test_a_recipe_merges_any_parents(name: str) -> None:
     loaded = load_recipe_file(name, places)
     plan = Plan({n: ArchitectureMap.of(parent) for n, parent in loaded.parents.items()}, None)
     assert {way.method.name for way in plan.assign(loaded.recipe).values()} - {"passthrough"}
+
+
+@pytest.mark.parametrize("name", shipped("cluster"))
+def test_a_cluster_is_complete(name: str) -> None:
+    assert load_cluster(name, {"nodes": 3}).nodes == 3
 
 
 @pytest.mark.parametrize("name", shipped("task"))

@@ -115,7 +115,7 @@ def child_layout(
             count = len(groups)
             names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     files = tuple(
-        _weight_file(name, [entry.stored for entry in group])
+        weight_file(name, [entry.stored for entry in group])
         for name, group in zip(names, groups, strict=True)
         if group
     )
@@ -176,7 +176,8 @@ def _bytes(entry: TensorEntry) -> int:
     return entry.elements * BITS_PER_ELEMENT[entry.dtype] // 8
 
 
-def _weight_file(name: str, entries: list[TensorEntry]) -> WeightFile:
+def weight_file(name: str, entries: list[TensorEntry]) -> WeightFile:
+    """A file that is yet to be written, of these tensors; where they lie is worked out here."""
     # Wide dtypes first, as the safetensors library does, so that every tensor is aligned.
     ordered = sorted(entries, key=lambda entry: -BITS_PER_ELEMENT[entry.dtype])
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,0 +1,1 @@
+"""What a campaign will read, write, move and hold, and how long that takes: from headers alone."""

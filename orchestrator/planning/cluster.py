@@ -1,0 +1,64 @@
+"""The machines that a plan is for: how many, and what each has."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from orchestrator.config import find_shipped, read_yaml
+from workers.errors import BadInputError
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes. Sizes in GB (10^9 bytes), rates in GB/s."""
+
+    nodes: int
+    gpus_per_node: int
+    cores_per_node: int
+    gpu_memory: float
+    node_memory: float
+    disk_size: float
+    nic: float
+    """Of a node, to the others and to the store."""
+    disk: float
+    gpu_copy: float
+    """From a node's memory to one GPU."""
+    gpu_bandwidth: float
+    core_merge: float
+    """Of a child, that one core merges and compares with its parents."""
+    core_scan: float
+    """Of parents, that one core scans."""
+    core_hash: float
+    """Of a file, that one core reads back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_cluster(name: str, changes: dict[str, float | None]) -> Cluster:
+    """The cluster of a name in `conf/cluster`, or of a file; `changes` that are not None count instead.
+
+    Raises `BadInputError` naming the file and the key.
+    """
+    file = find_shipped("cluster", name)
+    data = read_yaml(file)
+    known = {field.name: field.type for field in fields(Cluster)}
+    if not isinstance(data, dict):
+        raise BadInputError(f"{file}: not a cluster: it has no keys")
+    for key in [*data, *known]:
+        if key not in known:
+            raise BadInputError(f"{file}: there is no key {key}")
+        if key not in data:
+            raise BadInputError(f"{file}: the key {key!r} is missing")
+    given = {key: value for key, value in changes.items() if value is not None}
+    for key, value in (data | given).items():
+        whole = known[key] == "int"
+        good = type(value) is int or (type(value) is float and not whole)
+        # Without GPUs a cluster is one of CPUs.
+        if not good or not (value >= 0 if key == "gpus_per_node" else 0 < value < float("inf")):
+            kind = "whole number" if whole else "number"
+            raise BadInputError(f"{file}: {key}: {value!r} is not a positive {kind}")
+    return Cluster(**(data | given))

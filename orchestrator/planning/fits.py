@@ -1,0 +1,144 @@
+"""Whether a plan fits its cluster, and if not, what would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from orchestrator.config import CampaignConfig
+from orchestrator.planning.cluster import GB, Cluster
+from orchestrator.planning.memory import Memory, node_bytes
+from orchestrator.planning.placement import Member, Placement, place_workers
+from workers.storage import MOST_PARTS
+
+ENGINE_RESERVE = 0.1
+"""Of a GPU's memory, what is left to the engine's activations and caches."""
+
+MOST_WORKERS = 1 << 10
+"""Of a gang that is looked for."""
+
+
+def problems_of(
+    config: CampaignConfig,
+    cluster: Cluster,
+    placement: Placement,
+    members: tuple[Member, ...],
+    memory: Memory,
+    keeps: bool,
+    most_parts: int,
+    share: Callable[[int], tuple[Member, ...]],
+) -> list[str]:
+    """Why the campaign cannot run like this, each with what would do.
+
+    `share` gives the members of a gang of another size.
+    """
+    found = [
+        *_workers(config, cluster, placement),
+        *_gpu(config, cluster, memory, share),
+        *_node(config, cluster, placement, members, memory, keeps),
+    ]
+    if memory.copies > cluster.disk_size * GB:
+        found.append(
+            f"disk: copies of the parents take {gigabytes(memory.copies)} on each node, which has "
+            f"{cluster.disk_size:g} GB: a larger disk would do, or workers.gang with the parents in a "
+            "bucket or on a shared file system, where each worker reads its part only"
+        )
+    if most_parts > MOST_PARTS:
+        found.append(
+            f"store: a file of the child would have {most_parts:,} parts, and a store takes {MOST_PARTS:,}: "
+            "a father with smaller files would do"
+        )
+    return found
+
+
+def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> Iterator[str]:
+    workers = config.workers
+    each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
+    if config.engine.device != "cpu" and not workers.gpus:
+        yield "workers: engine.device is a GPU, and workers.gpus reserves none: set it to 1"
+    if not placement.per_node:
+        yield (
+            f"workers: no node has room for one with {each}: a node has {cluster.gpus_per_node} GPUs and "
+            f"{cluster.cores_per_node} cores"
+        )
+    elif placement.needed > cluster.nodes:
+        fewer = cluster.nodes * placement.per_node // placement.gang
+        gangs = f" in gangs of {placement.gang}" if placement.gang > 1 else ""
+        yield (
+            f"workers: {placement.workers}{gangs} with {each} do not fit on {cluster.nodes} nodes, "
+            f"{placement.per_node} on a node: {placement.needed} nodes would do"
+            + (f", or workers.count: {fewer}" if 0 < fewer < placement.engines else "")
+        )
+
+
+def _gpu(
+    config: CampaignConfig,
+    cluster: Cluster,
+    memory: Memory,
+    share: Callable[[int], tuple[Member, ...]],
+) -> Iterator[str]:
+    of_gpu = min(config.workers.gpus, 1.0)
+    room = cluster.gpu_memory * GB * of_gpu * (1 - ENGINE_RESERVE)
+    if not of_gpu or memory.gpu <= room:
+        return
+    gang = _smallest_gang(room - (memory.gpu - memory.live), share)
+    advice = "a larger GPU would do: one worker of a gang has all that is no routed expert"
+    if gang is not None:
+        advice = f"a gang of {gang} workers would do (workers.gang)"
+    yield (
+        f"GPU memory: a worker's part of the live model and its buffers take {gigabytes(memory.gpu)}, and "
+        f"there is room for {gigabytes(room)} ({ENGINE_RESERVE:.0%} is left to the engine): {advice}"
+        + (", or workers.gpus: 1" if of_gpu < 1 else "")
+    )
+
+
+def _smallest_gang(room: float, share: Callable[[int], tuple[Member, ...]]) -> int | None:
+    """How many workers hold the live model with so many bytes each; None if its leader alone cannot."""
+    live = sum(member.live for member in share(1))
+    gang = math.ceil(live / room) if room > 0 else MOST_WORKERS
+    while gang < MOST_WORKERS:
+        sizes = [member.live for member in share(gang)]
+        if max(sizes) <= room:
+            return gang
+        if sizes[0] > max(sizes[1:], default=0) * 1.1:
+            return None  # the leader has no experts any more, and yet too much
+        gang += 1
+    return None
+
+
+def _node(
+    config: CampaignConfig,
+    cluster: Cluster,
+    placement: Placement,
+    members: tuple[Member, ...],
+    memory: Memory,
+    keeps: bool,
+) -> Iterator[str]:
+    room = cluster.node_memory * GB
+    if memory.node <= room:
+        return
+    of_worker, on_cpu = memory.process + memory.merging, config.engine.device == "cpu"
+
+    def needed(nodes: int) -> int:
+        wider = place_workers(config, replace(cluster, nodes=nodes), spread="spread")
+        return node_bytes(wider, members, of_worker, on_cpu, keeps)
+
+    more = (n for n in range(cluster.nodes + 1, placement.workers + 1) if needed(n) <= room)
+    nodes = next(more, None)
+    ways = [f"nodes with {gigabytes(memory.node)}"]
+    if nodes is not None:
+        ways.insert(0, f"{nodes} nodes with the workers spread over them (workers.spread: spread)")
+    if keeps and node_bytes(placement, members, of_worker, on_cpu, False) <= room:
+        ways.append("parents that are streamed for each candidate (--stream)")
+    yield (
+        f"memory: the workers of a node need {gigabytes(memory.node)} of {cluster.node_memory:g} GB"
+        f"{', with the parents kept there' if keeps else ''}: {', or '.join(ways)} would do"
+    )
+
+
+def gigabytes(size: float) -> str:
+    """For people."""
+    if size >= 1000 * GB:
+        return f"{size / GB / 1000:,.2f} TB"
+    return f"{size / GB:,.1f} GB" if size >= GB else f"{size / 10**6:,.0f} MB"
