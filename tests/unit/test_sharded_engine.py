@@ -173,6 +173,21 @@ def test_a_tied_head_follows_the_embedding(tmp_path: Path) -> None:
     assert gang.engine.loglikelihood(PAIRS) == whole.loglikelihood(PAIRS)
 
 
+def test_matched_experts_come_from_where_they_are(families: dict[str, list[Path]]) -> None:
+    """A place's expert may lie, in a donor, among those that another worker has in the father."""
+    parents, base = opened(families["qwen3_5_moe"])
+    whole, gang = TransformersEngine(parents, base), Gang(parents, base, 3)
+    plain = dare_ties_recipe(whole.merger)
+    recipe = replace(plain, experts={"b": {0: (2, 3, 0, 1), 3: (3, 0, 1, 2)}})
+    for engine in (whole, gang.engine):
+        engine.realize(recipe)
+    views = gang.views()
+    assert all(torch.equal(view, views[name]) for name, view in whole.views.items())
+    assert gang.engine.loglikelihood(PAIRS) == whole.loglikelihood(PAIRS)
+    whole.realize(plain)
+    assert not all(torch.equal(view, views[name]) for name, view in whole.views.items())
+
+
 def test_a_father_of_fp8_codes(families: dict[str, list[Path]], tmp_path: Path) -> None:
     """Whose child is stored in BF16, and whose scales are of blocks of the experts' matrices."""
     plain, mother = families["qwen3_moe"][1:]
