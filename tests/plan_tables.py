@@ -83,12 +83,16 @@ def _times(found: list[dict[str, Any]], streamed: list[dict[str, Any]]) -> list[
             times = f"{stage['times']} x " if stage["times"] > 1 else ""
             read = [s["read"] for s in stages]
             sizes = " / ".join(
-                " to ".join(dict.fromkeys(gigabytes(s[key]) for s in (stages[0], stages[-1])))
+                " to ".join(dict.fromkeys(_size(s[key]) for s in (stages[0], stages[-1])))
                 for key in ("read", "written", "moved")
             )
             assert all(read)
             lines.append(_row(f"{times}{stage['name']}{title}", [sizes, *cells]))
     return lines
+
+
+def _size(size: int) -> str:
+    return gigabytes(size) if size else "-"
 
 
 def _head(extra: str, title: str) -> list[str]:

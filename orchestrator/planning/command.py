@@ -14,7 +14,10 @@ from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
 from orchestrator.planning.inputs import open_planned
 
-KEPT = {True: "kept in memory", False: "streamed for each candidate"}
+PARENTS = {
+    True: "a worker's part of the parents, kept in memory",
+    False: "(a worker's part of the parents, read for each candidate)",
+}
 
 
 def plan_campaign(
@@ -83,10 +86,9 @@ def _memory(plan: dict[str, Any]) -> Table:
     table.add_column("memory and disk")
     for name in ("needed", "there is"):
         table.add_column(name, justify="right")
-    kept = plan["workers"]["keeps_parents"]
     rows: list[tuple[str, float, float | None]] = [
         ("a worker's part of the live model", memory["live"], None),
-        (f"a worker's part of the parents, {KEPT[kept]}", memory["resident"], None),
+        (PARENTS[plan["workers"]["keeps_parents"]], memory["resident"], None),
         ("units in flight of a worker that realizes a candidate", memory["streamed"], None),
         ("parts and units in flight of a worker that writes the child", memory["merging"], None),
         ("a worker's process beside these", memory["process"], None),
@@ -96,7 +98,8 @@ def _memory(plan: dict[str, Any]) -> Table:
     if memory["gpu"]:
         rows.insert(0, ("a GPU's memory", memory["gpu"], cluster["gpu_memory"]))
     for name, size, room in rows:
-        table.add_row(name, gigabytes(size), f"{room:,g} GB" if room is not None else "")
+        there_is = f"{room:,g} GB" if room is not None else ""
+        table.add_row(name, gigabytes(size) if size else "-", there_is)
     if plan["token_bytes"]:
         name = "over the network for each token that a gang reads, at most"
         table.add_row(name, gigabytes(plan["token_bytes"]), "")

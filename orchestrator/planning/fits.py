@@ -9,7 +9,13 @@ from dataclasses import replace
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.cluster import GB, Cluster
 from orchestrator.planning.memory import Memory, node_bytes
-from orchestrator.planning.placement import Member, Placement, place_workers
+from orchestrator.planning.placement import (
+    Member,
+    Placement,
+    place_workers,
+    ranks,
+    runs_on_gpu,
+)
 from workers.storage import MOST_PARTS
 
 ENGINE_RESERVE = 0.1
@@ -55,8 +61,11 @@ def problems_of(
 def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> Iterator[str]:
     workers = config.workers
     each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
-    if config.engine.device != "cpu" and not workers.gpus:
-        yield "workers: engine.device is a GPU, and workers.gpus reserves none: set it to 1"
+    if runs_on_gpu(config) and workers.gpus < (least := max(ranks(config), 0.01)):
+        yield (
+            f"workers: an engine runs on {ranks(config)} GPUs, and workers.gpus reserves {workers.gpus:g}: "
+            f"set it to {math.ceil(least)}"
+        )
     if not placement.per_node:
         yield (
             f"workers: no node has room for one with {each}: a node has {cluster.gpus_per_node} GPUs and "
@@ -82,9 +91,15 @@ def _gpu(
     room = cluster.gpu_memory * GB * of_gpu * (1 - ENGINE_RESERVE)
     if not of_gpu or memory.gpu <= room:
         return
-    gang = _smallest_gang(room - (memory.gpu - memory.live), share)
+    beside = memory.gpu - memory.live
+    gang = None if config.engine.kind == "vllm" else _smallest_gang(room - beside, share)
     advice = "a larger GPU would do: one worker of a gang has all that is no routed expert"
-    if gang is not None:
+    if config.engine.kind == "vllm":
+        least = math.ceil(share(1)[0].live / (room - beside)) if room > beside else 0
+        advice = (
+            f"vLLM over {least} GPUs would do (engine.vllm)" if least else "a larger GPU would do"
+        )
+    elif gang is not None:
         advice = f"a gang of {gang} workers would do (workers.gang)"
     yield (
         f"GPU memory: a worker's part of the live model and its buffers take {gigabytes(memory.gpu)}, and "
@@ -118,7 +133,7 @@ def _node(
     room = cluster.node_memory * GB
     if memory.node <= room:
         return
-    of_worker, on_cpu = memory.process + memory.merging, config.engine.device == "cpu"
+    of_worker, on_cpu = memory.process + memory.merging, not runs_on_gpu(config)
 
     def needed(nodes: int) -> int:
         wider = place_workers(config, replace(cluster, nodes=nodes), spread="spread")

@@ -7,8 +7,8 @@ from typing import Any
 
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.inputs import PlannedInputs, PlannedParent
-from orchestrator.planning.placement import Member, Placement
-from orchestrator.planning.traffic import largest_unit_memory, tables_of
+from orchestrator.planning.placement import Member, Placement, live_bytes, ranks, runs_on_gpu
+from orchestrator.planning.traffic import largest_unit_memory, live_tensors, tables_of
 
 PROCESS_BYTES = 600_000_000
 """Of a worker: Python, torch, transformers and Ray's own, before it has opened a parent."""
@@ -60,10 +60,12 @@ def memory_of(
     tables = tables_of(inputs) * STATISTIC_BYTES // placement.gang
     process = PROCESS_BYTES + tensors * LOGICAL_TENSOR_BYTES + tables
     merging = max(1, int(config.workers.cpus)) * (part + unit)
-    live = max(member.live for member in members)
-    on_gpu = config.engine.device != "cpu"
+    live = max(member.live for member in members) // ranks(config)
+    on_gpu = runs_on_gpu(config)
+    # vLLM has a layer's new weights beside the old ones.
+    beside = largest_layer(config, inputs) // ranks(config) if config.engine.kind == "vllm" else 0
     return Memory(
-        gpu=live + unit if on_gpu else 0,
+        gpu=live + beside + unit if on_gpu else 0,
         live=live,
         resident=max(member.traffic.touched for member in members),
         streamed=unit,
@@ -95,8 +97,16 @@ def with_parents(
     memory: Memory, config: CampaignConfig, placement: Placement, members: tuple[Member, ...]
 ) -> Memory:
     """What it needs if the parents are kept in memory for the search."""
-    of_worker, on_cpu = memory.process + memory.merging, config.engine.device == "cpu"
+    of_worker, on_cpu = memory.process + memory.merging, not runs_on_gpu(config)
     return replace(memory, node=node_bytes(placement, members, of_worker, on_cpu, keeps=True))
+
+
+def largest_layer(config: CampaignConfig, inputs: PlannedInputs) -> int:
+    """Bytes of the live model's largest layer."""
+    sizes: dict[int | None, int] = {}
+    for tensor in live_tensors(inputs):
+        sizes[tensor.layer] = sizes.get(tensor.layer, 0) + live_bytes(config, tensor)
+    return max(size for layer, size in sizes.items() if layer is not None or len(sizes) == 1)
 
 
 def is_copied(parent: PlannedParent, gang: int) -> bool:

@@ -11,6 +11,7 @@ from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.traffic import Traffic, live_tensors
 from workers.checkpoints import LogicalTensor
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
+from workers.errors import BadInputError
 from workers.experts.shard_map import ShardMap
 
 ENGINE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,6 +71,29 @@ def _per_node(config: CampaignConfig, cluster: Cluster) -> int:
     if workers.gpus:
         room.append(cluster.gpus_per_node // workers.gpus)
     return int(min(room, default=cluster.cores_per_node))
+
+
+def ranks(config: CampaignConfig) -> int:
+    """GPUs over which vLLM divides the model of one worker."""
+    return math.prod(_parallel(config, way) for way in ("tensor", "pipeline"))
+
+
+def merging_ranks(config: CampaignConfig) -> int:
+    """Among how many of them the merging is divided: of a matrix that is cut each one merges the whole."""
+    experts = config.engine.vllm.get("enable_expert_parallel")
+    return _parallel(config, "pipeline") * (_parallel(config, "tensor") if experts else 1)
+
+
+def _parallel(config: CampaignConfig, way: str) -> int:
+    size = config.engine.vllm.get(f"{way}_parallel_size", 1)
+    if type(size) is not int or size < 1:
+        raise BadInputError(f"engine.vllm.{way}_parallel_size: {size!r} is not 1 or more")
+    return size
+
+
+def runs_on_gpu(config: CampaignConfig) -> bool:
+    """Whether live models are in GPUs' memory."""
+    return config.engine.kind == "vllm" or config.engine.device != "cpu"
 
 
 @dataclass(frozen=True)

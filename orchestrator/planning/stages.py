@@ -9,7 +9,7 @@ from orchestrator.config import CampaignConfig
 from orchestrator.planning.cluster import GB, Cluster
 from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.memory import is_copied, reads_by_request
-from orchestrator.planning.placement import Member, Placement
+from orchestrator.planning.placement import Member, Placement, merging_ranks, runs_on_gpu
 from orchestrator.planning.traffic import Traffic
 
 EXAMINATIONS = 3
@@ -76,6 +76,15 @@ class Timing:
         if copied:
             found.append(self._copy(copied))
         leading = self.placement.leading_nodes
+        if self.config.experts.match != "none":
+            # Each donor's experts beside the father's.
+            experts = [t for t in self.inputs.plan.father.tensors if t.component == "expert"]
+            size = (
+                2
+                * (len(self.inputs.parents) - 1)
+                * sum(self.inputs.traffic[t.name].made for t in experts)
+            )
+            found.append(self._read("read the experts to match them", size, leading))
         if self.inputs.scans and self.config.scan.static:
             cores = all_bytes / (self.placement.workers * self.cluster.core_scan * GB)
             found.append(self._read("scan the weights", all_bytes, self.nodes, cores))
@@ -137,15 +146,16 @@ class Timing:
         """Of one candidate, while the other engines do the same; and what bounds it."""
         cluster, by_request = self.cluster, reads_by_request(self.inputs, self.placement.gang)
         shares = {}
-        if self.config.engine.device == "cpu":
+        if not runs_on_gpu(self.config):
             threads = self.config.engine.threads
             most = max(member.traffic.made for member in self.members)
             shares["cores"] = most / (threads * cluster.core_merge * GB)
         else:
             copied = max(member.traffic.requested for member in self.members)
-            shares["gpu copy"] = copied / (cluster.gpu_copy * GB)
+            gpus = merging_ranks(self.config)
+            shares["gpu copy"] = copied / (gpus * cluster.gpu_copy * GB)
             computed = max(member.traffic.computed for member in self.members)
-            shares["gpu"] = computed / (cluster.gpu_bandwidth * GB)
+            shares["gpu"] = computed / (gpus * cluster.gpu_bandwidth * GB)
         if not self.keeps:
             traffic = (member.traffic for member in self.members)
             of_worker = max(t.requested if by_request else t.distinct for t in traffic)

@@ -308,6 +308,23 @@ def test_a_gpu_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> N
     assert "a larger GPU would do" in problem
 
 
+def test_a_gpu_that_is_too_small_for_vllm(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """So many GPUs as are named hold the model, and a worker must reserve them."""
+    engine = {"kind": "vllm"}
+    whole = plan(tmp_path, mixtures, {}, engine=engine)["memory"]
+    room = whole["gpu"] - whole["live"] + 0.4 * whole["live"]
+    machines = {"gpu_memory": room / 0.9 / GB}
+    gpus = told(
+        plan(tmp_path, mixtures, machines, engine=engine)["problems"], r"vLLM over (\d+) GPUs"
+    )
+    assert gpus == 3
+    over = engine | {"vllm": {"tensor_parallel_size": gpus}}
+    assert plan(tmp_path, mixtures, machines, engine=over, workers={"gpus": 3})["status"] == "fits"
+    assert (
+        told(plan(tmp_path, mixtures, machines, engine=over)["problems"], r"set it to (\d+)") == 3
+    )
+
+
 def test_memory_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> None:
     """Streaming would do, or so many nodes; where even that is too much, only larger nodes."""
     workers = {"count": 8, "gang": 1}
