@@ -41,6 +41,8 @@ def plan_campaign(
 def render_plan(plan: dict[str, Any]) -> RenderableType:
     """The plan for a terminal."""
     parts: list[RenderableType] = [_facts(plan), "", _memory(plan), "", _stages(plan)]
+    if not plan["score_seconds"]:
+        parts.append(Text("without the scoring of candidates: give --score SECONDS", style="dim"))
     if plan["problems"]:
         parts += ["", Text("It does not fit:", style="bold red")]
         parts += [f"- {problem}" for problem in plan["problems"]]
@@ -120,8 +122,6 @@ def _stages(plan: dict[str, Any]) -> Table:
             stage["name"], f"{stage['times']:,}", *sizes, duration(stage["seconds"]), stage["bound"]
         )
     table.add_row("in all", "", "", "", "", duration(plan["seconds"]))
-    if not plan["score_seconds"]:
-        table.add_row(Text("without the scoring of candidates: give --score SECONDS", style="dim"))
     return table
 
 

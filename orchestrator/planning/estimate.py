@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from orchestrator.config import CampaignConfig
@@ -40,8 +39,7 @@ def estimate(
     `score_seconds`: what an engine takes to score a candidate, which no header tells.
     """
     placement = place_workers(config, cluster)
-    share = partial(share_out, config, inputs)
-    members = share(placement.gang)
+    members = share_out(config, inputs, placement.gang)
     memory = memory_of(config, inputs, placement, members)
     kept = with_parents(memory, config, placement, members)
     if keeps is None:
@@ -51,8 +49,7 @@ def estimate(
     parts_of = Counter(part.file for part in inputs.parts)
     files = inputs.plan.layout.weight_files
     timing = Timing(config, inputs, cluster, placement, members, keeps)
-    most_parts = max(parts_of.values())
-    problems = problems_of(config, cluster, placement, members, memory, keeps, most_parts, share)
+    problems = problems_of(config, inputs, cluster, placement, members, memory, keeps)
     child_bytes = sum(file.size for file in files)
     stages = timing.stages(total(inputs.traffic.values()), child_bytes, score_seconds)
     return {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.cluster import GB, Cluster
+from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.memory import Memory, node_bytes
 from orchestrator.planning.placement import (
     Member,
@@ -15,6 +17,7 @@ from orchestrator.planning.placement import (
     place_workers,
     ranks,
     runs_on_gpu,
+    share_out,
 )
 from workers.storage import MOST_PARTS
 
@@ -27,21 +30,17 @@ MOST_WORKERS = 1 << 10
 
 def problems_of(
     config: CampaignConfig,
+    inputs: PlannedInputs,
     cluster: Cluster,
     placement: Placement,
     members: tuple[Member, ...],
     memory: Memory,
     keeps: bool,
-    most_parts: int,
-    share: Callable[[int], tuple[Member, ...]],
 ) -> list[str]:
-    """Why the campaign cannot run like this, each with what would do.
-
-    `share` gives the members of a gang of another size.
-    """
+    """Why the campaign cannot run like this, each with what would do."""
     found = [
-        *_workers(config, cluster, placement),
-        *_gpu(config, cluster, memory, share),
+        *_workers(config, cluster, placement, inputs.plan.father.experts > 0),
+        *_gpu(config, inputs, cluster, memory),
         *_node(config, cluster, placement, members, memory, keeps),
     ]
     if memory.copies > cluster.disk_size * GB:
@@ -50,6 +49,7 @@ def problems_of(
             f"{cluster.disk_size:g} GB: a larger disk would do, or workers.gang with the parents in a "
             "bucket or on a shared file system, where each worker reads its part only"
         )
+    most_parts = max(Counter(part.file for part in inputs.parts).values())
     if most_parts > MOST_PARTS:
         found.append(
             f"store: a file of the child would have {most_parts:,} parts, and a store takes {MOST_PARTS:,}: "
@@ -58,7 +58,9 @@ def problems_of(
     return found
 
 
-def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> Iterator[str]:
+def _workers(
+    config: CampaignConfig, cluster: Cluster, placement: Placement, has_experts: bool
+) -> Iterator[str]:
     workers = config.workers
     each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
     if runs_on_gpu(config) and workers.gpus < (least := max(ranks(config), 0.01)):
@@ -66,6 +68,8 @@ def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> 
             f"workers: an engine runs on {ranks(config)} GPUs, and workers.gpus reserves {workers.gpus:g}: "
             f"set it to {math.ceil(least)}"
         )
+    if placement.gang > 1 and not has_experts:
+        yield "workers.gang: the father has no routed experts to divide: vLLM divides such a model"
     if not placement.per_node:
         yield (
             f"workers: no node has room for one with {each}: a node has {cluster.gpus_per_node} GPUs and "
@@ -82,25 +86,21 @@ def _workers(config: CampaignConfig, cluster: Cluster, placement: Placement) -> 
 
 
 def _gpu(
-    config: CampaignConfig,
-    cluster: Cluster,
-    memory: Memory,
-    share: Callable[[int], tuple[Member, ...]],
+    config: CampaignConfig, inputs: PlannedInputs, cluster: Cluster, memory: Memory
 ) -> Iterator[str]:
     of_gpu = min(config.workers.gpus, 1.0)
     room = cluster.gpu_memory * GB * of_gpu * (1 - ENGINE_RESERVE)
     if not of_gpu or memory.gpu <= room:
         return
-    beside = memory.gpu - memory.live
-    gang = None if config.engine.kind == "vllm" else _smallest_gang(room - beside, share)
-    advice = "a larger GPU would do: one worker of a gang has all that is no routed expert"
-    if config.engine.kind == "vllm":
-        least = math.ceil(share(1)[0].live / (room - beside)) if room > beside else 0
-        advice = (
-            f"vLLM over {least} GPUs would do (engine.vllm)" if least else "a larger GPU would do"
-        )
-    elif gang is not None:
+    left = room - (memory.gpu - memory.live)
+    gang = None if config.engine.kind == "vllm" else _smallest_gang(config, inputs, left)
+    if gang is not None:
         advice = f"a gang of {gang} workers would do (workers.gang)"
+    elif left > 0:
+        gpus = math.ceil(share_out(config, inputs, 1)[0].live / left)
+        advice = f"vLLM over {gpus} GPUs would do (engine.kind, engine.vllm), or a larger GPU"
+    else:
+        advice = "a larger GPU would do"
     yield (
         f"GPU memory: a worker's part of the live model and its buffers take {gigabytes(memory.gpu)}, and "
         f"there is room for {gigabytes(room)} ({ENGINE_RESERVE:.0%} is left to the engine): {advice}"
@@ -108,17 +108,18 @@ def _gpu(
     )
 
 
-def _smallest_gang(room: float, share: Callable[[int], tuple[Member, ...]]) -> int | None:
-    """How many workers hold the live model with so many bytes each; None if its leader alone cannot."""
-    live = sum(member.live for member in share(1))
-    gang = math.ceil(live / room) if room > 0 else MOST_WORKERS
-    while gang < MOST_WORKERS:
-        sizes = [member.live for member in share(gang)]
-        if max(sizes) <= room:
+def _smallest_gang(config: CampaignConfig, inputs: PlannedInputs, room: float) -> int | None:
+    """How many workers hold the live model with so many bytes each; None if no number does: the first of them
+    has everything that is no routed expert."""
+    if not inputs.plan.father.experts or room <= 0:
+        return None
+    live = share_out(config, inputs, 1)[0].live
+    for gang in range(max(2, math.ceil(live / room)), MOST_WORKERS):
+        first, *others = (member.live for member in share_out(config, inputs, gang))
+        if max(first, *others) <= room:
             return gang
-        if sizes[0] > max(sizes[1:], default=0) * 1.1:
-            return None  # the leader has no experts any more, and yet too much
-        gang += 1
+        if first > room and not any(size > first for size in others):
+            return None
     return None
 
 

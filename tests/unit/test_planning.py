@@ -216,9 +216,8 @@ from workers.merging.selector import Selector
 from workers.storage.folder import FolderStore
 
 folder = Path(sys.argv[1])
-merger = Merger({n: open_remote(folder / n) for n in "ab"}, open_remote(folder / "c"))
-rule = Rule(Selector(), "task_arithmetic", {"weight": 0.5})
-recipe = Recipe(merger.references, (rule,), merger.base_reference)
+merger = Merger({n: open_remote(folder / n) for n in "ab"})
+recipe = Recipe(merger.references, (Rule(Selector(), "linear", {"weight": 0.5}),))
 store = FolderStore(folder / "child")
 writer = ChildWriter.create(recipe, merger.parents, merger.base, store)
 calls = local_calls(merger, store)
@@ -232,17 +231,15 @@ print(before, peak() - before)
 
 
 def test_memory_in_flight_is_as_planned(tmp_path: Path) -> None:
-    """A worker that reads 100 MB of each of three parents from a store, and holds a few units of them."""
-    for seed, name in enumerate("abc"):
+    """A worker that reads 100 MB of each of two parents from a store, and holds a few units of them."""
+    for seed, name in enumerate("ab"):
         values = torch.full((12288, 4096), 0.5 + seed, dtype=torch.bfloat16)
         write_checkpoint(tmp_path / name, {"model.layers.0.mlp.up_proj.weight": values})
-    places = {name: tmp_path / name for name in "abc"}
-    config = load_config(write_plan(tmp_path, places))
+    places = {"a": tmp_path / "a", "b": tmp_path / "b", "c": tmp_path}
+    config = load_config(write_plan(tmp_path, places, base=None, genome={"method": "linear"}))
     inputs = open_planned(config, [])
     bucket = {name: replace(p, kind="bucket") for name, p in inputs.parents.items()}
-    remote = replace(
-        inputs, parents=bucket, base=inputs.base and replace(inputs.base, kind="bucket")
-    )
+    remote = replace(inputs, parents=bucket)
     config.workers.gang = 2  # a gang reads by requests
     planned = estimate(config, remote, load_cluster("gpu8_80gb", {}))["memory"]
     done = subprocess.run(
@@ -305,7 +302,16 @@ def test_a_gpu_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> N
     assert plan(tmp_path, mixtures, machines, workers={"gang": gang - 1})["status"] != "fits"
     tiny = {"gpu_memory": (buffers + 0.05 * of_all) / 0.9 / GB}
     (problem,) = plan(tmp_path, mixtures, tiny)["problems"]
-    assert "a larger GPU would do" in problem
+    assert "a larger GPU" in problem
+    assert "gang of" not in problem
+
+
+def test_a_dense_model_has_no_gang() -> None:
+    arguments: tuple[Any, ...] = ("gpu8_80gb", {"gpu_memory": 40}, ["qwen35_27b"])
+    (problem,) = plan_campaign("qwen35_27b_darwin", [], *arguments)["problems"]
+    assert "vLLM over 2 GPUs would do" in problem
+    asked = plan_campaign("qwen35_27b_darwin", ["workers.gang=2"], *arguments)["problems"]
+    assert "no routed experts" in asked[0]
 
 
 def test_a_gpu_that_is_too_small_for_vllm(mixtures: dict[str, Path], tmp_path: Path) -> None:
