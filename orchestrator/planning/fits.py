@@ -10,7 +10,7 @@ from dataclasses import replace
 from orchestrator.config import CampaignConfig
 from orchestrator.planning.cluster import GB, Cluster
 from orchestrator.planning.inputs import PlannedInputs
-from orchestrator.planning.memory import Memory, node_bytes
+from orchestrator.planning.memory import Memory, node_bytes, reads_by_request
 from orchestrator.planning.placement import (
     Member,
     Placement,
@@ -43,6 +43,11 @@ def problems_of(
         *_gpu(config, inputs, cluster, memory),
         *_node(config, cluster, placement, members, memory, keeps),
     ]
+    if keeps and reads_by_request(inputs, placement.gang):
+        found.append(
+            "--keep: a gang asks a bucket for what it needs of the parents, and keeps nothing: --stream "
+            "would do, or parents on a shared file system"
+        )
     if memory.copies > cluster.disk_size * GB:
         found.append(
             f"disk: copies of the parents take {gigabytes(memory.copies)} on each node, which has "

@@ -95,6 +95,10 @@ class Timing:
             found.append(
                 self._read("load the live models", self.members[0].live * self.nodes, self.nodes)
             )
+        if self.keeps:
+            resident = max(member.traffic.touched for member in self.members)
+            size = self.nodes * min(self.placement.most, self.placement.gang) * resident
+            found.append(self._read("read the parents into memory", size, self.nodes))
         found.append(self._search(score_seconds))
         by_request = reads_by_request(self.inputs, self.placement.gang)
         read = child.compared if by_request else child.touched

@@ -355,6 +355,16 @@ def test_memory_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> 
     assert "spread" not in too_little["problems"][0]
 
 
+def test_a_gang_keeps_nothing_of_a_bucket(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(write_plan(tmp_path, mixtures, workers={"gang": 2}))
+    inputs = open_planned(config, [])
+    bucket = {name: replace(p, kind="bucket") for name, p in inputs.parents.items()}
+    remote, cluster = replace(inputs, parents=bucket), load_cluster("gpu8_80gb", {})
+    assert not estimate(config, remote, cluster)["workers"]["keeps_parents"]
+    (problem,) = estimate(config, remote, cluster, keeps=True)["problems"]
+    assert problem.startswith("--keep")
+
+
 def test_a_disk_that_is_too_small_for_copies(mixtures: dict[str, Path], tmp_path: Path) -> None:
     parents = [{"name": n, "path": f"CHOOSE/{n}"} for n in "ab"]
     file = write_plan(tmp_path, mixtures, parents=parents, base="CHOOSE/c")
