@@ -20,6 +20,7 @@ class UnreliableWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.folder = Path(spec.engine["folder"])
         self.plan = spec.engine
+        self.raylet = os.getppid()
         self.serial = self._count("start")
 
     def _count(self, what: str) -> int:
@@ -66,6 +67,11 @@ class UnreliableWorker:
         if self._count("call") == 1:
             threading.Event().wait(self.plan["seconds"])
         return value
+
+    def whereabouts(self, value: int) -> int:
+        """The process that started this one: the node's raylet, which may be gone by now."""
+        threading.Event().wait(0.05)
+        return self.raylet
 
     def fatal_call(self) -> None:
         os._exit(1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import yaml
 from orchestrator.child_writer import MANIFEST, PROGRESS
 from tests.campaigns import digests, run_darwin, start_darwin, wait_for
 from tests.checkpoint_files import write_checkpoint
+from tests.ray_cluster import ENVIRONMENT, RayCluster, parent_of, processes
 from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
@@ -24,23 +23,11 @@ from workers.storage import Store, open_store
 NODES = 4
 
 
-RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Ray cluster of a head and four nodes with a CPU each."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.ray_cluster", str(NODES)],
-        env=os.environ | RAY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    address = next(line for line in process.stdout if ":" in line and " " not in line.strip())
-    yield address.strip()
-    process.communicate("")
+def cluster() -> Iterator[RayCluster]:
+    """A head and four nodes with a CPU each."""
+    with RayCluster(NODES) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +91,7 @@ def alone(places: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFa
 
 
 def test_four_workers_make_what_one_makes(
-    cluster: str,
+    cluster: RayCluster,
     places: dict[str, dict[str, str]],
     alone: Path,
     s3_location: str,
@@ -114,8 +101,8 @@ def test_four_workers_make_what_one_makes(
     killed in the middle, and then the driver; the next one goes on at the parts that are missing."""
     recipe = write_recipe(tmp_path / "recipe.yaml", places["s3"])
     target = f"{s3_location}/merge/child"
-    command = ("merge", str(recipe), target, "--workers", "4", "--address", cluster)
-    environment = os.environ | RAY
+    command = ("merge", str(recipe), target, "--workers", "4", "--address", cluster.address)
+    environment = os.environ | ENVIRONMENT
     process = start_darwin(*command, environment=environment)
     store = open_store(target)
     wait_for(lambda: len(merge_workers()) == 4 and has_manifest(store), process)
@@ -135,13 +122,35 @@ def test_four_workers_make_what_one_makes(
 
 
 def test_workers_fill_a_shared_folder(
-    cluster: str, places: dict[str, dict[str, str]], alone: Path, tmp_path: Path
+    cluster: RayCluster, places: dict[str, dict[str, str]], alone: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", places["folder"])
     target = tmp_path / "child"
-    command = ("merge", str(recipe), str(target), "--workers", "2", "--address", cluster)
-    run_darwin(*command, environment=os.environ | RAY)
+    command = ("merge", str(recipe), str(target), "--workers", "2", "--address", cluster.address)
+    run_darwin(*command, environment=os.environ | ENVIRONMENT)
     assert digests(str(target)) == digests(str(alone))
+
+
+def test_a_node_is_lost_while_experts_are_spread_over_all(
+    cluster: RayCluster, places: dict[str, dict[str, str]], alone: Path, tmp_path: Path
+) -> None:
+    """Its worker's place waits for another node; the others write its parts too."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", places["folder"])
+    target = tmp_path / "child"
+    process = start_darwin(
+        "merge", str(recipe), str(target), "--address", cluster.address,
+        "--workers", str(NODES), "--spread", "strict", environment=os.environ | ENVIRONMENT,
+    )  # fmt: skip
+    store = open_store(str(target))
+    wait_for(lambda: has_manifest(store) and len(merge_workers()) == NODES, process)
+    assert {parent_of(worker) for worker in merge_workers()} == set(cluster.raylets)
+    wait_for(lambda: len(written(store)) > 0, process)
+    cluster.kill_node(cluster.raylets[0])
+    assert 0 < len(written(store)) < PARTS
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert digests(str(target)) == digests(str(alone))
+    cluster.add_node()
 
 
 def test_one_process_goes_on_after_it_was_killed(
@@ -180,10 +189,10 @@ def written(store: Store) -> set[tuple[str, int]]:
 def merge_workers() -> list[int]:
     """Pids of the Ray workers that merge."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for process in processes():
         try:
-            if entry.name.isdigit() and (entry / "cmdline").read_text().startswith("ray::Merge"):
-                found.append(int(entry.name))
+            if Path(f"/proc/{process}/cmdline").read_text().startswith("ray::Merge"):
+                found.append(process)
         except OSError:
             continue  # it ended while one looked
     return found

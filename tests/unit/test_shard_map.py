@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.checkpoints import LogicalTensor
+from orchestrator.config import SHIPPED, read_yaml
+from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.checkpoints.architecture import name_tensors
+from workers.checkpoints.description import parse_description
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.experts.shard_map import SLACK, ShardMap
 
@@ -29,41 +31,9 @@ def entries(shapes: dict[str, tuple[int, ...]]) -> list[TensorEntry]:
 
 @cache
 def qwen_397b() -> tuple[LogicalTensor, ...]:
-    """Qwen3.5-397B-A17B's text model, from shapes alone: 60 layers of 512 fused experts, and the experts
-    of multi-token prediction each by itself."""
-    hidden, stem = 4096, "model.language_model."
-    shapes: dict[str, tuple[int, ...]] = {f"{stem}embed_tokens.weight": (248320, hidden)}
-    for layer in range(60):
-        at = f"{stem}layers.{layer}"
-        if layer % 4 == 3:
-            shapes |= {
-                f"{at}.self_attn.q_proj.weight": (16384, hidden),
-                f"{at}.self_attn.k_proj.weight": (512, hidden),
-                f"{at}.self_attn.v_proj.weight": (512, hidden),
-                f"{at}.self_attn.o_proj.weight": (hidden, 8192),
-            }
-        else:
-            shapes |= {
-                f"{at}.linear_attn.in_proj_qkv.weight": (12288, hidden),
-                f"{at}.linear_attn.in_proj_z.weight": (8192, hidden),
-                f"{at}.linear_attn.out_proj.weight": (hidden, 8192),
-                f"{at}.linear_attn.A_log": (64,),
-            }
-        shapes |= {
-            f"{at}.input_layernorm.weight": (hidden,),
-            f"{at}.mlp.gate.weight": (512, hidden),
-            f"{at}.mlp.shared_expert.gate_proj.weight": (1024, hidden),
-            f"{at}.mlp.shared_expert.up_proj.weight": (1024, hidden),
-            f"{at}.mlp.shared_expert.down_proj.weight": (hidden, 1024),
-            f"{at}.mlp.experts.gate_up_proj": (512, 2048, hidden),
-            f"{at}.mlp.experts.down_proj": (512, hidden, 1024),
-        }
-    for expert in range(512):
-        at = f"mtp.layers.0.mlp.experts.{expert}"
-        shapes |= {f"{at}.{role}_proj.weight": (1024, hidden) for role in ("gate", "up")}
-        shapes[f"{at}.down_proj.weight"] = (hidden, 1024)
-    shapes["lm_head.weight"] = (248320, hidden)
-    return tuple(name_tensors(entries(shapes), {"num_hidden_layers": 60}))
+    """Qwen3.5-397B-A17B: 60 layers of 512 fused experts, and an MTP layer of 512 that are stored apart."""
+    data = read_yaml(SHIPPED / "checkpoint" / "qwen35_397b.yaml")
+    return ArchitectureMap(parse_description("qwen35_397b", data)).tensors
 
 
 def small_model(
@@ -85,7 +55,7 @@ def names(count: int) -> list[str]:
 
 
 def size_of(tensors: Sequence[LogicalTensor]) -> int:
-    return sum(2 * tensor.elements for tensor in tensors)
+    return sum({"BF16": 2, "F32": 4}[tensor.dtype] * tensor.elements for tensor in tensors)
 
 
 def layer_counts(shard_map: ShardMap) -> dict[int, Counter[str]]:
@@ -111,22 +81,22 @@ def spread(shard_map: ShardMap, but: str | None = None) -> int:
 
 def check_complete(shard_map: ShardMap) -> None:
     """Every tensor has one owner, the same for all matrices of an expert."""
-    owned = [tensor for worker in shard_map.workers for tensor in shard_map.tensors_of(worker)]
-    assert sorted(t.name for t in owned) == sorted(t.name for t in shard_map.tensors)
-    experts: dict[tuple[int | None, int], set[str]] = {}
-    for worker in shard_map.workers:
-        tensors = shard_map.tensors_of(worker)
+    owned = [shard_map.tensors_of(worker) for worker in shard_map.workers]
+    names = {tensor.name for tensors in owned for tensor in tensors}
+    assert len(names) == sum(map(len, owned)) == len(shard_map.tensors)
+    assert names == {tensor.name for tensor in shard_map.tensors}
+    experts: dict[tuple[int | None, int], str] = {}
+    for worker, tensors in zip(shard_map.workers, owned, strict=True):
         assert shard_map.bytes_of(worker) == size_of(tensors)
         for tensor in tensors:
             if tensor.expert is not None:
-                experts.setdefault((tensor.layer, tensor.expert), set()).add(worker)
-    assert all(len(owners) == 1 for owners in experts.values())
+                assert experts.setdefault((tensor.layer, tensor.expert), worker) == worker
 
 
 @pytest.mark.parametrize("count", [1, 4, 7, 16, 32])
 def test_the_largest_model_is_balanced_in_bytes_and_in_every_layer(count: int) -> None:
     tensors = qwen_397b()
-    assert 790e9 < size_of(tensors) < 810e9
+    assert round(size_of(tensors) / 1e9, 1) == 806.8
     before = time.process_time()
     shard_map = ShardMap.of(tensors, names(count))
     assert time.process_time() - before < 3.0
@@ -193,6 +163,23 @@ def test_only_what_must_moves_when_workers_come_and_go(count: int) -> None:
     grown = shard_map.with_worker("one more")
     check_change(shard_map, grown)
     assert grown.imbalance < TOLERANCE
+
+
+@pytest.mark.parametrize("count", [4, 8, 16, 32])
+def test_the_documented_balance(count: int) -> None:
+    page = (SHIPPED.parent / "docs" / "cluster.md").read_text()
+    shard_map = ShardMap.of(qwen_397b(), names(count))
+    lost, joined = shard_map.without("node-1"), shard_map.with_worker("one more")
+    counts = {n for layer in layer_counts(shard_map).values() for n in layer.values()}
+    cells = [
+        f"{count}",
+        f"{max(shard_map.bytes_of(worker) for worker in shard_map.workers) / 1e9:.1f} GB",
+        f"{shard_map.imbalance:.2%}",
+        f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}",
+        f"{shard_map.bytes_of('node-1') / 1e9:.1f} GB, {lost.imbalance:.2%}, {spread(lost)}",
+        f"{joined.bytes_of('one more') / 1e9:.1f} GB, {joined.imbalance:.2%}, {spread(joined)}",
+    ]
+    assert f"| {' | '.join(cells)} |" in page
 
 
 def test_a_small_model_is_as_even_as_its_units_allow() -> None:
