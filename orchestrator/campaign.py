@@ -270,7 +270,7 @@ class Campaign:
             self._enter_space(
                 recorded_or_scanned(
                     self.config, self.inputs, self.space, self.ledger, self.record, self.pool,
-                    self.watcher.stage,
+                    self.watcher.stage, self.matching.orders if self.matching else None,
                 )
             )  # fmt: skip
             self._check_recipes()

@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from orchestrator.tensor_rules import cover
 from workers.errors import BadInputError
-from workers.merging import METHODS, MergeMethod, ParentReference, Recipe, Rule, Selector
+from workers.merging import (
+    METHODS,
+    MergeMethod,
+    ParentReference,
+    Recipe,
+    Rule,
+    Selector,
+    get_method,
+)
 from workers.merging.expert_order import orders_to_dict
+from workers.merging.methods.as_experts import AS_EXPERTS
 from workers.merging.plan import BASE, Assignment, Plan
 
 DECIMALS = 12
@@ -51,6 +61,20 @@ def compose(recipe: Recipe, children: Mapping[str, Recipe], plan: Plan) -> Recip
     Raises `BadInputError` for a method that does not compose, and for children of another form.
     """
     return Composer(children, plan).compose(recipe)
+
+
+@dataclass(frozen=True)
+class ByExpert:
+    """The factors of a router whose rows are merged as their experts are."""
+
+    rows: tuple[Row, ...]
+
+
+Factored = Row | ByExpert
+"""Of a tensor."""
+
+AS_ITS_EXPERTS = ByExpert(())
+"""Of a composed router: its rows' factors are those of the composed experts."""
 
 
 class Composer:
@@ -90,20 +114,20 @@ class Composer:
             )
         base = self._common_base(recipe)
         over = self._rows_of("the recipe over them", recipe, self._over)
-        made: dict[tuple[Row, ...], Row] = {}
+        made: dict[tuple[Factored, ...], Factored] = {}
 
-        def row_of(name: str) -> Row:
+        def row_of(name: str) -> Factored:
             # Few different rows: they are those of the rules, which hold for many tensors.
             key = (over[name], *(rows[name] for rows in self._rows.values()))
             if key not in made:
-                made[key] = self._multiply(key[0], dict(zip(self._rows, key[1:], strict=True)))
+                made[key] = self._combine(name, key)
             return made[key]
 
         tensors = [tensor for tensor in self._plan.child.tensors if tensor.name in over]
         rules = [
             self._rule(where, row, base) for where, row in cover(tensors, lambda t: row_of(t.name))
         ]
-        uses_base = any(METHODS[rule.method].uses_base != "never" for rule in rules)
+        uses_base = any(get_method(rule.method).uses_base != "never" for rule in rules)
         return Recipe(
             self.parents,
             tuple(rules),
@@ -122,17 +146,21 @@ class Composer:
         over = self._rows_of("the recipe over them", recipe, self._over)
         totals: dict[str, dict[str, float]] = {}
         elements: dict[str, int] = {}
-        for name, row in over.items():
+        for name, factored in over.items():
             tensor = self._plan.child.by_name[name]
             total = totals.setdefault(tensor.component, dict.fromkeys(self._rows, 0.0))
             elements[tensor.component] = elements.get(tensor.component, 0) + tensor.elements
-            given = {
-                child: abs(factor) * sum(abs(n) for p, n in self._rows[child][name] if p != BASE)
-                for child, factor in row
-                if child != BASE
-            }
-            for child, part in given.items():
-                total[child] += tensor.elements * part / (sum(given.values()) or 1.0)
+            rows = _rows(factored)
+            inner = {child: _rows(of[name], len(rows)) for child, of in self._rows.items()}
+            for number, row in enumerate(rows):
+                given = {
+                    child: abs(factor) * sum(abs(n) for p, n in inner[child][number] if p != BASE)
+                    for child, factor in row
+                    if child != BASE
+                }
+                for child, part in given.items():
+                    share = part / (sum(given.values()) or 1.0)
+                    total[child] += tensor.elements / len(rows) * share
         return {
             component: {child: part / max(elements[component], 1) for child, part in total.items()}
             for component, total in totals.items()
@@ -147,16 +175,32 @@ class Composer:
             )
         return next(iter(bases), None)
 
-    def _rows_of(self, where: str, recipe: Recipe, plan: Plan) -> dict[str, Row]:
+    def _rows_of(self, where: str, recipe: Recipe, plan: Plan) -> dict[str, Factored]:
         """Tensor -> factors of the recipe's parents and of its base."""
-        known: dict[int, Row] = {}
+        known: dict[int, Factored] = {}
         rows = {}
         assigned = plan.assign(recipe)  # held, so that ids stay what they are
         for name, way in assigned.items():
             if id(way) not in known:
-                known[id(way)] = tuple(_factors(where, way).items())
+                known[id(way)] = (
+                    ByExpert(tuple(tuple(_factors(where, row).items()) for row in way.rows))
+                    if way.rows
+                    else tuple(_factors(where, way).items())
+                )
             rows[name] = known[id(way)]
         return rows
+
+    def _combine(self, name: str, key: tuple[Factored, ...]) -> Factored:
+        """The factors of a tensor of the child, from those over the children and those of each child."""
+        plain = [factored for factored in key if not isinstance(factored, ByExpert)]
+        if not plain:
+            return AS_ITS_EXPERTS
+        if len(plain) < len(key):
+            raise BadInputError(
+                f"tensor {name!r}: is merged as its experts are in some of the children, or over them, and "
+                "otherwise in others: these do not compose"
+            )
+        return self._multiply(plain[0], dict(zip(self._rows, plain[1:], strict=True)))
 
     def _multiply(self, over: Row, rows: Mapping[str, Row]) -> Row:
         terms: dict[str, list[float]] = {}
@@ -168,7 +212,9 @@ class Composer:
         summed = {name: round(math.fsum(terms.get(name, ())), DECIMALS) for name in order}
         return tuple((name, factor) for name, factor in summed.items() if factor)
 
-    def _rule(self, where: Selector, row: Row, base: ParentReference | None) -> Rule:
+    def _rule(self, where: Selector, row: Factored, base: ParentReference | None) -> Rule:
+        if isinstance(row, ByExpert):
+            return Rule(where, AS_EXPERTS.name)
         factors = dict(row)
         of_base = factors.pop(BASE, 0.0)
         if not of_base and list(factors.values()) == [1.0]:
@@ -187,6 +233,11 @@ class Composer:
             )
         parameters = {"weight": weight, "lambda": 1.0, "normalize": 0.0}
         return Rule(where, "task_arithmetic", parameters, parents=named)
+
+
+def _rows(factored: Factored, count: int = 1) -> tuple[Row, ...]:
+    """The factors of each row; of a tensor that is merged in one way so many times the same."""
+    return factored.rows if isinstance(factored, ByExpert) else (factored,) * count
 
 
 def _factors(where: str, way: Assignment) -> Factors:

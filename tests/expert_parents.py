@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -89,10 +90,32 @@ def unfused(tensors: Tensors) -> Tensors:
     return found
 
 
+FP8_BLOCK = 8
+
+
+def fp8_pack(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Single experts as FP8 codes with a scale for each block, and the values that these stand for."""
+    pack, values = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if ".experts." in name:
+            blocks = weight.float().unfold(0, FP8_BLOCK, FP8_BLOCK).unfold(1, FP8_BLOCK, FP8_BLOCK)
+            scale = blocks.abs().amax(dim=(2, 3)) / 448
+            whole = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+            pack[name] = (weight.float() / whole).to(torch.float8_e4m3fn)
+            pack[f"{name}_scale_inv"] = scale
+            values[name] = (pack[name].float() * whole).to(weight.dtype)
+    return pack, values
+
+
+FP8_CONFIG = {
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+}
+
+
 def inverse(order: Sequence[int]) -> tuple[int, ...]:
     """The order that undoes one."""
     return tuple(order.index(place) for place in range(len(order)))
 
 
-def write_experts(folder: Path, tensors: Tensors) -> Path:
-    return write_checkpoint(folder, tensors, config=CONFIG)
+def write_experts(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    return write_checkpoint(folder, tensors, config=CONFIG | config)

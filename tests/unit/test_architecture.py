@@ -289,10 +289,31 @@ def test_a_layer_behind_the_last_is_the_prediction_head_of_deepseek() -> None:
     assert role("model.layers.61.enorm.weight", **nested)[1] == "mtp"
 
 
-def test_prediction_heads_are_carried_whole_even_if_their_experts_are_fused() -> None:
-    name = "mtp.layers.0.mlp.experts.gate_up_proj"
-    assert role(name, (4, 6, 5)) == (name, "mtp", None, None)
-    assert role(f"model.layers.2.{name[13:]}", (4, 6, 5), num_hidden_layers=2)[1] == "mtp"
+def test_experts_of_prediction_heads_pair_in_either_layout() -> None:
+    """Their component stays mtp, and they count as no expert of the trunk."""
+    for stem, config in (
+        ("mtp.layers.0.", {}),
+        ("layers.2.", {"num_hidden_layers": 2}),
+    ):
+        stored = f"{'' if stem.startswith('mtp') else 'model.'}{stem}mlp.experts"
+        fused = map_of(
+            {f"{stored}.gate_up_proj": (4, 6, 5), f"{stored}.down_proj": (4, 5, 3)}, config
+        )
+        single = map_of(
+            {
+                f"{stored}.{expert}.{role}.weight": (5, 3) if role == "down_proj" else (3, 5)
+                for expert in range(4)
+                for role in ("gate_proj", "up_proj", "down_proj")
+            },
+            config,
+        )
+        for found in (fused, single):
+            assert {(t.component, t.layer, t.expert) for t in found.tensors} == {
+                ("mtp", None, None)
+            }
+            assert found.experts == 0
+        shapes = [{t.name: t.shape for t in found.tensors} for found in (fused, single)]
+        assert shapes[0] == shapes[1]
 
 
 def test_layers_and_experts_are_counted_in_the_trunk() -> None:

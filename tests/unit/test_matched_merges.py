@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.config import SHIPPED
 from orchestrator.experts.matching import Matching
 from orchestrator.ledger import Ledger
 from orchestrator.recipe_file import load_recipe_file
@@ -164,6 +165,33 @@ def test_a_campaign_matches_before_it_searches(
     assert "9 of 16 experts of mother" in (child / "README.md").read_text()
     asked = [recipe for recipe in campaign.recipes.values() if recipe.experts]
     assert len(asked) == len(campaign.recipes) - 2  # the parents themselves
+
+
+def test_an_expert_space_prescribes_for_the_matched_experts(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the probe saw of an expert is advised for the place that it belongs to."""
+    shipped = (SHIPPED / "genome" / "experts.yaml").read_text()
+    space = tmp_path / "space.yaml"
+    space.write_text(shipped.replace("router: keep", "router: as_experts"))
+    settings = {
+        "genome": {"space": str(space), "method": "linear"},
+        "scan": {"probe": True, "sets": [str(family["letters"])]},
+    }
+    straight = campaign_of(tmp_path / "straight", family, "mother", **settings)
+    expected = read_tensors(child_of(straight))
+    campaign = campaign_of(
+        tmp_path / "moved", family, "moved", experts={"match": "weights"}, **settings
+    )
+    child = child_of(campaign)
+    assert campaign.prescription is not None
+    assert straight.prescription is not None
+    assert campaign.prescription.experts == straight.prescription.experts
+    assert_same_bits(read_tensors(child), expected)
+    lineage = json.loads((child / "lineage.json").read_text())
+    assert {row["method"] for row in lineage["tensors"] if row["component"] == "router"} == {
+        "as_experts"
+    }
 
 
 def test_a_resumed_campaign_goes_by_the_recorded_order(

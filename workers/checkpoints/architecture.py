@@ -83,6 +83,7 @@ INSIDE_LAYERS = (
 
 LAYER = re.compile(r"layers\.([0-9]{1,6})\.(.+)")
 EXPERT = re.compile(r"(?:mlp\.)?experts\.([0-9]{1,6})\.")
+MTP_LAYER = re.compile(r"^mtp\.layers\.[0-9]+\.")
 FUSED_EXPERTS = re.compile(r"(?:mlp\.)?experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
 
 MOST_TENSORS = 1 << 19
@@ -227,10 +228,13 @@ def name_tensors(
     for entry in entries:
         name = canonical_name(entry.name)
         component, layer, rest = classify(name, text_config)
-        fused = FUSED_EXPERTS.match(rest) if component == "expert" else None
+        inner = MTP_LAYER.sub("", rest, count=1) if component == "mtp" else rest
+        fused = FUSED_EXPERTS.match(inner) if component in ("expert", "mtp") else None
         if fused and len(entry.shape) == 3 and entry.elements:
             stem = name[: name.index("experts.") + len("experts")]
-            yield from _split_experts(entry, stem, fused[1], layer, text_config, scales)
+            for piece in _split_experts(entry, stem, fused[1], layer, text_config, scales):
+                # Carried as one of no layer, and yet paired with a parent's single ones.
+                yield replace(piece, component=component, expert=None) if layer is None else piece
             continue
         expert = EXPERT.match(rest) if component == "expert" else None
         yield LogicalTensor(
