@@ -670,6 +670,9 @@ def test_a_kept_probe_is_of_the_same_software_and_threads(
                 lambda name, package=package: "0.0" if name == package else version(name),
             )
             assert ActivationProbe(SETS).identity != known
+    with monkeypatch.context() as other:
+        other.setattr("orchestrator.mri.probe.ROWS_FORM", 1)  # without merits and overlaps
+        assert ActivationProbe(SETS).identity != known
     seen: list[int] = []
     begin = StreamedModel.begin
 
