@@ -18,6 +18,7 @@ from orchestrator.descent.shares import measured_shares, weighted_shares
 from orchestrator.experts.matching import notes_on_matching
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
+from orchestrator.mri.dead_experts import dead_expert_notes, dead_of
 from orchestrator.mri.experts import expert_notes, kept_routing, summarize_experts
 from orchestrator.mri.prescribing import notes_on_search
 from orchestrator.reporting.ancestry_view import founders, licences
@@ -151,7 +152,10 @@ def _experts(store: Store, parents: list[str]) -> dict[str, Any]:
     found = kept_routing(store)
     names = [*parents, *(name for name in found if name not in parents)]
     return {
-        "notes": expert_notes(summarize_experts(found)),
+        "notes": [
+            *expert_notes(summarize_experts(found)),
+            *dead_expert_notes(dead_of(found)),
+        ],
         "figures": expert_figures(found, names),
     }
 
