@@ -69,12 +69,13 @@ def scan_and_prescribe(
 ) -> Prescription:
     """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`, and
     what it says of experts in the `campaign`'s, for its report."""
-    from orchestrator.mri.probe import ActivationProbe
+    from orchestrator.mri.probe import ActivationProbe, shards_for
     from orchestrator.mri.scan import scan_parents
 
     probe = None
     if config.scan.probe:
-        probe = ActivationProbe(inputs.calibration, device=config.engine.device)
+        shards = shards_for(inputs.parents, config.workers.count)
+        probe = ActivationProbe(inputs.calibration, device=config.engine.device, shards=shards)
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
     if campaign is not None:
         keep_routing(scan, campaign)

@@ -14,6 +14,7 @@ from orchestrator.config import SHIPPED
 from orchestrator.ledger import Ledger
 from orchestrator.mri.experts import kept_routing
 from orchestrator.mri.prescription import Prescription
+from orchestrator.mri.probe import shards_for
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from tests.campaigns import digests
 from tests.checkpoint_files import read_tensors, weight_files
@@ -215,8 +216,11 @@ def test_mri_only_evaluates_one_candidate_and_writes_it(
     assert write_report(campaign.store)
 
 
-def test_experts_of_the_scan_are_in_the_report(tmp_path: Path) -> None:
-    """Those that the kept scan tells of."""
+def test_experts_of_the_scan_are_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the kept scan tells of; large layers are divided among the workers."""
+    monkeypatch.setattr("orchestrator.mri.probe.LARGE_LAYER", 2 * 4 * 3 * 16 * 32 - 1)
     folders = write_family(tmp_path / "family", "qwen3_5_moe")
     prompts = tmp_path / "letters.jsonl"
     prompts.write_text(
@@ -227,8 +231,13 @@ def test_experts_of_the_scan_are_in_the_report(tmp_path: Path) -> None:
         dict(zip(("base", "father", "mother"), folders, strict=True)),
         genome={"space": "mri_only", "method": "linear"},
         scan={"probe": True, "sets": [str(prompts)]},
+        workers={"count": 2},
     )
     campaign.run()
+    assert campaign.scripted.called.count("probe_experts") == 2 * 4
+    assert shards_for(campaign.inputs.parents, 2) == 2
+    monkeypatch.undo()
+    assert shards_for(campaign.inputs.parents, 2) == 1
     scans = [json.loads(kept.read_text()) for kept in (tmp_path / "c").rglob("scans/*.json")]
     (probe,) = (scan["probe"] for scan in scans if scan["probe"])
     rows = probe["parents"]["mother"]["letters"]
