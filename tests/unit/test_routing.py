@@ -202,7 +202,7 @@ def test_routers_in_words() -> None:
     assert expert_notes(summarize_experts({"mother": layers})) == [
         "routers of mother choose 2 of 4 experts; load entropy 1.50 of 2.00 bits, least 1.00 in layer 4; "
         "entropy per token 1.00",
-        "of the experts that mother chooses, father's routers would choose 70% too, least 50% in layer 1",
+        "of the experts that mother chooses, others' routers would, too: father 70% (least 50% in layer 1)",
     ]
     without = {"mother": {1: routing_of([5, 5, 5, 5], load_entropy=2.0)}}
     (line,) = expert_notes(summarize_experts(without))
