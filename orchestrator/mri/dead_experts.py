@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.mri.experts import routing_by_layer
+from orchestrator.mri.experts import RoutingByLayer, routing_by_layer
 
 DEAD_SHARE = 0.05
 """An expert is dead if it is chosen less often than this share of the even load, k / E of the tokens.
@@ -31,12 +31,17 @@ def dead_experts(choices: Sequence[int], tokens: int, per_token: int) -> list[in
 
 def dead_by_layer(scan: dict[str, Any]) -> dict[str, dict[int, list[int] | None]]:
     """Parent -> layer with experts -> its dead ones, over all sets that the scan has probed with."""
+    return dead_of(routing_by_layer(scan))
+
+
+def dead_of(found: RoutingByLayer) -> dict[str, dict[int, list[int] | None]]:
+    """The same of what was found."""
     return {
         parent: {
             layer: dead_experts(routing["choices"], routing["tokens"], routing["per_token"])
             for layer, routing in layers.items()
         }
-        for parent, layers in routing_by_layer(scan).items()
+        for parent, layers in found.items()
     }
 
 

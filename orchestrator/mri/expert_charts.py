@@ -70,7 +70,7 @@ def expert_figures(found: RoutingByLayer, parents: list[str]) -> list[dict[str, 
             {
                 "title": "Routers: overlap",
                 "caption": "by layer: of the experts that a parent chooses, the share that the router of the "
-                "other would choose too, of the same hidden states.",
+                "other would choose too, of the same hidden states. Dashed: by chance.",
                 "highest": None,
                 "chart": overlap_lines(found, parents),
             }
@@ -175,7 +175,8 @@ def overlap_lines(found: RoutingByLayer, parents: list[str]) -> Markup:
             axes.axhline(chance[parent], color=INK, alpha=0.35, linewidth=0.8, dashes=(3, 3))
             for other, shares in others.items():
                 if shares:
-                    axes.plot(list(shares), list(shares.values()), color=colours[other], marker="o",
+                    axes.plot(list(shares), list(shares.values()), color=colours[other],
+                              marker="o" if len(shares) <= FEW_LAYERS else None,
                               markersize=2.4, linewidth=1.2, label=shorten(other))  # fmt: skip
             axes.set(ylim=(0.0, 1.04))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

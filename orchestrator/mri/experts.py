@@ -105,11 +105,14 @@ def expert_notes(summary: dict[str, Any]) -> list[str]:
             f"{load['mean']:.2f} of {most:.2f} bits, least {load['least']:.2f} in layer {load['layer']}"
             + (f"; entropy per token {token['mean']:.2f}" if token else "")
         )
-        lines += [
-            f"of the experts that {parent} chooses, {other}'s routers would choose {share['mean']:.0%} too, "
-            f"least {share['least']:.0%} in layer {share['layer']}"
+        shares = ", ".join(
+            f"{other} {share['mean']:.0%} (least {share['least']:.0%} in layer {share['layer']})"
             for other, share in of["overlap"].items()
-        ]
+        )
+        if shares:
+            lines.append(
+                f"of the experts that {parent} chooses, others' routers would, too: {shares}"
+            )
     return lines
 
 

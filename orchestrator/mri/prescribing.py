@@ -13,6 +13,7 @@ from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
 from orchestrator.mri.expert_prescription import Orders, prescribe_experts
+from orchestrator.mri.experts import keep_routing
 from orchestrator.mri.prescription import Prescription, prescribe
 from workers.storage import Store, open_store
 
@@ -51,7 +52,7 @@ def recorded_or_scanned(
             return Prescription.from_dict(known["prescription"])
     stage("scanning the parents")
     prescription = scan_and_prescribe(
-        config, inputs, space, calls, open_store(config.store), orders
+        config, inputs, space, calls, open_store(config.store), orders, ledger.store
     )
     record("prescription", of=of, prescription=prescription.to_dict())
     return prescription
@@ -64,15 +65,20 @@ def scan_and_prescribe(
     calls: Calls,
     store: Store | None,
     orders: Orders | None = None,
+    campaign: Store | None = None,
 ) -> Prescription:
-    """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`."""
-    from orchestrator.mri.probe import ActivationProbe
+    """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`, and
+    what it says of experts in the `campaign`'s, for its report."""
+    from orchestrator.mri.probe import ActivationProbe, shards_for
     from orchestrator.mri.scan import scan_parents
 
     probe = None
     if config.scan.probe:
-        probe = ActivationProbe(inputs.calibration, device=config.engine.device)
+        shards = shards_for(inputs.parents, config.workers.count)
+        probe = ActivationProbe(inputs.calibration, device=config.engine.device, shards=shards)
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
+    if campaign is not None:
+        keep_routing(scan, campaign)
     if isinstance(space, ExpertSpace):
         return prescribe_experts(scan, orders)
     if not config.scan.static:

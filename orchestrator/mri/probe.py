@@ -18,11 +18,16 @@ from orchestrator.calls import Calls
 from orchestrator.config import find_shipped
 from workers.actors import PROBE_THREADS
 from workers.checkpoints import ArchitectureMap, Checkpoint
+from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.diagnostics.calibration import CalibrationSet, read_calibration_set
 from workers.errors import BadInputError
 
 SHIPPED_SETS = ("reasoning", "code", "math", "knowledge", "language", "korean")
 """What is probed if nobody says."""
+
+LARGE_LAYER = 1 << 30
+"""Bytes of a layer's experts. With more, to read them is most of the work of a probe: workers that probed
+one parent each would be as many as there are parents."""
 
 ROWS_FORM = 2
 """Of what a probe finds: with another one, no probe that was kept is used again. 1 had no merits."""
@@ -164,6 +169,17 @@ def choose_probe(
             "--shards are of a layer that is streamed: leave out --spans and --whole"
         )
     return ActivationProbe(load_calibration_sets(names), streamed, spans, shards=shards)
+
+
+def shards_for(parents: dict[str, Checkpoint], workers: int) -> int:
+    """Among how many workers a campaign divides a layer's experts: all, if a parent's are `LARGE_LAYER`."""
+    sizes: dict[tuple[str, int | None], int] = {}
+    for name, parent in parents.items():
+        for tensor in ArchitectureMap.of(parent).tensors:
+            if tensor.expert is not None:
+                own = tensor.elements * BITS_PER_ELEMENT[tensor.dtype] // 8
+                sizes[name, tensor.layer] = sizes.get((name, tensor.layer), 0) + own
+    return workers if max(sizes.values(), default=0) > LARGE_LAYER else 1
 
 
 def probe_peaks(scan: dict[str, Any]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:

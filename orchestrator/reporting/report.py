@@ -18,6 +18,8 @@ from orchestrator.descent.shares import measured_shares, weighted_shares
 from orchestrator.experts.matching import notes_on_matching
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
+from orchestrator.mri.dead_experts import dead_expert_notes, dead_of
+from orchestrator.mri.experts import expert_notes, kept_routing, summarize_experts
 from orchestrator.mri.prescribing import notes_on_search
 from orchestrator.reporting.ancestry_view import founders, licences
 from orchestrator.reporting.card import (
@@ -117,6 +119,7 @@ def build_report(store: Store) -> str:
         intended={component: shares for (component,), shares in intended.items()},
         changes=component_changes(lineage),
         experts=expert_rows(experts) if experts else [],
+        routing=_experts(store, parents),
         ancestry=ancestry,
         founders=founders(ancestry) if ancestry else [],
         licences=licences(ancestry) if ancestry else [],
@@ -140,6 +143,21 @@ def _attribution(child: Store) -> dict[str, Any] | None:
     except ObjectNotFoundError:
         return None
     return found
+
+
+def _experts(store: Store, parents: list[str]) -> dict[str, Any]:
+    """What the campaign's scan found of its parents' experts, in words and pictures; none of dense ones."""
+    from orchestrator.mri.expert_charts import expert_figures
+
+    found = kept_routing(store)
+    names = [*parents, *(name for name in found if name not in parents)]
+    return {
+        "notes": [
+            *expert_notes(summarize_experts(found)),
+            *dead_expert_notes(dead_of(found)),
+        ],
+        "figures": expert_figures(found, names),
+    }
 
 
 def _unfinished(store: Store) -> BadInputError:

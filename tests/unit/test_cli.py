@@ -706,7 +706,7 @@ def test_scan_of_what_is_no_checkpoint(darwin: Darwin, tmp_path: Path) -> None:
 def test_scan_probes_with_sets_of_ones_own(
     darwin: Darwin, family: list[Path], tmp_path: Path
 ) -> None:
-    """The same, streamed or whole or in spans; the prescription reads what is kept."""
+    """The same, streamed or whole, in spans or shards; the prescription reads what is kept."""
     own = tmp_path / "letters.jsonl"
     own.write_text('{"id": "1", "conditioned": "what is this?", "generic": "who are you then"}\n')
     arguments = ("scan", *family[1:], "--probe", "--set", own)
@@ -721,7 +721,7 @@ def test_scan_probes_with_sets_of_ones_own(
     assert len(rows) == 2 * layers
     peak = done.json["probe"]["letters"]["mother"]["mlp"]
     assert peak == max(rows[1::2], key=lambda row: row["mean_token"])
-    for number, option in enumerate((["--whole"], ["--spans", 2])):
+    for number, option in enumerate((["--whole"], ["--spans", 2], ["--shards", 2])):
         other = darwin(*arguments, *option, "--out", tmp_path / str(number), "--json")
         assert json.loads(Path(other.json["scan"]).read_text()) == kept
     tensors = [row["tensor"] for row in kept["static"]]
@@ -740,6 +740,8 @@ def test_scan_probes_with_sets_of_ones_own(
         (("--probe", "--set", "none"), "no calibration that ships"),
         (("--probe", "--spans", 0), "must be 1 or more"),
         (("--probe", "--spans", 2, "--whole"), "leave out --whole"),
+        (("--probe", "--shards", 0), "must be 1 or more"),
+        (("--probe", "--shards", 2, "--spans", 2), "leave out --spans"),
     ],
 )
 def test_scan_with_options_that_contradict(

@@ -15,6 +15,7 @@ import pytest
 from orchestrator.descent.shares import weighted_shares
 from orchestrator.judgement import judge
 from orchestrator.ledger import Ledger
+from orchestrator.mri.experts import keep_routing, kept_routing
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.state import CampaignState
 from workers.errors import BadInputError
@@ -287,6 +288,29 @@ def test_verdict(tmp_path: Path, beaten: list[str], words: str) -> None:
 def test_campaigns_of_all_shapes(tmp_path: Path, shape: dict[str, Any]) -> None:
     page = read_page(write_campaign(tmp_path, **shape))
     assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 5
+
+
+def test_the_experts_of_the_parents_are_shown(tmp_path: Path) -> None:
+    """What the campaign has kept of its scan, shortened; a parent that was bred in is none of the child's."""
+    store = write_campaign(tmp_path)
+
+    def routing(frequent: int) -> dict[str, Any]:
+        return {
+            "tokens": 20, "per_token": 2, "choices": [20 + frequent, 10, 10 - frequent, 0],
+            "weights": [0.5] * 4, "merit": [1 / 3] * 4, "load_entropy": 1.5, "token_entropy": 1.25,
+            "overlap": {"dog": 0.75},
+        }  # fmt: skip
+
+    rows = [{"layer": layer, "component": "mlp", "routing": routing(layer)} for layer in (1, 2)]
+    probed = {name: {"set": rows} for name in ("wolf", "cat")}
+    keep_routing({"probe": {"parents": probed}}, store)
+    page = read_page(store)
+    assert "Experts: merit" in page.text
+    assert "routers of wolf choose 2 of 4 experts; load entropy" in page.text
+    assert "dead experts of cat (chosen less than 5% as often as at an even load): 2" in page.text
+    assert "of the experts that cat chooses, others' routers would, too: dog 75%" in page.text
+    assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 8
+    assert kept_routing(store)["wolf"][2]["merit"] == [0.3333] * 4
 
 
 def test_the_ancestors_of_all_generations_are_shown(tmp_path: Path) -> None:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
+from base64 import b64decode
 from copy import deepcopy
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 
 from orchestrator.mri.dead_experts import dead_by_layer, dead_expert_notes, dead_experts
+from orchestrator.mri.expert_charts import expert_figures
+from orchestrator.mri.experts import (
+    expert_notes,
+    relative_frequency,
+    routing_by_layer,
+    summarize_experts,
+)
+from tests.families import EXPERTS, SMALL, write_tokenizer
 from tests.unit.test_probe import SETS, load, write_kind
 from workers.checkpoints import open_checkpoint
+from workers.diagnostics.calibration import CalibrationSet
 from workers.diagnostics.layers import find_decoder
 from workers.diagnostics.probe import probe_checkpoint
 from workers.diagnostics.routing import routed
@@ -85,8 +99,10 @@ def test_choices_and_weights_are_those_of_the_router(kind: str, tmp_path: Path) 
             assert routing["overlap"] == {"mother": pytest.approx(sum(common) / len(common))}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [*((kind, "grouped_mm") for kind in MIXTURES), ("mixtral", "batched_mm"), ("dots1", "eager")],
+)
 def test_the_model_is_not_changed_by_looking(
     kind: str, implementation: str, tmp_path: Path
 ) -> None:
@@ -130,6 +146,90 @@ def test_a_router_of_another_shape_is_not_compared(tmp_path: Path) -> None:
     ]
     assert "overlap" not in row["routing"]
     assert "token_entropy" in row["routing"]
+
+
+def test_a_planted_dead_expert_is_found(tmp_path: Path) -> None:
+    """Two of the rows u, -u, v, -v give something positive: a row of zeros is never one of the first two."""
+    torch.manual_seed(1)
+    config = transformers.Qwen3MoeConfig(**SMALL, **(EXPERTS | {"num_experts": 6}))
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    dead = {0: 4, 1: 0, 2: 5, 3: 2}
+    with torch.no_grad():
+        for layer, expert in dead.items():
+            u, v = torch.randn(2, 32)
+            rows = torch.stack([u, -u, v, -v, u + v]).bfloat16()
+            alive = [number for number in range(6) if number != expert]
+            weight = model.model.layers[layer].mlp.gate.weight
+            weight[alive], weight[expert] = rows, 0.0
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    rows = probe_checkpoint(open_checkpoint(str(tmp_path)), SETS)
+    scan = {"probe": {"parents": {"mother": rows}}}
+    assert dead_by_layer(scan)["mother"] == {layer: [expert] for layer, expert in dead.items()}
+    for layer, routing in routing_by_layer(scan)["mother"].items():
+        assert routing["merit"][dead[layer]] == 0.0
+        frequency = relative_frequency(routing)
+        assert frequency[dead[layer]] == 0.0
+        assert sum(frequency) == pytest.approx(6)
+
+
+def test_sets_together_are_one_set_of_all_prompts(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_kind(tmp_path / "own", "qwen3_moe")))
+    other = open_checkpoint(str(write_kind(tmp_path / "other", "qwen3_moe", seed=2)))
+    whole = CalibrationSet("all", tuple(pair for one in SETS for pair in one.pairs), "hash")
+    probed = probe_checkpoint(checkpoint, [*SETS, whole], others={"mother": other})
+    expected = [row["routing"] for row in probed.pop("all") if "routing" in row]
+    found = routing_by_layer({"probe": {"parents": {"father": probed}}})["father"]
+    for routing, own in zip(found.values(), expected, strict=True):
+        assert routing.keys() == own.keys()
+        for key, value in own.items():
+            assert routing[key] == (
+                {name: pytest.approx(share) for name, share in value.items()}
+                if key == "overlap"
+                else pytest.approx(value)
+            )
+
+
+def routing_of(choices: list[int], **found: Any) -> dict[str, Any]:
+    return {"tokens": sum(choices) // 2, "per_token": 2, "choices": choices, **found}
+
+
+def test_routers_in_words() -> None:
+    layers = {
+        1: routing_of([5, 5, 5, 5], load_entropy=2.0, token_entropy=1.5, overlap={"father": 0.5}),
+        4: routing_of([10, 10, 0, 0], load_entropy=1.0, token_entropy=0.5, overlap={"father": 0.9}),
+    }
+    assert expert_notes(summarize_experts({"mother": layers})) == [
+        "routers of mother choose 2 of 4 experts; load entropy 1.50 of 2.00 bits, least 1.00 in layer 4; "
+        "entropy per token 1.00",
+        "of the experts that mother chooses, others' routers would, too: father 70% (least 50% in layer 1)",
+    ]
+    without = {"mother": {1: routing_of([5, 5, 5, 5], load_entropy=2.0)}}
+    (line,) = expert_notes(summarize_experts(without))
+    assert line.endswith("least 2.00 in layer 1")
+    assert expert_notes(summarize_experts({})) == []
+
+
+def test_a_map_of_many_experts_is_a_small_image_of_them() -> None:
+    """A pixel for each: deeper where chosen more often, clear where never, or where there are no experts."""
+    layers = {
+        layer: routing_of([(37 * layer + 11 * expert) % 50 for expert in range(512)])
+        for layer in range(3, 60)
+    }
+    (figure,) = expert_figures({"mother": layers}, ["father", "mother"])
+    (image,) = re.findall(r'href="data:image/png;base64,([^"]*)"', figure["chart"])
+    assert len(figure["chart"]) < 40_000
+    with Image.open(BytesIO(b64decode(image))) as opened:
+        assert opened.size == (512, 60)
+        pixels = opened.convert("RGBA")
+    for layer in range(60):
+        depths = [pixels.getpixel((e, layer))[3] for e in range(512)]
+        counts = layers[layer]["choices"] if layer in layers else [0] * 512
+        ordered = [depth for _, depth in sorted(zip(counts, depths, strict=True))]
+        assert ordered == sorted(ordered)
+        assert [depth == 0 for depth in depths] == [count == 0 for count in counts]
+    again = expert_figures({"mother": layers}, ["father", "mother"])
+    assert again == [figure]
 
 
 def test_a_balanced_layer_has_no_dead_experts() -> None:

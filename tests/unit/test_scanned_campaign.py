@@ -12,8 +12,10 @@ import torch
 
 from orchestrator.config import SHIPPED
 from orchestrator.ledger import Ledger
+from orchestrator.mri.experts import kept_routing
 from orchestrator.mri.prescription import Prescription
-from orchestrator.reporting.report import write_report
+from orchestrator.mri.probe import shards_for
+from orchestrator.reporting.report import REPORT_FILE, write_report
 from tests.campaigns import digests
 from tests.checkpoint_files import read_tensors, weight_files
 from tests.families import write_family
@@ -212,6 +214,40 @@ def test_mri_only_evaluates_one_candidate_and_writes_it(
     blend = (1 - share) * father[name].double() + share * mother[name].double()
     torch.testing.assert_close(child[name].double(), blend, rtol=2**-8, atol=1e-6)
     assert write_report(campaign.store)
+
+
+def test_experts_of_the_scan_are_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the kept scan tells of; large layers are divided among the workers."""
+    monkeypatch.setattr("orchestrator.mri.probe.LARGE_LAYER", 2 * 4 * 3 * 16 * 32 - 1)
+    folders = write_family(tmp_path / "family", "qwen3_5_moe")
+    prompts = tmp_path / "letters.jsonl"
+    prompts.write_text(
+        '{"id": "1", "conditioned": "what is this?", "generic": "who are you then"}\n'
+    )
+    campaign = campaign_of(
+        tmp_path / "c",
+        dict(zip(("base", "father", "mother"), folders, strict=True)),
+        genome={"space": "mri_only", "method": "linear"},
+        scan={"probe": True, "sets": [str(prompts)]},
+        workers={"count": 2},
+    )
+    campaign.run()
+    assert campaign.scripted.called.count("probe_experts") == 2 * 4
+    assert shards_for(campaign.inputs.parents, 2) == 2
+    monkeypatch.undo()
+    assert shards_for(campaign.inputs.parents, 2) == 1
+    scans = [json.loads(kept.read_text()) for kept in (tmp_path / "c").rglob("scans/*.json")]
+    (probe,) = (scan["probe"] for scan in scans if scan["probe"])
+    rows = probe["parents"]["mother"]["letters"]
+    found = kept_routing(campaign.store)
+    assert list(found) == ["father", "mother"]
+    assert [found["mother"][n]["choices"] for n in range(4)] == [
+        row["routing"]["choices"] for row in rows if "routing" in row
+    ]
+    write_report(campaign.store)
+    assert "routers of mother choose 2 of 4 experts" in campaign.store.read(REPORT_FILE).decode()
 
 
 def test_a_parent_that_holds_nan_ends_the_campaign_by_the_tensors_name(
