@@ -42,6 +42,7 @@ large model, or the statistics of its first merge, may take many minutes."""
 UNCUT_CALLS = frozenset(
     {"examine", "publish_file", "hash_file"}
     | {"probe", "probe_span", "probe_ask", "probe_experts", "probe_layer"}
+    | {"calibrate_router", "compare_routing"}
 )
 """Calls that are about whole models or files, and not cut to a size: they last as long as these are large."""
 

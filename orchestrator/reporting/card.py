@@ -10,6 +10,7 @@ import yaml
 from orchestrator.descent.ancestry import Ancestry, parse_ancestry
 from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.experts.matching import notes_on_matching
+from orchestrator.experts.routing_table import MEANING, routing_notes, routing_table
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.mri.prescribing import notes_on_search
 from orchestrator.reporting.ancestry_view import founders, licences, tree_lines
@@ -61,6 +62,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         f"**{verdict(lineage)}**\n",
         f"{reservations(lineage)}\n",
         _health(lineage),
+        _routing(lineage),
         "## Results on held-out items\n",
         "Items that steered the search are not among these. Intervals are 95 % Wilson intervals. "
         f"Children of this campaign that these items have judged: {lineage['children_judged']}.\n",
@@ -81,6 +83,33 @@ def build_card(lineage: dict[str, Any]) -> str:
         _ancestry(ancestry) if ancestry else "",
         f"Recipe `{lineage['recipe_id']}`. The recipe, the genome, the held-out results, and for every "
         f"tensor its method, parameters, changes and SHA-256 are in `{LINEAGE_FILE}`.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def build_merge_card(lineage: dict[str, Any]) -> str:
+    """The README.md of a child that was merged without a search, and whose routing was measured."""
+    whole = [parent for parent in lineage["parents"] if "gives" not in parent]
+    names = [parent["name"] for parent in whole]
+    metadata = {
+        "base_model": [parent["hub"] or parent["name"] for parent in whole],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["merge", "darwin"],
+    }
+    parts = [
+        "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
+        f"# A merge of {_join(names)}\n",
+        "Merged by Darwin from a recipe, without training. Nothing was scored: this card makes no claim "
+        "about what the child can do.\n",
+        _routing(lineage),
+        "## How it was made\n",
+        _tensor_table(lineage, names),
+        "## Lineage\n",
+        _parent_table(lineage),
+        f"Recipe `{lineage['recipe_id']}`. The recipe, and for every tensor its method, parameters and "
+        f"changes, are in `{LINEAGE_FILE}`.\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -129,6 +158,19 @@ def _health(lineage: dict[str, Any]) -> str:
         some.append(f"{len(warnings) - len(some)} more are in `{LINEAGE_FILE}`")
     lines = "".join(f"- {' '.join(warning.split())}\n" for warning in some)
     return f"## Health check\n\n{_table(rows)}" + (f"\n{lines}" if lines else "")
+
+
+def _routing(lineage: dict[str, Any]) -> str:
+    """How the child's experts are chosen; empty where that was not measured."""
+    record = lineage.get("routing")
+    if not record:
+        return ""
+    if "not_compared" in record:
+        return (
+            f"## Routing of experts\n\nNot compared with the parents': {record['not_compared']}\n"
+        )
+    notes = "".join(f"\n{note}\n" for note in routing_notes(record))
+    return f"## Routing of experts\n\n{_table(routing_table(record))}\n{MEANING}\n{notes}"
 
 
 def _score_table(lineage: dict[str, Any], names: list[str]) -> str:
@@ -269,7 +311,7 @@ def _parent_table(lineage: dict[str, Any]) -> str:
     for number, parent in enumerate(lineage["parents"]):
         rows.append(
             [
-                "mother" if number else "father",
+                parent.get("gives") or ("mother" if number else "father"),
                 parent["hub"] or parent["name"],
                 parent["license"] or "not declared",
                 f"`{parent['fingerprint'][:16]}`",
