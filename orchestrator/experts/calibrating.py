@@ -204,7 +204,10 @@ def _with_parent(loaded: RecipeFile, routers: Checkpoint, routing: dict[str, Any
         name += "_"
     recipe = loaded.recipe
     others = tuple(loaded.parents)
-    rules = [replace(rule, parents=rule.parents or others) for rule in recipe.rules[1:]]
+    rules = [
+        rule if rule.method == AS_EXPERTS else replace(rule, parents=rule.parents or others)
+        for rule in recipe.rules[1:]
+    ]
     first = Rule(ROUTERS, "passthrough", {"source": name}, parents=(name,))
     taking = replace(
         recipe,

@@ -11,17 +11,21 @@ import pytest
 import torch
 import transformers
 
+from orchestrator.experts.router import with_routers
 from orchestrator.experts.routing_table import routing_record, routing_table
 from tests.checkpoint_files import recipe_for, rule, write_child
+from tests.families import write_tokenizer
 from tests.mixtures import write_mixtures
 from tests.unit.test_probe import write_kind
 from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
+from workers.experts.calibration import Calibration
+from workers.experts.calibration_order import CalibrationOrder
 from workers.experts.merged_model import StreamedChild
 from workers.experts.plain_routers import plain_routers
 from workers.experts.routing_comparison import CHILD, compare_routing, listen
-from workers.merging import Recipe
+from workers.merging import ParentReference, Recipe
 from workers.merging.executor import Merger
 
 TEXTS = {
@@ -155,3 +159,60 @@ def test_the_table_has_means_over_the_layers() -> None:
     table = routing_table(record)
     assert table[1][1:] == ["50.0%, 0.5000", "50.0%", "2"]
     assert table[2] == ["mother itself", "", "50.0%", "0"]
+
+
+def permuted(folder: Path, place: Path) -> dict[int, tuple[int, ...]]:
+    """A copy of a model whose experts have other numbers; where the original's are now, by layer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+    orders = {}
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            order = torch.randperm(4, generator=torch.Generator().manual_seed(number + 1))
+            for weight in (layer.mlp.gate.weight, *layer.mlp.experts.parameters()):
+                weight.copy_(weight[order].clone())
+            orders[number] = tuple(order.argsort().tolist())
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return {layer: order for layer, order in orders.items() if order != (0, 1, 2, 3)}
+
+
+def test_matched_experts_are_calibrated_and_compared_as_if_they_had_one_order(
+    mixtures: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    orders = permuted(tmp_path / "permuted", Path(mixtures["donor2"].location))
+    assert len(orders) >= 3
+    other = open_checkpoint(str(tmp_path / "permuted"))
+    found = []
+    for donor, given in ((mixtures["donor2"], {}), (other, {"donor2": orders}), (other, {})):
+        parents = {"donor1": mixtures["donor1"], "donor2": donor}
+        references = tuple(ParentReference(name, p.fingerprint) for name, p in parents.items())
+        recipe = Recipe(references, (rule("linear", weight=1.0),), experts=given)
+        keep = with_routers(recipe, "keep")
+        order = CalibrationOrder(keep.to_dict(), TEXTS, TEXTS)
+        calibrated = Calibration(order, parents, None, {}).calibrate(0)
+        found.append((compare_routing(recipe, parents, None, TEXTS), calibrated))
+    (straight, router), (matched, same), (_, mixed) = found
+    assert same.values == router.values and same.solution == router.solution
+    assert mixed.values != router.values
+    for row, twin in zip([*straight, router.routing], [*matched, same.routing], strict=True):
+        for name, told in row["models"].items():
+            other = twin["models"][name]
+            assert other["choices"] == told["choices"]
+            for parent, against in told["against"].items():
+                # The donor's own run adds up in another order.
+                assert other["against"][parent]["kl"] == pytest.approx(against["kl"], rel=1e-4)
+                assert other["against"][parent]["overlap"] == against["overlap"]
+        assert twin["parents"]["donor2"]["choices"] == row["parents"]["donor2"]["choices"]
+
+
+def test_a_calibration_goes_on_behind_routers_that_are_known(
+    mixtures: dict[str, Checkpoint],
+) -> None:
+    parents = {name: mixtures[name] for name in ("donor1", "donor2")}
+    keep = with_routers(mean_of(mixtures), "keep")
+    order = CalibrationOrder(keep.to_dict(), TEXTS, TEXTS)
+    whole = Calibration(order, parents, None, {})
+    layers = [whole.calibrate(layer) for layer in range(4)]
+    later = Calibration(order, parents, None, {n: layers[n].values for n in range(2)})
+    assert [later.calibrate(layer) for layer in (2, 3)] == layers[2:]
+    assert later.known == whole.known

@@ -10,6 +10,7 @@ import torch
 
 from workers.checkpoints.architecture import canonical_name, classify
 from workers.diagnostics.layers import DecoderLayer
+from workers.diagnostics.routers import has_softmax
 from workers.errors import BadInputError
 from workers.experts.plain_routers import takes_softmax
 
@@ -79,13 +80,14 @@ def find_routers(model: Any, layers: Sequence[DecoderLayer], location: str) -> d
         if not own:
             continue
         (name, (module, weight)), *others = own.items()
-        if others or not takes_softmax(config.to_dict()):
+        if others or not takes_softmax(config.to_dict()) or not has_softmax(module):
             raise BadInputError(
                 f"{location}: the router of layer {layer.index} of {type(model).__name__} is more than the "
                 "softmax of one matrix; its routing is not calibrated or compared"
             )
         per_token = getattr(config, "num_experts_per_tok", None)
-        assert isinstance(per_token, int), f"{location}: num_experts_per_tok"
+        if not isinstance(per_token, int):
+            raise BadInputError(f"{location}: its configuration has no num_experts_per_tok")
         found[layer.index] = Router(layer.index, name, module, weight, per_token)
     return found
 

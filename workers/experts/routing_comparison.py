@@ -22,6 +22,7 @@ import torch
 
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.layers import DecoderLayer
+from workers.diagnostics.routers import load_entropy, overlap
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
 from workers.experts.merged_model import StreamedChild
@@ -95,13 +96,12 @@ class OwnRouting:
     ) -> None:
         self.prompts = prompts
         self._of: dict[str, dict[int, Routing]] = {}
-        experts: dict[str, dict[int, tuple[int, ...]]] = getattr(recipe, "experts", {})
         for name, own in prompts.of.items():
             # One at a time: a model's layers come and go, its embedding too.
             heard = listen(
                 StreamedModel(parents[name], dtype, device), [tokens[number] for number in own]
             )
-            for layer, order in experts.get(name, {}).items():
+            for layer, order in recipe.experts.get(name, {}).items():
                 heard[layer] = [routing[:, list(order)] for routing in heard[layer]]
             self._of[name] = heard
 
@@ -155,9 +155,11 @@ def compare_routing(
 def _agreement(own: Routing, other: Routing, per_token: int) -> dict[str, float]:
     parent, child = torch.cat(own).double(), torch.cat(other).double()
     chosen = [routing.topk(per_token).indices for routing in (parent, child)]
-    shared = (chosen[0][:, :, None] == chosen[1][:, None, :]).any(-1)
     divergence = (parent.exp() * (parent - child)).sum(-1)
-    return {"overlap": float(shared.double().mean()), "kl": max(0.0, float(divergence.mean()))}
+    return {
+        "overlap": overlap(*chosen) / chosen[0].numel(),
+        "kl": max(0.0, float(divergence.mean())),
+    }
 
 
 def _load(routing: Routing, per_token: int) -> dict[str, Any]:
@@ -165,9 +167,8 @@ def _load(routing: Routing, per_token: int) -> dict[str, Any]:
     choices = torch.bincount(
         chances.topk(per_token).indices.reshape(-1), minlength=chances.shape[-1]
     )
-    shares = choices[choices > 0].double() / choices.sum()
     return {
         "tokens": len(chances),
         "choices": choices.tolist(),
-        "load_entropy": max(0.0, float(-(shares * shares.log2()).sum())),
+        "load_entropy": load_entropy(choices.tolist()),
     }
