@@ -43,7 +43,7 @@ from workers.experts.calibration_order import (
     write_record,
 )
 from workers.experts.plain_routers import plain_routers
-from workers.merging import METHODS, ParentReference, Rule
+from workers.merging import ParentReference, Rule
 from workers.merging.plan import Plan, form_of
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, Store
 
@@ -228,10 +228,9 @@ def _order(loaded: RecipeFile, plan: Plan) -> CalibrationOrder:
     assert loaded.harc is not None
     compared = {}
     rows = with_routers(replace(loaded.recipe, rules=loaded.recipe.rules[1:]), AS_EXPERTS)
-    if AS_EXPERTS in METHODS:
-        with suppress(BadInputError):  # there are methods whose rows cannot be merged so
-            plan.assign(rows)
-            compared[AS_EXPERTS] = rows.to_dict()
+    with suppress(BadInputError):  # there are methods whose rows cannot be merged so
+        plan.assign(rows)
+        compared[AS_EXPERTS] = rows.to_dict()
     return CalibrationOrder(
         loaded.recipe.to_dict(),
         loaded.harc.texts,

@@ -10,7 +10,7 @@ from orchestrator.mri.probe import load_calibration_sets
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.diagnostics.calibration import CalibrationSet
 from workers.errors import BadInputError
-from workers.merging import Recipe, Rule, Selector, get_method
+from workers.merging import Recipe, Rule, Selector
 
 KEEP, AS_EXPERTS, HARC = "keep", "as_experts", "harc"
 ROUTERS = Selector(components=("router",))
@@ -85,14 +85,8 @@ def treat_routers(
     father = recipe.father.name
     if not any(t.component == "router" for t in ArchitectureMap.of(parents[father]).tensors):
         raise BadInputError(f"{where}: {father} ({parents[father].location}) has no routers")
-    if wanted == AS_EXPERTS:
-        try:
-            get_method(AS_EXPERTS)
-        except BadInputError as error:
-            raise BadInputError(f"{where}: {error}") from error
-        return with_routers(recipe, AS_EXPERTS), None
-    if wanted == KEEP:
-        return with_routers(recipe, KEEP), None
+    if wanted in (KEEP, AS_EXPERTS):
+        return with_routers(recipe, wanted), None
     if not isinstance(wanted, dict) or wanted.keys() != {HARC}:
         raise BadInputError(f"{where}: {wanted!r} is none of keep, as_experts, {{harc: {{...}}}}")
     return with_routers(recipe, KEEP), _parse(f"{where}.harc", wanted[HARC], recipe, parents, base)

@@ -50,6 +50,7 @@ def test_calibrated_routers_route_more_like_the_donors_than_kept_ones(merged: Pa
     """On prompts that were held out: measured here by plain runs, and told by lineage and card."""
     told = json.loads((merged / "child" / "lineage.json").read_text())["routing"]
     assert told["held_out"]
+    assert list(told["layers"][0]["models"]) == ["keep", "as_experts", "harc"]
     for donor in DONORS:
         texts = prompts(merged, donor, held_out=True)
         own = plain_routing(str(merged / donor), texts)
@@ -66,6 +67,8 @@ def test_calibrated_routers_route_more_like_the_donors_than_kept_ones(merged: Pa
                 assert against["kl"] == pytest.approx(divergence[kind][layer["layer"]], rel=0.1)
         kept, calibrated = (sum(divergence[kind].values()) for kind in ("keep", "harc"))
         assert calibrated < 0.5 * kept
+        rows = [layer["models"]["as_experts"]["against"][donor]["kl"] for layer in told["layers"]]
+        assert calibrated < 0.5 * sum(rows)
     card = (merged / "child" / "README.md").read_text()
     assert "| calibrated (HARC), as in this child |" in card and "| the father's, kept |" in card
 
@@ -136,6 +139,30 @@ def test_the_routers_lie_beside_the_child_which_is_whole(merged: Path) -> None:
     (told,) = [a for a in lineage["ancestry"]["child"]["parents"] if a["name"] == "routers"]
     ancestor = lineage["ancestry"]["ancestors"][told["node"]]
     assert [parent["name"] for parent in ancestor["parents"]] == list(DONORS)
+
+
+def test_the_recipe_with_routers_as_a_parent_can_be_merged_again(
+    merged: Path, tmp_path: Path
+) -> None:
+    """Written down by hand, with the routers by their place: the same recipe, the same bytes."""
+    data = yaml.safe_load((merged / "recipe.yaml").read_text())
+    del data["router"]
+    names = [parent["name"] for parent in data["parents"]]
+    data["parents"].append({"name": "routers", "path": str(merged / "child" / "routers")})
+    own = {"method": "passthrough", "parameters": {"source": "routers"}, "parents": ["routers"]}
+    data["rules"] = [
+        {"where": {"components": ["router"]}, **own},
+        *({**rule, "parents": names} for rule in data["rules"]),
+    ]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(data))
+    again = merge_recipe(str(tmp_path / "again.yaml"), str(tmp_path / "again"))
+    lineage = json.loads((merged / "child" / "lineage.json").read_text())
+    assert again["recipe_id"] == lineage["recipe_id"]
+    weights = [
+        (folder / "model.safetensors").read_bytes()
+        for folder in (merged / "child", tmp_path / "again")
+    ]
+    assert weights[0] == weights[1]
 
 
 class InterruptedHereError(Exception):

@@ -47,6 +47,18 @@ def test_kept_routers_are_the_fathers_whatever_the_rules_say(case: Path, tmp_pat
     assert not any(child[name].equal(father[name]) for name in father if ".experts." in name)
 
 
+def test_rows_can_be_merged_as_their_experts(case: Path, tmp_path: Path) -> None:
+    rules = [{"method": "linear", "parameters": {"weight": {"donor1": 0.25, "donor2": 0.75}},
+              "parents": ["donor1", "donor2"]}]  # fmt: skip
+    loaded = load(case, tmp_path, router="as_experts", rules=rules)
+    write_child(Merger(loaded.parents, loaded.base), loaded.recipe, tmp_path / "child")
+    child = read_tensors(tmp_path / "child")
+    one, two = (read_tensors(case.parent / f"donor{n}") for n in (1, 2))
+    for name in (name for name in child if name.endswith("mlp.gate.weight")):
+        wanted = (0.25 * one[name].float() + 0.75 * two[name].float()).bfloat16()
+        assert child[name].equal(wanted)
+
+
 def test_each_donor_has_its_own_sets_or_all_have_all(case: Path, tmp_path: Path) -> None:
     own = load(case, tmp_path).harc
     assert own is not None

@@ -40,7 +40,7 @@ class StreamedChild(StreamedModel):
                 "routing is followed in children of the father's layers and tokens: not in those of a recipe "
                 "with `layers` or `vocabulary`"
             )
-        # A merger of its own: its buffers are used in torch's inference mode.
+        # A merger of its own, as its buffers are torch's inference tensors.
         self.merger = Merger(parents, base, form=form_of(recipe))
         self.merging = self.merger.start(recipe)
         if dtype == "auto" and recipe.dtype is not None:
@@ -71,6 +71,7 @@ class MergedValues:
     def __init__(self, run: Run) -> None:
         self._run = run
 
+    @torch.inference_mode()  # whoever reads: the merger's buffers are of that mode for good
     def read(self, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor:
         """Elements `first` to `first + count` of a tensor of the child, flat, in its dtype."""
         values = torch.empty(count, dtype=TORCH_DTYPES[tensor.dtype])
