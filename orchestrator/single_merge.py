@@ -21,7 +21,7 @@ from orchestrator.experts.calibrating import ROUTERS_FOLDER, calibrate_routers
 from orchestrator.experts.matched_merge import match_recipe
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
-from orchestrator.reporting.card import build_merge_card
+from orchestrator.reporting.merge_card import build_merge_card
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
 

@@ -21,7 +21,7 @@ from orchestrator.verification import verify_child
 from tests.campaigns import digests, run_darwin
 from tests.checkpoint_files import read_tensors
 from tests.mixtures import write_recipe
-from tests.unit.test_routing_comparison import plain_routing
+from tests.unit.test_routing_comparison import permuted, plain_routing
 from workers.checkpoints import open_checkpoint
 from workers.diagnostics.calibration import read_calibration_set
 from workers.errors import BadInputError
@@ -163,6 +163,18 @@ def test_the_recipe_with_routers_as_a_parent_can_be_merged_again(
         for folder in (merged / "child", tmp_path / "again")
     ]
     assert weights[0] == weights[1]
+
+
+def test_experts_are_matched_before_routers_are_calibrated(merged: Path, tmp_path: Path) -> None:
+    """A donor whose experts have other numbers gives the same routers, and the same child."""
+    assert permuted(tmp_path / "permuted", merged / "donor2")
+    data = yaml.safe_load((merged / "recipe.yaml").read_text()) | {"match_experts": "weights"}
+    data["parents"][-1]["path"] = str(tmp_path / "permuted")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    merge_recipe(str(tmp_path / "recipe.yaml"), str(tmp_path / "child"))
+    for part in ("child", "child/routers"):
+        found, wanted = (root / part / "model.safetensors" for root in (tmp_path, merged))
+        assert found.read_bytes() == wanted.read_bytes()
 
 
 class InterruptedHereError(Exception):
