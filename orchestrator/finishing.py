@@ -16,6 +16,7 @@ from orchestrator.descent.lineage import (
 from orchestrator.ending import Ending
 from orchestrator.errors import CampaignError
 from orchestrator.examination import fingerprint
+from orchestrator.experts.routing_of_child import measure_routing
 from orchestrator.gates import engine_gates, summarize
 from orchestrator.judgement import Judgement, judge
 from orchestrator.reporting.card import build_card
@@ -48,6 +49,7 @@ def finish(campaign: Campaign, candidate: Candidate, judgement: Judgement) -> di
     """Write and publish the child, then the report; the campaign's result."""
     recipe = campaign.recipes[candidate.recipe_id]
     measured = _examine(campaign, recipe)
+    routing = measure_routing(campaign, recipe)
     campaign.watcher.stage("writing the child")
     known = [record for record in campaign.ledger.since_begun() if record["kind"] == "child"]
     written = Ending(
@@ -83,6 +85,8 @@ def finish(campaign: Campaign, candidate: Candidate, judgement: Judgement) -> di
     }
     if campaign.matching is not None:
         lineage["matching"] = campaign.matching.told
+    if routing is not None:
+        lineage["routing"] = routing
     number = campaign.state.round_of_recipe(recipe.id)
     through, bred = bred_ancestors(
         lineage, campaign.search.rounds, number, candidate.genome, campaign.plan, campaign.recipes

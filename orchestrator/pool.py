@@ -43,6 +43,7 @@ UNCUT_CALLS = frozenset(
     {"examine", "publish_file", "hash_file"}
     | {"probe", "probe_span", "probe_ask", "probe_experts", "probe_layer"}
     | {"expert_inputs", "match_experts"}
+    | {"calibrate_router", "compare_routing"}
 )
 """Calls that are about whole models or files, and not cut to a size: they last as long as these are large."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.config import find_shipped, read_yaml
 from orchestrator.experts.match_wish import MatchWish, match_wish
+from orchestrator.experts.router import Harc, treat_routers
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.mergekit.file import from_mergekit, is_mergekit
 from orchestrator.mother_centric import PRESET, expand
@@ -36,7 +37,7 @@ from workers.merging.recipe import parse_form, parse_rule_parents, parse_slice
 
 KEYS = {
     "parents", "base", "rules", "seed", "layers", "dtype", "shard_bytes", "vocabulary",
-    "experts", "match_experts", "sets", "allow_degenerate",
+    "experts", "match_experts", "sets", "router", "allow_degenerate",
 }  # fmt: skip
 RULE_KEYS = {"where", "method", "parameters", "post", "parents"}
 RESERVED_NAMES = ("base", "union")
@@ -61,6 +62,8 @@ class RecipeFile:
     """What the user should know, though it is no mistake."""
     match: MatchWish | None = None
     """The experts that still have to be matched; until then the recipe takes them by their numbers."""
+    harc: Harc | None = None
+    """The calibration that routers still have to go through; until then the recipe keeps the father's."""
 
 
 def load_recipe_file(
@@ -163,7 +166,10 @@ def load_recipe_data(
     references = tuple(ParentReference(name, p.fingerprint) for name, p in parents.items())
     base_reference = ParentReference("base", base.fingerprint) if base else None
     recipe = Recipe(references, rules, base_reference, seed, layers, **form)
-    loaded = RecipeFile(parents, base, recipe, match=match_wish(path, data))
+    harc = None
+    if "router" in data:
+        recipe, harc = treat_routers(path, data["router"], recipe, parents, base)
+    loaded = RecipeFile(parents, base, recipe, match=match_wish(path, data), harc=harc)
     for problem in [] if allowed else _degenerate(loaded):
         raise BadInputError(f"{path}: {problem}, or set allow_degenerate: true")
     return loaded

@@ -46,6 +46,8 @@ def respell(path: str, to: str | None = None) -> str:
         return _text(data, notes)
     if loaded.match is not None:
         raise BadInputError(f"{path}: match_experts: mergekit pairs experts by their numbers alone")
+    if loaded.harc is not None:
+        raise BadInputError(f"{path}: router: mergekit calibrates no routers")
     places = _places(data)
     try:
         written = to_mergekit(loaded.recipe, places)

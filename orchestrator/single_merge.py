@@ -13,15 +13,15 @@ from orchestrator.descent.family_tree import add_ancestry
 from orchestrator.descent.lineage import (
     LINEAGE_FILE,
     LINEAGE_FORMAT,
-    hub_source,
-    licence_of,
+    describe_source,
     lineage_bytes,
     package_version,
 )
+from orchestrator.experts.calibrating import ROUTERS_FOLDER, calibrate_routers
 from orchestrator.experts.matched_merge import match_recipe
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
-from workers.checkpoints import Checkpoint
+from orchestrator.reporting.merge_card import build_merge_card
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
 
@@ -45,11 +45,16 @@ def merge_recipe(
     """
     loaded = load_recipe_file(path, parents, base)
     target = open_store(out)
-    _check_place(target)
+    _check_place(target, calibrates=loaded.harc is not None)
     writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
     matching = match_recipe(loaded, workers, address)
     if matching is not None:
         loaded = replace(loaded, recipe=replace(loaded.recipe, experts=matching.orders))
+    calibrated = None
+    if loaded.harc is not None:
+        calibrated = calibrate_routers(loaded, target, workers, address)
+        loaded = calibrated.loaded
+    if matching is not None or calibrated is not None:
         writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
     for warning in [*loaded.warnings, *writer.plan.warnings]:
         print(f"darwin: warning: {warning}", file=sys.stderr)
@@ -67,15 +72,23 @@ def merge_recipe(
     lineage = {
         "format": LINEAGE_FORMAT,
         "software": {"darwin": package_version()},
-        "parents": [{"name": name, **_source(parent)} for name, parent in loaded.parents.items()],
-        "base": _source(loaded.base) if loaded.base else None,
+        "parents": [
+            {"name": name, **describe_source(parent)} for name, parent in loaded.parents.items()
+        ],
+        "base": describe_source(loaded.base) if loaded.base else None,
         "recipe_id": loaded.recipe.id,
         "recipe": loaded.recipe.to_dict(),
         **({"matching": matching.told} if matching else {}),
         **report.to_dict(),
     }
+    files = loaded.files
+    if calibrated is not None:
+        lineage["parents"][-1]["gives"] = ROUTERS_FOLDER
+        lineage["routing"] = calibrated.routing
     add_ancestry(lineage, loaded.parents, loaded.base)
-    writer.publish(loaded.files | {LINEAGE_FILE: lineage_bytes(lineage)})
+    if calibrated is not None:
+        files = files | {"README.md": build_merge_card(lineage).encode()}
+    writer.publish(files | {LINEAGE_FILE: lineage_bytes(lineage)})
     return {
         "status": "done",
         "child": target.uri,
@@ -85,16 +98,13 @@ def merge_recipe(
     }
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "fingerprint": checkpoint.fingerprint,
-        "license": licence_of(checkpoint),
-        **hub_source(checkpoint),
-    }
-
-
-def _check_place(target: Store) -> None:
-    """Refuse a place that holds anything but an unfinished merge."""
-    unfinished = next(target.list_objects(f"{PROGRESS}/"), None)
-    if unfinished is None and next(target.list_objects(), None) is not None:
+def _check_place(target: Store, calibrates: bool) -> None:
+    """Refuse a place that holds anything but an unfinished merge, or routers that are calibrated for one."""
+    unfinished = next(target.list_objects(f"{PROGRESS}/"), None) is not None
+    if calibrates and not unfinished:
+        unfinished = (
+            next(target.list_objects(f"{ROUTERS_FOLDER}/"), None) is not None
+            and next(target.list_objects("config.json"), None) is None
+        )
+    if not unfinished and next(target.list_objects(), None) is not None:
         raise BadInputError(f"{target.uri}: is not empty; choose a new place for the child")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from workers.diagnostics.probe_parts import PackedAsked, ProbeParts
     from workers.diagnostics.static import StaticScan
     from workers.evaluation.health import Examination
+    from workers.experts.calibration import CalibratedLayer, Calibration
+    from workers.experts.calibration_order import CalibrationOrder
     from workers.experts.quality import LayerMatching
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
@@ -83,6 +85,7 @@ class MergeWorker:
         self._scan: StaticScan | None = None
         self._run: tuple[str, Run, dict[tuple[str, int], Part]] | None = None
         self._child: tuple[tuple[str, bool], ArchitectureMap, Source] | None = None
+        self._calibration: Calibration | None = None
         self._starting = threading.Lock()
         self._parts: ProbeParts | None = None
         self.store: Callable[[str], Store] = lru_cache(maxsize=4)(open_store)
@@ -235,6 +238,40 @@ class MergeWorker:
             self._child = (child, published), ArchitectureMap.of(opened), Source(opened)
         tensors, source = self._child[1].by_name, self._child[2]
         return [measure_chunk(run, source, tensors[name], first) for name, first in chunks]
+
+    def calibrate_router(
+        self, order: CalibrationOrder, layer: int, known: dict[int, str], records: str
+    ) -> CalibratedLayer:
+        """See `workers.experts.calibration`. `known`: the layers before and the SHA-256 of their routers,
+        which a worker that has not calibrated them itself reads from their `records`."""
+        from workers.diagnostics.probe import torch_threads
+        from workers.experts.calibration import Calibration
+        from workers.experts.calibration_order import read_record, router_bytes
+
+        with torch_threads(PROBE_THREADS):
+            at = self._calibration
+            if at is None or at.order != order or at.known != known:
+                self._calibration = None  # what it holds goes before more comes
+                place = self.store(records)
+                routers = {one: router_bytes(read_record(place, one)) for one in known}
+                self._calibration = Calibration(order, self.parents, self.base, routers)
+            assert self._calibration is not None
+            return self._calibration.calibrate(layer)
+
+    def compare_routing(
+        self,
+        recipe: dict[str, Any],
+        texts: dict[str, tuple[str, ...]],
+        dtype: str = "auto",
+        device: str = "cpu",
+    ) -> list[dict[str, Any]]:
+        """See `workers.experts.routing_comparison.compare_routing`."""
+        from workers.diagnostics.probe import torch_threads
+        from workers.experts.routing_comparison import compare_routing
+
+        with torch_threads(PROBE_THREADS):
+            child = Recipe.from_dict(recipe)
+            return compare_routing(child, self.parents, self.base, texts, dtype, device)
 
     def start(self, recipe: Recipe) -> tuple[Run, dict[tuple[str, int], Part]]:
         """The recipe's run over the opened parents, and the parts of its child by their keys."""

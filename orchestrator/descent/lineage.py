@@ -99,6 +99,16 @@ def hub_source(checkpoint: Checkpoint, known_as: str | None = None) -> dict[str,
     return {"hub": known_as or model, "revision": commit}
 
 
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A parent, or a base, as a lineage tells of it: its content, licence, and where on the hub it was
+    read."""
+    return {
+        "fingerprint": checkpoint.fingerprint,
+        "license": licence_of(checkpoint),
+        **hub_source(checkpoint),
+    }
+
+
 def lineage_bytes(data: dict[str, Any]) -> bytes:
     """Lineage or attribution as a file: a line for each key, and for each tensor.
 

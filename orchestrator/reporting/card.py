@@ -14,6 +14,8 @@ from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.mri.prescribing import notes_on_search
 from orchestrator.reporting.ancestry_view import founders, licences, tree_lines
 from orchestrator.reporting.expert_map import expert_map, expert_rows
+from orchestrator.reporting.markdown import join, table
+from orchestrator.reporting.routing_section import routing_section
 from orchestrator.statistics import format_p_value
 
 MOST_WARNINGS = 10
@@ -57,10 +59,11 @@ def build_card(lineage: dict[str, Any]) -> str:
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
         f"# {lineage['campaign']}\n",
-        f"A merge of {_join(names)} by Darwin, found by evolutionary search, without training.\n",
+        f"A merge of {join(names)} by Darwin, found by evolutionary search, without training.\n",
         f"**{verdict(lineage)}**\n",
         f"{reservations(lineage)}\n",
         _health(lineage),
+        routing_section(lineage),
         "## Results on held-out items\n",
         "Items that steered the search are not among these. Intervals are 95 % Wilson intervals. "
         f"Children of this campaign that these items have judged: {lineage['children_judged']}.\n",
@@ -73,10 +76,10 @@ def build_card(lineage: dict[str, Any]) -> str:
         "".join(f"{note}\n" for note in notes_on_search(lineage["search"])),
         "".join(f"{note}\n" for note in notes_on_matching(lineage)),
         _measured(lineage),
-        _tensor_table(lineage, names),
+        tensor_table(lineage, names),
         _experts(lineage),
         "## Lineage\n",
-        _parent_table(lineage),
+        parent_table(lineage),
         _unused(lineage),
         _ancestry(ancestry) if ancestry else "",
         f"Recipe `{lineage['recipe_id']}`. The recipe, the genome, the held-out results, and for every "
@@ -88,13 +91,13 @@ def build_card(lineage: dict[str, Any]) -> str:
 def verdict(lineage: dict[str, Any]) -> str:
     """In one sentence, which parents the child beats on the held-out items, or why it may not claim to."""
     if failed := (lineage.get("health") or {}).get("rejected"):
-        return f"Rejected: this child did not pass the gates {_join(failed)}, so it is kept aside."
+        return f"Rejected: this child did not pass the gates {join(failed)}, so it is kept aside."
     beaten = lineage["beaten"]
     rest = [p["name"] for p in lineage["parents"] if p["name"] not in beaten]
     if not beaten:
         return "This child beats none of its parents on the held-out items (p < 0.05)."
     if rest:
-        return f"On the held-out items this child beats {_join(beaten)} (p < 0.05), but not {_join(rest)}."
+        return f"On the held-out items this child beats {join(beaten)} (p < 0.05), but not {join(rest)}."
     return "On the held-out items this child beats every parent (p < 0.05)."
 
 
@@ -110,10 +113,10 @@ def reservations(lineage: dict[str, Any]) -> str:
         "significantly more right answers over all items."
     )
     if allowed := (lineage.get("health") or {}).get("allowed"):
-        meaning = f"Published although it did not pass {_join(allowed)}: the campaign allows that. {meaning}"
+        meaning = f"Published although it did not pass {join(allowed)}: the campaign allows that. {meaning}"
     if not better:
         return meaning
-    return f"{meaning} On single tasks these parents are better than the child: {_join(better)}."
+    return f"{meaning} On single tasks these parents are better than the child: {join(better)}."
 
 
 def _health(lineage: dict[str, Any]) -> str:
@@ -128,7 +131,7 @@ def _health(lineage: dict[str, Any]) -> str:
     if warnings[MOST_WARNINGS:]:
         some.append(f"{len(warnings) - len(some)} more are in `{LINEAGE_FILE}`")
     lines = "".join(f"- {' '.join(warning.split())}\n" for warning in some)
-    return f"## Health check\n\n{_table(rows)}" + (f"\n{lines}" if lines else "")
+    return f"## Health check\n\n{table(rows)}" + (f"\n{lines}" if lines else "")
 
 
 def _score_table(lineage: dict[str, Any], names: list[str]) -> str:
@@ -151,7 +154,7 @@ def _score_table(lineage: dict[str, Any], names: list[str]) -> str:
                 str(sum(s["truncated"] for s in scores.values())),
             ]
         )
-    return _table(rows)
+    return table(rows)
 
 
 def _comparison_table(lineage: dict[str, Any]) -> str:
@@ -166,7 +169,7 @@ def _comparison_table(lineage: dict[str, Any]) -> str:
                 format_p_value(c["p_value"]),
             ]
         )
-    return _table(rows)
+    return table(rows)
 
 
 def _making(lineage: dict[str, Any]) -> str:
@@ -205,12 +208,13 @@ def breeding(lineage: dict[str, Any]) -> str:
     )
 
 
-def _tensor_table(lineage: dict[str, Any], names: list[str]) -> str:
+def tensor_table(lineage: dict[str, Any], names: list[str]) -> str:
+    """What each component was merged by, and how much of it differs from the parents with these names."""
     rows = [["component", "parameters", "method", *(f"differs from {name}" for name in names)]]
     for change in component_changes(lineage):
         shares = [f"{change.changed[name]:.1%}" for name in names]
         rows.append([change.component, f"{change.elements:,}", ", ".join(change.methods), *shares])
-    return _table(rows)
+    return table(rows)
 
 
 def _experts(lineage: dict[str, Any]) -> str:
@@ -220,7 +224,7 @@ def _experts(lineage: dict[str, Any]) -> str:
         return ""
     return (
         f"### Experts\n\nRouted experts that are {found.parents[0]}'s, a blend, or another parent's:\n\n"
-        + _table(expert_rows(found))
+        + table(expert_rows(found))
     )
 
 
@@ -237,7 +241,7 @@ def _measured(lineage: dict[str, Any]) -> str:
         told.append(f"{part['component']} {share:.0%} {name}{by}")
     if not told:
         return ""
-    alike_there = f" The parents cannot be told apart in {_join(alike)}." if alike else ""
+    alike_there = f" The parents cannot be told apart in {join(alike)}." if alike else ""
     return (
         f"Measured from the weights, not read from the recipe: **{', '.join(told)}**. These are the largest "
         "shares in the combination of the parents that is nearest to the child, and how much of the "
@@ -264,12 +268,13 @@ def component_changes(lineage: dict[str, Any]) -> list[ComponentChange]:
     return changes
 
 
-def _parent_table(lineage: dict[str, Any]) -> str:
+def parent_table(lineage: dict[str, Any]) -> str:
+    """Who the parents and the base are."""
     rows = [["role", "parent", "licence", "fingerprint"]]
     for number, parent in enumerate(lineage["parents"]):
         rows.append(
             [
-                "mother" if number else "father",
+                parent.get("gives") or ("mother" if number else "father"),
                 parent["hub"] or parent["name"],
                 parent["license"] or "not declared",
                 f"`{parent['fingerprint'][:16]}`",
@@ -280,7 +285,7 @@ def _parent_table(lineage: dict[str, Any]) -> str:
         rows.append(
             ["base", "", base["license"] or "not declared", f"`{base['fingerprint'][:16]}`"]
         )
-    return _table(rows)
+    return table(rows)
 
 
 def _ancestry(ancestry: Ancestry) -> str:
@@ -307,9 +312,9 @@ def _ancestry(ancestry: Ancestry) -> str:
             f"{SHARES_ARE[ancestry.child.based_on]}{' ' + BRED_SHARES if ancestry.child.through else ''}\n",
             f"```text\n{tree}\n```\n",
             "Founders, of whom nothing older is known, each summed over all the ways that lead to it:\n",
-            _table(rows),
+            table(rows),
             "Licences that all these ancestors declare; each of them counts:\n",
-            _table(declared),
+            table(declared),
         ]
     )
 
@@ -327,17 +332,3 @@ def _unused(lineage: dict[str, Any]) -> str:
         if lines
         else ""
     )
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
-
-
-def _cell(text: str) -> str:
-    """A table cell, whatever the text: licences and names were written by others."""
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
-
-
-def _join(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

@@ -16,6 +16,7 @@ from orchestrator.descent.ancestry import parse_ancestry
 from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.descent.shares import measured_shares, weighted_shares
 from orchestrator.experts.matching import notes_on_matching
+from orchestrator.experts.routing_table import MEANING, routing_notes, routing_table
 from orchestrator.judgement import SIGNIFICANCE
 from orchestrator.ledger import Ledger
 from orchestrator.mri.dead_experts import dead_expert_notes, dead_of
@@ -121,6 +122,7 @@ def build_report(store: Store) -> str:
         experts=expert_rows(experts) if experts else [],
         routing=_experts(store, parents),
         ancestry=ancestry,
+        routing=_routing(lineage.get("routing")),
         founders=founders(ancestry) if ancestry else [],
         licences=licences(ancestry) if ancestry else [],
         significant=SIGNIFICANCE,
@@ -134,6 +136,17 @@ def build_report(store: Store) -> str:
             "ancestry": ancestry_chart(ancestry, parents) if ancestry else None,
         },
     )
+
+
+def _routing(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the page shows of how experts are chosen; None where nothing was measured."""
+    if record is None or "not_compared" in record:
+        return None
+    return {
+        "table": routing_table(record),
+        "meaning": MEANING.replace("*", ""),
+        "notes": routing_notes(record),
+    }
 
 
 def _attribution(child: Store) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,6 +38,14 @@ READ_THREADS = 16
 """Requests at a time to a store that is not this machine's disk."""
 
 
+class TensorSource(Protocol):
+    """The values of logical tensors; `is_remote` if each read is a request to a store."""
+
+    @property
+    def is_remote(self) -> bool: ...
+    def read(self, tensor: LogicalTensor, first: int, count: int) -> torch.Tensor: ...
+
+
 class LazyModel:
     """The decoder of a checkpoint, whose weights are in memory while they are used.
 
@@ -51,8 +59,7 @@ class LazyModel:
         self.location = checkpoint.location
         check_device(device, "device", "give the workers a share of one, or use cpu")
         self.device = torch.device(device)
-        self._map = ArchitectureMap.of(checkpoint)
-        self._source = Source(checkpoint)
+        self._map, self._source = self._open(checkpoint)
         with companion_folder(checkpoint) as folder:
             self.model, self.tokenizer = self._build(folder, dtype)
         self.decoder = find_decoder(self.model)
@@ -64,6 +71,10 @@ class LazyModel:
         self._logical = self._pair_with_stored()
         self._drop(self._logical)  # buffers that the checkpoint stores are real so far
         self._held: set[str] = set()
+
+    def _open(self, checkpoint: Checkpoint) -> tuple[ArchitectureMap, TensorSource]:
+        """Which weights there are, and where their values come from: here those that are stored."""
+        return ArchitectureMap.of(checkpoint), Source(checkpoint)
 
     def _build(self, folder: Path, dtype: str) -> tuple[Any, Any]:
         import transformers
