@@ -30,6 +30,7 @@ integration: $(VENV)/installed-test
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.scan
+	$(BIN)/python -m tests.benchmarks.experts
 
 # The comparison with mergekit, which lives in an environment of its own: its pins are not ours.
 parity: $(VENV)/installed-test $(MERGEKIT)/installed
