@@ -48,7 +48,10 @@ BATCH_SIZE = 128
 WARM_UP_STEPS = 20
 BASE_MOST_STEPS = 400
 BASE_LEARNING_RATE = 2e-3
-SPECIALIST_LEARNING_RATE = 2e-4
+
+
+LearningRates = tuple[tuple[str, float], ...]
+"""Parts of parameters' names, each with a learning rate; the first that is in a name counts."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Family:
     base_enough: float
     """The base is done as soon as its mean exact match on the measured skills is this high."""
     specialist_steps: int
+    specialist_rates: LearningRates
     uniform_weight: float
     """Of the specialists' differences to the base, in the merge that the figures compare with."""
     threads: int
@@ -142,7 +146,7 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     mixture: Mapping[str, float],
     steps: int,
-    learning_rate: float,
+    rates: LearningRates,
     seed: int,
     options: Mapping[str, Any],
     watched: Questions | None = None,
@@ -150,19 +154,25 @@ def train(
 ) -> int:
     """Train the model in place on fresh questions; return the steps taken.
 
-    The learning rate rises over the first steps and then falls by a half cosine to a tenth.
+    Each learning rate rises over the first steps and then falls by a half cosine to a tenth.
     Training stops early once the exact match on the watched questions reaches `enough`.
     """
     forbidden = item_prompts() | {prompt for prompt, _ in watched or []}
     rng = random.Random(seed)
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = next(rate for part, rate in rates if part in name)
+        groups.setdefault(rate, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
+        [{"params": parameters, "highest": rate} for rate, parameters in groups.items()],
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
     )
     for step in range(1, steps + 1):
         rise = min(1.0, step / WARM_UP_STEPS)
         fall = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rise * fall
+            group["lr"] = group["highest"] * rise * fall
         model.train()
         questions = [training_question(mixture, rng, forbidden) for _ in range(BATCH_SIZE)]
         loss = model(**encode_batch(tokenizer, questions), **options).loss
@@ -236,7 +246,7 @@ def train_family(family: Family, out_dir: Path, seed: int) -> None:
         tokenizer,
         family.base_mixture,
         BASE_MOST_STEPS,
-        BASE_LEARNING_RATE,
+        (("", BASE_LEARNING_RATE),),
         seed,
         family.training_options,
         watched=watched,
@@ -252,7 +262,7 @@ def train_family(family: Family, out_dir: Path, seed: int) -> None:
             tokenizer,
             {skill: 1.0},
             family.specialist_steps,
-            SPECIALIST_LEARNING_RATE,
+            family.specialist_rates,
             seed + 100 * position,
             family.training_options,
         )

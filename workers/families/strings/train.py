@@ -43,6 +43,7 @@ DENSE = Family(
     base_mixture={"copy": 0.20, "reverse": 0.45, "sort": 0.20, "shift": 0.15},
     base_enough=0.75,
     specialist_steps=160,
+    specialist_rates=(("", 2e-4),),
     uniform_weight=0.4,
     threads=2,
 )

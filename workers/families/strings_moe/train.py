@@ -1,8 +1,8 @@
 """Train the strings family as mixtures of experts of the Qwen3.5 architecture.
 
 Items, tokenizer and the way of training are those of the strings family (`workers.families.training`);
-see the README beside this file. Experts and routers of a specialist are tuned with everything else, so that
-the specialists differ in what their experts do and in which of them they ask.
+see the README beside this file. Experts and routers of a specialist are tuned ten times as fast as
+everything else, so that the specialists differ in what their experts do and in which they ask.
 
 Run `python -m workers.families.strings_moe.train OUT_DIR [--seed 0]`.
 """
@@ -67,8 +67,9 @@ MIXTURE = Family(
     kind="Qwen3.5-MoE model (16 experts, 2 for a token)",
     make_model=make_mixture,
     base_mixture={"copy": 0.10, "reverse": 0.25, "sort": 0.45, "shift": 0.20},
-    base_enough=0.6,
+    base_enough=0.7,
     specialist_steps=80,
+    specialist_rates=((".experts.", 4e-4), (".mlp.gate.", 4e-4), ("", 4e-5)),
     uniform_weight=0.4,
     threads=1,
     training_options={
