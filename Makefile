@@ -30,6 +30,7 @@ integration: $(VENV)/installed-test
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.scan
+	$(BIN)/python -m tests.benchmarks.experts
 
 # The comparison with mergekit, which lives in an environment of its own: its pins are not ours.
 parity: $(VENV)/installed-test $(MERGEKIT)/installed
@@ -53,9 +54,10 @@ $(VLLM)/installed: pyproject.toml
 bench-merge: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.merge
 
-# Half an hour on two cores.
+# Three quarters of an hour on two cores.
 bench-genomes: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.genomes --evaluations 40 --items 64
+	$(BIN)/python -m tests.benchmarks.genomes --family strings_moe --evaluations 60 --items 64 --seeds 5
 
 $(MERGEKIT)/installed:
 	$(PYTHON) -m venv $(MERGEKIT)

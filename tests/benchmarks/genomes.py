@@ -1,10 +1,12 @@
 """`make bench-genomes`: does a scan of the parents, or a ratio genome, find better children?
 
-Searches of equal evaluations over two specialists of the shipped family, with the same items, optimizer and
-method, for many seeds; and the best of each search on held-out items. Each search runs in this process alone,
-without Ray, so that ten seeds take minutes.
+Searches of equal evaluations over specialists of a shipped family (pairs of the dense ones; or all three
+mixtures of experts, where the question is what moving experts alone can reach), with the same items,
+optimizer and method, for many seeds; and the best of each search on held-out items. Each search runs in this
+process alone, without Ray, so that ten seeds take minutes.
 
-    python -m tests.benchmarks.genomes [--seeds 10] [--evaluations 60] [--processes 2] [--json FILE]
+    python -m tests.benchmarks.genomes [--family strings] [--seeds 10] [--evaluations 60] [--processes 2]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -32,16 +34,29 @@ from workers.actors import MergeSpec, MergeWorker
 from workers.evaluation import make_batches, score_batch
 from workers.merging import Recipe
 
-SETUPS: dict[str, tuple[str, dict[str, bool]]] = {
-    "components, no scan": ("components", {"static": False}),
-    "darwin14, no scan": ("darwin14", {"static": False}),
-    "darwin14, static MRI": ("darwin14", {}),
-    "darwin14, static and probe": ("darwin14", {"probe": True}),
-    "darwin14, probe": ("darwin14", {"static": False, "probe": True}),
+Scan = dict[str, bool]
+SETUPS: dict[str, dict[str, tuple[str, Scan]]] = {
+    "strings": {
+        "components, no scan": ("components", {"static": False}),
+        "darwin14, no scan": ("darwin14", {"static": False}),
+        "darwin14, static MRI": ("darwin14", {}),
+        "darwin14, static and probe": ("darwin14", {"probe": True}),
+        "darwin14, probe": ("darwin14", {"static": False, "probe": True}),
+    },
+    "strings_moe": {
+        "components, no scan": ("components", {"static": False}),
+        "darwin14, static and probe": ("darwin14", {"probe": True}),
+        "experts, no scan": ("experts", {"static": False}),
+        "experts, probe": ("experts", {"static": False, "probe": True}),
+    },
 }
-"""Name -> genome space, and what of the parents is scanned; the probe's sets are those of both skills."""
+"""Family -> name -> genome space, and what of the parents is scanned; the probe's sets are those of the
+parents' skills."""
 
-PAIRS = (("reverse", "sort"), ("reverse", "shift"), ("sort", "shift"))
+PARENTS = {
+    "strings": (("reverse", "sort"), ("reverse", "shift"), ("sort", "shift")),
+    "strings_moe": (("sort", "reverse", "shift"),),
+}
 STEP = 0.25
 BATCH = 128
 
@@ -50,7 +65,7 @@ BATCH = 128
 class Found:
     """What one search came to."""
 
-    pair: tuple[str, str]
+    parents: tuple[str, ...]
     setup: str
     seed: int
     genes: int
@@ -61,6 +76,7 @@ class Found:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.genomes")
+    parser.add_argument("--family", default="strings", choices=SETUPS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--items", type=int, default=128, help="search items of each task")
@@ -68,7 +84,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", help="keeps every result in this file")
     arguments = parser.parse_args()
-    jobs = list(product(PAIRS, SETUPS, range(arguments.seeds)))
+    family = arguments.family
+    jobs = list(product([family], PARENTS[family], SETUPS[family], range(arguments.seeds)))
     with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
         given = [(*job, arguments.evaluations, arguments.items, arguments.method) for job in jobs]
         found = []
@@ -78,16 +95,22 @@ def main() -> None:
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump([vars(result) for result in found], file)
-    print(table(found))
+    print(table(family, found))
 
 
 def search(
-    pair: tuple[str, str], setup: str, seed: int, evaluations: int, items: int, method: str
+    family: str,
+    parents: tuple[str, ...],
+    setup: str,
+    seed: int,
+    evaluations: int,
+    items: int,
+    method: str,
 ) -> Found:
     """One search; the best candidate's fitness on the search items and on the held-out ones."""
     from workers.evaluation.transformers_engine import TransformersEngine
 
-    config = configuration(pair, setup, seed, items, method)
+    config = configuration(family, parents, setup, seed, items, method)
     inputs = open_inputs(config)
     space = space_of(inputs, config)
     optimizer = build_optimizer("cma_es", space.start, STEP, None, seed)
@@ -118,21 +141,21 @@ def search(
             break
         optimizer.tell(points, [scores[recipe.id][0] for recipe in recipes])
     best, recipe = max(scores.values(), key=lambda scored: scored[0])
-    return Found(pair, setup, seed, len(space.genes), best, fitness(recipe, "holdout"))
+    return Found(parents, setup, seed, len(space.genes), best, fitness(recipe, "holdout"))
 
 
 def configuration(
-    pair: tuple[str, str], setup: str, seed: int, items: int, method: str
+    family: str, parents: tuple[str, ...], setup: str, seed: int, items: int, method: str
 ) -> CampaignConfig:
-    space, scan = SETUPS[setup]
+    space, scan = SETUPS[family][setup]
     return config_from_dict(
         {
             "name": "bench",
-            "parents": [{"name": name, "path": f"shipped:strings/{name}"} for name in pair],
-            "base": "shipped:strings/base",
-            "tasks": [{"name": name, "search_items": items} for name in pair],
+            "parents": [{"name": name, "path": f"shipped:{family}/{name}"} for name in parents],
+            "base": f"shipped:{family}/base",
+            "tasks": [{"name": name, "search_items": items} for name in parents],
             "genome": {"space": space, "method": method},
-            "scan": scan | {"sets": [f"strings_{name}" for name in pair]},
+            "scan": scan | {"sets": [f"strings_{name}" for name in parents]},
             "objective": "worst",
             "seed": seed,
         }
@@ -154,15 +177,16 @@ def space_of(inputs: Inputs, config: CampaignConfig) -> Space:
     return build_space(*given, prescription)
 
 
-def table(found: list[Found]) -> str:
+def table(family: str, found: list[Found]) -> str:
     """Means over seeds, and each setup against the first one, seed by seed."""
     lines = [
         "| parents | genome space | genes | on search items | held out | against the first (p) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for pair, setup in product(PAIRS, SETUPS):
-        own = [f for f in found if (f.pair, f.setup) == (pair, setup)]
-        first = [f for f in found if (f.pair, f.setup) == (pair, next(iter(SETUPS)))]
+    setups = SETUPS[family]
+    for parents, setup in product(PARENTS[family], setups):
+        own = [f for f in found if (f.parents, f.setup) == (parents, setup)]
+        first = [f for f in found if (f.parents, f.setup) == (parents, next(iter(setups)))]
         differences = [one.holdout - other.holdout for one, other in zip(own, first, strict=True)]
         against = ""
         if any(differences):
@@ -173,7 +197,7 @@ def table(found: list[Found]) -> str:
             for values in ([f.search for f in own], [f.holdout for f in own])
         )
         lines.append(
-            f"| {' x '.join(pair)} | {setup} | {own[0].genes} | {' | '.join(means)} | {against} |"
+            f"| {' x '.join(parents)} | {setup} | {own[0].genes} | {' | '.join(means)} | {against} |"
         )
     return "\n".join(lines)
 

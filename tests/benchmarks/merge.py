@@ -159,7 +159,7 @@ def _peaks(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     anonymous = mapped = 0
     while process.poll() is None:
         sizes = Counter[str]()
-        for pid in _tree(process.pid):
+        for pid in process_tree(process.pid):
             try:
                 lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             except OSError:
@@ -172,7 +172,8 @@ def _peaks(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     return anonymous, mapped
 
 
-def _tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
+    """The process and all below it."""
     found = [pid]
     for parent in found:  # grows on the way
         for file in Path(f"/proc/{parent}/task").glob("*/children"):

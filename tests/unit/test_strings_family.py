@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workers.families.strings import skills
-from workers.families.strings.train import training_question
+from workers.families.training import training_question
 
 FAMILY = Path(skills.__file__).parent
 MODELS = ("base", "reverse", "sort", "shift")
