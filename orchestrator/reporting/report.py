@@ -120,7 +120,7 @@ def build_report(store: Store) -> str:
         intended={component: shares for (component,), shares in intended.items()},
         changes=component_changes(lineage),
         experts=expert_rows(experts) if experts else [],
-        experts=_experts(store, parents),
+        parents_experts=_experts(store, parents),
         ancestry=ancestry,
         routing=_routing(lineage.get("routing")),
         founders=founders(ancestry) if ancestry else [],
