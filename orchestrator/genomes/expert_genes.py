@@ -52,6 +52,11 @@ def build_expert_space(
     method.check_inputs(tuple(parent.name for parent in parents), base is not None)
     check_takes_shares(file.path, method, has_densities=all(map(file.has, DENSITIES)))
     donors = [parent.name for parent in parents[1:]]
+    if file.router != "keep" and method.grain == "matrix":
+        raise BadInputError(
+            f"{file.path}: router: {file.router}: method {method.name} needs whole matrices and means "
+            "nothing for a row: take another method, or a copy of the space with router: keep"
+        )
     counts = count_experts(father)
     silence = _why_no_advice(file, probes, prescription)
     waits = silence is None and prescription is None

@@ -19,16 +19,14 @@ from orchestrator.genomes.parameter_file import DECIMALS
 from orchestrator.mri.dead_experts import dead_by_layer
 from orchestrator.mri.prescription import LEAST_DISPERSION, ExpertShares, Prescription
 from workers.errors import BadInputError
-
-Orders = Mapping[str, Mapping[int, tuple[int, ...]]]
-"""Parent -> layer -> for each place of the child's the number of that parent's expert that belongs there.
-What is left out keeps its place."""
+from workers.merging.expert_order import ExpertOrders
 
 
-def prescribe_experts(scan: dict[str, Any], orders: Orders | None = None) -> Prescription:
+def prescribe_experts(scan: dict[str, Any], orders: ExpertOrders | None = None) -> Prescription:
     """Shares of each layer's experts, the father's numbering, from the JSON of a scan with a probe.
 
-    The merit of a parent is the mean over the probe's sets. An expert has no advice if none of the parents
+    `orders`: which of a donor's experts belong at the father's places, if not those of the same numbers. The
+    merit of a parent is the mean over the probe's sets. An expert has no advice if none of the parents
     uses it (its merit is 0 in all, or it is dead in all), or if it is the same in all. Without merits there
     is no advice at all, and nothing is told.
 
@@ -92,7 +90,7 @@ def _merits(
     }
 
 
-def _dead(scan: dict[str, Any], orders: Orders) -> dict[str, set[tuple[int, int]]]:
+def _dead(scan: dict[str, Any], orders: ExpertOrders) -> dict[str, set[tuple[int, int]]]:
     """Parent -> places whose expert it hardly ever chooses, as far as the probe's tokens can tell."""
     found = dead_by_layer(scan | {"probe": scan.get("probe") or {}})
     dead: dict[str, set[tuple[int, int]]] = {parent["name"]: set() for parent in scan["parents"]}

@@ -12,9 +12,10 @@ from orchestrator.genomes.expert_space import ExpertSpace
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
-from orchestrator.mri.expert_prescription import Orders, prescribe_experts
+from orchestrator.mri.expert_prescription import prescribe_experts
 from orchestrator.mri.experts import keep_routing
 from orchestrator.mri.prescription import Prescription, prescribe
+from workers.merging.expert_order import ExpertOrders, orders_to_dict
 from workers.storage import Store, open_store
 
 
@@ -32,7 +33,7 @@ def recorded_or_scanned(
     record: Recorder,
     calls: Calls,
     stage: Callable[[str], None],
-    orders: Orders | None = None,
+    orders: ExpertOrders | None = None,
 ) -> Prescription:
     """The prescription that the space waits for: the ledger's, or a new one that is recorded first.
 
@@ -46,7 +47,7 @@ def recorded_or_scanned(
         "scan": asdict(config.scan)
         | {"sets": {prompts.name: prompts.sha256 for prompts in inputs.calibration}},
         "space": space.identity,
-    } | ({"experts": _plain(orders)} if orders else {})
+    } | ({"experts": orders_to_dict(orders)} if orders else {})
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
             return Prescription.from_dict(known["prescription"])
@@ -64,7 +65,7 @@ def scan_and_prescribe(
     space: Space,
     calls: Calls,
     store: Store | None,
-    orders: Orders | None = None,
+    orders: ExpertOrders | None = None,
     campaign: Store | None = None,
 ) -> Prescription:
     """What the configured scan advises for `space`, by tensor or by expert; the scan is kept in `store`, and
@@ -84,13 +85,6 @@ def scan_and_prescribe(
     if not config.scan.static:
         scan = scan | {"static": [row | {"of": {}} for row in scan["static"]]}
     return prescribe(scan, space.to_prescribe, config.scan.alpha)
-
-
-def _plain(orders: Orders) -> dict[str, dict[str, list[int]]]:
-    return {
-        parent: {str(layer): list(order) for layer, order in of.items()}
-        for parent, of in orders.items()
-    }
 
 
 def describe_space(space: Space, prescription: Prescription | None) -> dict[str, Any]:

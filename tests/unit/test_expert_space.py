@@ -366,7 +366,7 @@ def given_to(space: ExpertSpace, genome: dict[str, float]) -> dict[str, tuple[fl
 
 
 def test_the_rest_is_the_fathers_unless_the_file_says_otherwise(tmp_path: Path) -> None:
-    space = make(parents="abc", probes=False)
+    space = make(write_space(tmp_path), parents="abc", probes=False)
     assert given_to(space, any_genome(space, 1)) == {}
     genes = GENES | {
         "shared_expert": {"low": 0.0, "high": 0.25, "start": 0.25},
@@ -423,16 +423,20 @@ def test_the_childs_experts_are_those_of_a_plain_float64_reference(tmp_path: Pat
         own = slice(tensor.offset, tensor.offset + tensor.elements)
         first, second = (of[tensor.stored].reshape(-1)[own] for of in (one, two))
         got = child[tensor.name].reshape(-1)
-        share = (0.0, 1.0, 0.4, 0.0)[tensor.expert] if tensor.expert is not None else 0.0
-        assert tensor.layer is not None
-        if share == 0.4 and tensor.layer == 3:
-            share = 0.0  # of the last layer only one may leave, that which is advised most
-        if share in (0.0, 1.0):
-            assert torch.equal(got, second if share else first), tensor.name
-        else:
-            expected = (1 - share) * first.double() + share * second.double()
-            torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
-        seen.add(share)
+        # Of the last layer only one may leave, that which is advised most.
+        shares = (0.0, 1.0, 0.0 if tensor.layer == 3 else 0.4, 0.0)
+        if tensor.expert is not None:
+            pieces = [(shares[tensor.expert], got, first, second)]
+        else:  # the router: a row for each expert
+            rows = (values.view(4, 5) for values in (got, first, second))
+            pieces = list(zip(shares, *rows, strict=True))
+        for share, new, father, mother in pieces:
+            if share in (0.0, 1.0):
+                assert torch.equal(new, mother if share else father), tensor.name
+            else:
+                expected = (1 - share) * father.double() + share * mother.double()
+                torch.testing.assert_close(new.double(), expected, rtol=2**-8, atol=1e-6)
+            seen.add(share)
     assert seen == {0.0, 1.0, 0.4}
 
 
@@ -443,7 +447,7 @@ def test_any_method_with_weights_blends_experts(method: str) -> None:
     recipe = space.decode(space.point(space.start))
     plan = Plan(dict.fromkeys("ab", FATHER), FATHER if base else None)
     ways = {way.method.name for way in plan.assign(recipe).values()}
-    assert ways == {method, "passthrough"}
+    assert ways == {method, "as_experts", "passthrough"}
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -505,6 +509,8 @@ def test_models_and_methods_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         make(father=ArchitectureMap(described(shapes, {})))
     with pytest.raises(BadInputError, match="takes no share"):
         make(method="ram", base=ParentReference("base", "0" * 64))
+    with pytest.raises(BadInputError, match="iso_c needs whole matrices"):
+        make(method="iso_c", base=ParentReference("base", "0" * 64))
     with pytest.raises(BadInputError, match="2 parents, not 3"):
         make(method="slerp", parents="abc")
     trusting = write_space(
@@ -518,7 +524,7 @@ def test_models_and_methods_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_the_shipped_file_is_the_documented_default() -> None:
     data = yaml.safe_load((SHIPPED / "genome" / "experts.yaml").read_text())
-    assert data["router"] == "keep"
+    assert data["router"] == "as_experts"
     assert data["others"] == "keep"
     assert (
         len(make(prescription=prescribe_experts(scan_of(random_merits("ab", LAYERS, 6, 1)))).genes)
