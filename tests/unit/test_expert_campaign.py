@@ -14,6 +14,7 @@ from orchestrator.genomes.expert_space import ExpertSpace
 from orchestrator.ledger import Ledger
 from orchestrator.mri.prescription import Prescription
 from tests.campaigns import digests
+from tests.expert_parents import copy_reordered, inverse
 from tests.families import write_family
 from tests.scripted_campaign import ScriptedCampaign, scripted
 from workers.evaluation.task import Item
@@ -138,3 +139,28 @@ def test_experts_can_be_bred_in_rounds(tmp_path: Path, relatives: list[Path], pr
         f"share.round1-2.{band}.0" for band in range(3)
     }
     assert result["evaluations"] == 12
+
+
+def test_a_donor_whose_experts_were_renamed_is_advised_as_before(
+    tmp_path: Path, relatives: list[Path], prompts: str
+) -> None:
+    """Matched by weights; what each place is advised is what the donor's own numbering would have got."""
+    orders = {0: (2, 0, 3, 1), 2: (1, 0, 3, 2)}
+    renamed = copy_reordered(relatives[2], tmp_path / "renamed", orders)
+    advice = []
+    for folder, donor in (("own", relatives[2]), ("other", renamed)):
+        campaign = campaign_of(
+            tmp_path / folder, [*relatives[:2], donor], prompts,
+            experts={"match": "weights"}, search=SEARCH | {"evaluations": 1, "population": 2},
+        )  # fmt: skip
+        campaign.run()
+        assert campaign.prescription is not None
+        advice.append(campaign.prescription.experts)
+    assert campaign.matching is not None
+    assert campaign.matching.orders == {"two": {n: inverse(order) for n, order in orders.items()}}
+    for layer, of in advice[0].items():
+        for name, shares in of.items():
+            assert advice[1][layer][name] == pytest.approx(shares, abs=1e-4)
+    recorded = Ledger(campaign.store).last("prescription")
+    assert recorded is not None
+    assert recorded["of"]["experts"]["two"]["2"] == [1, 0, 3, 2]

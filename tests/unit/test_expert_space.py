@@ -24,10 +24,9 @@ from orchestrator.mri.prescription import Prescription
 from tests.checkpoint_files import (
     described,
     open_merger,
-    read_tensors,
     realize,
-    write_checkpoint,
 )
+from tests.expert_parents import random_experts, unfused, write_experts
 from tests.expert_scans import Merits, mixture, mixture_map, random_merits, scan_of
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
@@ -391,45 +390,33 @@ def test_the_rest_is_the_fathers_unless_the_file_says_otherwise(tmp_path: Path) 
 # -- the child -------------------------------------------------------------------------------
 
 
-def write_experts(folder: Path, seed: int, fused: bool) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in range(4):
-        stem = f"model.layers.{layer}.mlp.experts"
-        gate_up = torch.randn((4, 6, 5), generator=generator).bfloat16()
-        down = torch.randn((4, 5, 3), generator=generator).bfloat16()
-        tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn((4, 5), generator=generator)
-        if fused:
-            tensors |= {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}
-            continue
-        for e in range(4):
-            parts = {"gate_proj": gate_up[e, :3], "up_proj": gate_up[e, 3:], "down_proj": down[e]}
-            tensors |= {f"{stem}.{e}.{n}.weight": part.clone() for n, part in parts.items()}
-    return write_checkpoint(folder, tensors, config={})
-
-
 def test_the_childs_experts_are_those_of_a_plain_float64_reference(tmp_path: Path) -> None:
     """A fused father, a mother of single experts: what is copied bit by bit, blends to one rounding."""
-    a, b = (write_experts(tmp_path / n, seed, n != "b") for seed, n in enumerate("ab"))
-    merger = open_merger({"a": a, "b": b})
-    fathers = merger.plan.child
-    advice = {n: {"b": (0.05, 0.95, 0.4, None)} for n in range(4)}
-    space = make(father=fathers, prescription=Prescription({}, 0.1, True, experts=advice))
-    genome = any_genome(space, 0) | {"trust.b": 1.0, "density_first": 1.0, "density_last": 0.25}
+    one = random_experts(1, dtype=torch.bfloat16)
+    two = random_experts(2, near=one)
+    written = {
+        "a": write_experts(tmp_path / "a", one),
+        "b": write_experts(tmp_path / "b", unfused(two)),
+    }
+    merger = open_merger(written)
+    advice = {n: {"b": (0.05, 0.95, 0.4, None, 0.3, 0.2)} for n in range(2)}
+    space = make(father=merger.plan.child, prescription=Prescription({}, 0.1, True, experts=advice))
+    genome = any_genome(space, 0) | {"trust.b": 1.0, "density_first": 1.0, "density_last": 0.5}
     child = realize(merger, replace(space.decode(genome), parents=merger.references))
-    one, two = read_tensors(a), read_tensors(write_experts(tmp_path / "fused", 1, fused=True))
     seen = set()
-    for tensor in fathers.tensors:
+    for tensor in merger.plan.child.tensors:
         own = slice(tensor.offset, tensor.offset + tensor.elements)
         first, second = (of[tensor.stored].reshape(-1)[own] for of in (one, two))
         got = child[tensor.name].reshape(-1)
-        # Of the last layer only one may leave, that which is advised most.
-        shares = (0.0, 1.0, 0.0 if tensor.layer == 3 else 0.4, 0.0)
-        if tensor.expert is not None:
-            pieces = [(shares[tensor.expert], got, first, second)]
-        else:  # the router: a row for each expert
-            rows = (values.view(4, 5) for values in (got, first, second))
+        # Of the last layer three may leave, those that are advised most.
+        shares = (0.0, 1.0, 0.4, 0.0, 0.3, 0.0 if tensor.layer == 1 else 0.2)
+        if tensor.component == "router":
+            rows = (values.view(6, -1) for values in (got, first, second))
             pieces = list(zip(shares, *rows, strict=True))
+        else:
+            pieces = [
+                (shares[tensor.expert] if tensor.expert is not None else 0.0, got, first, second)
+            ]
         for share, new, father, mother in pieces:
             if share in (0.0, 1.0):
                 assert torch.equal(new, mother if share else father), tensor.name
@@ -437,7 +424,7 @@ def test_the_childs_experts_are_those_of_a_plain_float64_reference(tmp_path: Pat
                 expected = (1 - share) * father.double() + share * mother.double()
                 torch.testing.assert_close(new.double(), expected, rtol=2**-8, atol=1e-6)
             seen.add(share)
-    assert seen == {0.0, 1.0, 0.4}
+    assert seen == {0.0, 0.2, 0.3, 0.4, 1.0}
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "dare_ties", "task_arithmetic", "della"])
