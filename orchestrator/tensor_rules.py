@@ -1,4 +1,4 @@
-"""Few rules that give each tensor its own way of being merged, written by component, layer and expert."""
+"""Few rules that give each tensor its own way of being merged, written by component, layer and place."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ def cover(
 ) -> list[tuple[Selector, Way]]:
     """Selectors with a way each: the first that matches a tensor has that tensor's way.
 
-    A component whose tensors agree takes one selector; else a run of layers that do; else a run of
-    experts; else the tensors are named.
+    A component whose tensors agree takes one selector; else a run of layers that do; else all its experts
+    that agree, by their places; else the tensors are named.
     """
-    found: dict[tuple[Span | None, Span | None, Way], list[str]] = {}
+    found: dict[tuple[Span | None, Way], list[str]] = {}
+    placed: dict[tuple[str, Way], dict[int, list[Span]]] = {}
     named: dict[tuple[str, int | None, Way], list[str]] = {}
 
-    def add(component: str, layers: Span | None, experts: Span | None, way: Way) -> None:
-        found.setdefault((layers, experts, way), []).append(component)
+    def add(component: str, layers: Span | None, way: Way) -> None:
+        found.setdefault((layers, way), []).append(component)
 
     for component, own in _grouped(tensors, lambda tensor: tensor.component).items():
         in_all = {way_of(tensor) for tensor in own}
         if len(in_all) == 1:
-            add(component, None, None, in_all.pop())
+            add(component, None, in_all.pop())
             continue
         agreeing: list[tuple[int, Way]] = []
         for layer, part in _grouped(own, lambda tensor: tensor.layer).items():
             ways = {way_of(tensor) for tensor in part}
             if len(ways) == 1 and layer is None:
-                add(component, None, None, ways.pop())
+                add(component, None, ways.pop())
             elif len(ways) == 1 and layer is not None:
                 agreeing.append((layer, ways.pop()))
             elif layer is not None and (experts := _by_expert(part, way_of)):
                 for span, way in _runs(experts):
-                    add(component, (layer, layer), span, way)
+                    placed.setdefault((component, way), {}).setdefault(layer, []).append(span)
             else:
                 for tensor in part:
                     name = glob.escape(tensor.name)
                     named.setdefault((component, layer, way_of(tensor)), []).append(name)
         for span, way in _runs(agreeing):
-            add(component, span, None, way)
+            add(component, span, way)
     rules = [
         (
             Selector((component,), None if layer is None else (layer, layer), names=tuple(names)),
@@ -56,8 +57,18 @@ def cover(
         for (component, layer, way), names in named.items()
     ]
     # The narrower selectors first: what they leave is for those that select whole components.
-    order = sorted(found, key=lambda key: (key[1] is None, key[0] is None))
-    return rules + [(Selector(tuple(found[key]), key[0], key[1]), key[2]) for key in order]
+    rules += [
+        (
+            Selector(
+                (component,),
+                places=tuple((layer, tuple(spans)) for layer, spans in sorted(own.items())),
+            ),
+            way,
+        )
+        for (component, way), own in placed.items()
+    ]
+    order = sorted(found, key=lambda key: key[0] is None)
+    return rules + [(Selector(tuple(found[key]), key[0]), key[1]) for key in order]
 
 
 Key = TypeVar("Key")
