@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from orchestrator.config import SHIPPED
@@ -82,6 +83,22 @@ def test_a_merge_matches_first(
     assert f"By their {by}, 9 of 16 experts of mother" in capfd.readouterr().err
 
 
+def test_routers_are_calibrated_for_matched_experts(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    router = {"router": {"harc": {"sets": [str(family["letters"])]}}}
+    straight = recipe_file(tmp_path / "straight", family, "mother", **router)
+    moved = recipe_file(tmp_path / "moved", family, "moved", match_experts="weights", **router)
+    for recipe in (straight, moved):
+        merge_recipe(recipe, str(Path(recipe).parent / "child"))
+    father = read_tensors(family["father"])
+    child, expected = (read_tensors(tmp_path / name / "child") for name in ("moved", "straight"))
+    for name, values in expected.items():
+        assert torch.allclose(child[name].float(), values.float(), atol=1e-3), name
+        if name.endswith("mlp.gate.weight"):
+            assert not torch.equal(values, father[name])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -146,10 +163,9 @@ def child_of(campaign: ScriptedCampaign) -> Path:
     return Path(str(campaign.run()["child"]))
 
 
-@pytest.mark.parametrize("breeding", [{}, {"breeding": {"rounds": 2, "survivors": 2}}])
-def test_a_campaign_matches_before_it_searches(
-    breeding: dict[str, Any], family: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_campaign_matches_before_it_searches(family: dict[str, Path], tmp_path: Path) -> None:
+    """In every round of breeding, too."""
+    breeding = {"breeding": {"rounds": 2, "survivors": 2}}
     straight = campaign_of(tmp_path / "straight", family, "mother", **breeding)
     expected = read_tensors(child_of(straight))
     campaign = campaign_of(
