@@ -168,13 +168,13 @@ def space_of(inputs: Inputs, config: CampaignConfig) -> Space:
         config.genome, inputs.father_map, inputs.references, inputs.base_reference, config.seed,
         config.scan.scans,
     )  # fmt: skip
-    space = build_space(*given)
+    space = build_space(*given, probes=config.scan.probe)
     if not space.to_prescribe:
         return space
     worker = MergeWorker(MergeSpec({}, None, {}))
     worker.parents, worker.base = inputs.parents, inputs.base
     prescription = scan_and_prescribe(config, inputs, space, LocalCalls(worker), None)
-    return build_space(*given, prescription)
+    return build_space(*given, prescription, probes=config.scan.probe)
 
 
 def table(family: str, found: list[Found]) -> str:
