@@ -31,7 +31,7 @@ PARENTS = tuple(ParentReference(name, name * 64) for name in "abc")
 SPACES = {
     path.stem: data
     for path in (SHIPPED / "genome").glob("*.yaml")
-    if (data := yaml.safe_load(path.read_text())).get("kind") != "ratio"
+    if "kind" not in (data := yaml.safe_load(path.read_text()))
 }
 SPACES_AND_METHODS = [(space, method) for space, data in SPACES.items() for method in data["genes"]]
 
