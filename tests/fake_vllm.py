@@ -86,7 +86,8 @@ class LLM:
         self.folder, self.dtype = Path(model), dtype
         config = json.loads((self.folder / "config.json").read_text())
         text = config.get("text_config", config)
-        layers, experts = text["num_hidden_layers"], text.get("num_experts") or 0
+        layers = text["num_hidden_layers"]
+        experts = text.get("num_experts") or text.get("num_local_experts") or 0
         module, _, name = worker_extension_cls.rpartition(".")
         extension = getattr(import_module(module), name)
         for attribute in dir(extension):

@@ -21,6 +21,7 @@ from workers.merging import Recipe, Rule, Selector
 from workers.merging.executor import Merger
 
 PAIRS = [("what is ", "this?"), ("abc=", "cba")]
+KINDS = ["qwen3", "qwen3_moe", "qwen3_5_moe", "mixtral"]
 PARALLEL = {"pipeline_parallel_size": 2, "expert_parallel_size": 2}
 
 
@@ -33,7 +34,7 @@ def fake() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     root = tmp_path_factory.mktemp("families")
-    return {kind: write_family(root / kind, kind) for kind in ("qwen3", "qwen3_moe", "qwen3_5_moe")}
+    return {kind: write_family(root / kind, kind) for kind in KINDS}
 
 
 def open_engine(folders: list[Path], **options: Any) -> tuple[VllmEngine, Merger]:
@@ -54,7 +55,7 @@ def recipe_for(merger: Merger) -> Recipe:
     return Recipe(merger.references, rules, merger.base_reference, seed=3)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_workers_together_hold_the_child(
     kind: str, families: dict[str, list[Path]], tmp_path: Path
 ) -> None:

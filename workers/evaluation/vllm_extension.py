@@ -124,7 +124,7 @@ def merged_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, values `[out, in]`) of the child's tensors that the share needs, layer by layer.
 
-    Names are those of the father's checkpoint, but for experts, which have one by one the names of
+    Names are those of the father's checkpoint, but for fused experts, which have one by one the names of
     checkpoints that store them so. One tensor is in memory here at a time; vLLM holds those of a layer until
     it has all of them. What the father carries over whatever the recipe (vision, mtp) stays as it was loaded.
     """
@@ -146,9 +146,7 @@ def merged_weights(
 
 def loaded_name(tensor: LogicalTensor) -> str:
     """The name under which vLLM's loaders know a tensor of a checkpoint."""
-    if tensor.expert is None:
-        return tensor.stored
-    stem, experts, _ = tensor.stored.rpartition(".experts.")
-    if not experts:
-        return tensor.stored
+    stem, experts, rest = tensor.stored.rpartition(".experts.")
+    if tensor.expert is None or not experts or rest[0].isdecimal():
+        return tensor.stored  # single experts have the names of their family: Mixtral's are w1, w2, w3
     return stem + experts + tensor.name.rpartition(".experts.")[2]
