@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from tests import fake_vllm
 from tests.checkpoint_files import write_child
-from tests.families import write_family
+from tests.families import SLIDING_LAYERS, SMALL, write_family
+from tests.unit.test_probe import CONFIGURATIONS, write_kind
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation.transformers_engine import TransformersEngine
@@ -141,6 +143,37 @@ def test_a_build_that_keeps_old_weights_is_refused(
 ) -> None:
     with pytest.raises(BadInputError, match=said):
         open_engine(families["qwen3_moe"], faults=(fault,))
+
+
+OTHER_FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "llama": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **SMALL, layer_types=SLIDING_LAYERS, sliding_window=16, global_head_dim=16,
+        attention_k_eq_v=True, hidden_size_per_layer_input=8, vocab_size_per_layer_input=40,
+        num_kv_shared_layers=0,
+    ),
+    "qwen3_next": CONFIGURATIONS["qwen3_next"],
+    "deepseek_v3": CONFIGURATIONS["deepseek_v3"],
+}  # fmt: skip
+"""With biases, with keys as values, with what layers add of the token alone, with other matrices."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [*((kind, None) for kind in OTHER_FAMILIES), ("qwen2", "v_proj.bias"), ("deepseek_v3", "kv_b")],
+)
+def test_only_builds_that_keep_weights_are_refused(
+    kind: str, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else layers of a family add: random biases, and norms that are not all 1."""
+    monkeypatch.setitem(CONFIGURATIONS, kind, OTHER_FAMILIES[kind])
+    father = open_checkpoint(str(write_kind(tmp_path, kind)))
+    if fault is None:
+        VllmEngine({"a": father}, None, "float32")
+        return
+    with pytest.raises(BadInputError, match="keeps old weights"):
+        VllmEngine({"a": father}, None, "float32", {"faults": (fault,)})
 
 
 def test_what_it_depends_on_is_described(families: dict[str, list[Path]]) -> None:

@@ -20,10 +20,21 @@ from collections.abc import Callable, Sequence
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe, Rule, Selector
+from workers.merging.plan import EMBEDDING, HEAD
 
-WRITING = (".o_proj.weight", ".out_proj.weight", ".down_proj.weight")
-READING = (".v_proj.weight", ".in_proj_qkv.weight", ".up_proj.weight")
-"""Matrices without which attention and mlp add nothing: of each that kernels fuse with others, one."""
+ADDING = (".o_proj.bias", ".down_proj.bias", ".per_layer_projection.weight")
+"""What a layer adds whatever attention and mlp make of its hidden states."""
+
+WRITING = (".o_proj.weight", ".out_proj.weight", ".down_proj.weight", *ADDING)
+READING = (
+    ".v_proj.weight", ".v_proj.bias",
+    ".k_proj.weight",  # Gemma 4 may use keys as values
+    ".kv_b_proj.weight",
+    ".in_proj_qkv.weight", ".in_proj_qkvz.weight",
+    ".up_proj.weight", ".up_proj.bias",
+    *ADDING,
+)  # fmt: skip
+"""Tensors without which layers add nothing: of matrices that kernels fuse with others, at least one."""
 
 CONTEXTS = 8
 TOKENS = 12
@@ -49,13 +60,17 @@ def check_reload(
     engine: str,
 ) -> None:
     """Raise `BadInputError` unless the engine, which has loaded the father by itself, takes new weights."""
-    embedding, own_head = (
-        [tensor.name for tensor in father.tensors if tensor.component == component]
-        for component in ("embedding", "lm_head")
-    )
-    head = embedding if father.ties_head or not own_head else own_head
-    tables = [*embedding, *(own_head if head is own_head else [])]
-    vocabulary = father.by_name[head[0]].shape[0]
+
+    def layers(endings: tuple[str, ...]) -> list[str]:
+        return [t.name for t in father.tensors if t.layer is not None and t.name.endswith(endings)]
+
+    if EMBEDDING not in father.by_name or not layers(WRITING) or not layers(READING):
+        raise BadInputError(
+            f"{father.location}: its tensors have other names than those by which it is checked whether "
+            f"{engine} takes new weights: use engine.kind: transformers"
+        )
+    head = EMBEDDING if father.ties_head or HEAD not in father.by_name else HEAD
+    vocabulary = father.by_name[head].shape[0]
     contexts = [
         [(3 + 7 * number + 5 * place) % vocabulary for place in range(TOKENS - 2)]
         for number in range(CONTEXTS)
@@ -75,7 +90,6 @@ def check_reload(
         rules = [
             Rule(Selector(names=tuple(names)), "passthrough", source | {"scale": scale})
             for scale, names in scaled
-            if names
         ]
         try:
             realize(Recipe(tuple(references), tuple(rules)))
@@ -84,9 +98,6 @@ def check_reload(
         except Exception as error:  # whatever the kernels of a build may raise
             raise refuse(f"cannot load weights a second time ({error})") from error
         return logprobs(prompts)
-
-    def layers(endings: tuple[str, ...]) -> list[str]:
-        return [t.name for t in father.tensors if t.layer is not None and t.name.endswith(endings)]
 
     loaded = logprobs(prompts)
     own_spread = _spread(loaded)
@@ -103,14 +114,14 @@ def check_reload(
                 "keeps old weights: with layers that read nothing, and with layers that write nothing, it is "
                 f"two models ({_distance(silent, found):.3g} nats apart)"
             )
-    negated = logprobs_with((0.0, layers(WRITING)), (-1.0, tables))
+    negated = logprobs_with((0.0, layers(WRITING)), (-1.0, [EMBEDDING, head]))
     if not _distance(silent, negated) <= same:
         raise refuse(
             "keeps old weights: with layers that write nothing, and embedding and head negated, the "
             f"model is another one (by {_distance(silent, negated):.3g} nats)"
         )
     even = [[-math.log(vocabulary)] * (TOKENS - 1)] * CONTEXTS
-    if not _distance(logprobs_with((0.0, head)), even) <= NUMERIC_NOISE:
+    if not _distance(logprobs_with((0.0, [head])), even) <= NUMERIC_NOISE:
         raise refuse("keeps old weights: with a head of zeros not all tokens are equally likely")
     again = logprobs_with()
     if not _distance(loaded, again) <= max(NUMERIC_NOISE, same):

@@ -148,5 +148,7 @@ def loaded_name(tensor: LogicalTensor) -> str:
     """The name under which vLLM's loaders know a tensor of a checkpoint."""
     stem, experts, rest = tensor.stored.rpartition(".experts.")
     if tensor.expert is None or not experts or rest[0].isdecimal():
-        return tensor.stored  # single experts have the names of their family: Mixtral's are w1, w2, w3
+        return (
+            tensor.stored
+        )  # single experts have the names of their family: Mixtral's are w1, w2, w3
     return stem + experts + tensor.name.rpartition(".experts.")[2]
