@@ -150,6 +150,9 @@ def test_a_small_description_is_expanded() -> None:
     [
         ({"tensors": {"a": [2, "BF16"]}}, "tensors: a: [2, 'BF16'] is not"),
         ({"tensors": {"a.": [2]}}, "tensors: a.: must be a table"),
+        ({"tensors": {5: [2]}}, "tensors: 5 is not a name"),
+        ({"dtype": ["BF16"]}, "tensors: a.0.w: [2, 3] is not"),
+        ({"files": {"largest": 40, "name": "{number.of}"}}, "files: name: '{number.of}'"),
         ({"tensors": {"a.{m}": [2]}}, "there is no set 'm'"),
         ({"tensors": {"a": ["F17", 2]}}, "tensors: a"),
         ({"tensors": {"a.": {"b": [2]}, "a.b": [2]}}, "stands for two"),

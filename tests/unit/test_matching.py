@@ -210,6 +210,19 @@ def test_what_cannot_be_matched(
         experts_of(father, 2)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["experts.down_proj", "gate.weight"])
+def test_weights_that_are_not_finite_are_refused(value: float, name: str, tmp_path: Path) -> None:
+    tensors = {key: tensor.clone() for key, tensor in FATHER.items()}
+    tensors[STEM.format(0) + name][2].view(-1)[3] = value
+    one, other = (
+        experts_of(write_experts(tmp_path / part, of), 0)
+        for part, of in (("father", FATHER), ("donor", tensors))
+    )
+    with pytest.raises(BadInputError, match=r"donor: expert 2 of layer 0 has weights that are not"):
+        match_by_weights(one, other)
+
+
 # A whole model
 
 

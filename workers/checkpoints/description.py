@@ -78,7 +78,7 @@ def parse_description(name: str, data: Any) -> Description:
     packed = _pack(stored, largest)
     try:
         names = [pattern.format(number=n + 1, count=len(packed)) for n in range(len(packed))]
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise BadInputError(f"{name}: files: name: {pattern!r} ({error})") from error
     weight_files = tuple(map(weight_file, names, packed))
     return Description(name, str(data["hub"]), _table(name, data, "config"), weight_files)
@@ -109,6 +109,8 @@ def _tensors(
 ) -> Iterator[tuple[str, Any]]:
     """(name, shape) of every tensor."""
     for pattern, value in table.items():
+        if not isinstance(pattern, str):
+            raise BadInputError(f"{name}: tensors: {pattern!r} is not a name")
         for given in _expand(name, pattern, sets):
             if not pattern.endswith("."):
                 yield given, value
@@ -133,7 +135,9 @@ def _dtype_and_shape(name: str, tensor: str, given: Any, dtype: Any) -> tuple[st
     shape: list[Any] = list(given) if isinstance(given, list) else [None]
     if shape and isinstance(shape[0], str):
         dtype, *shape = shape
-    if dtype not in BITS_PER_ELEMENT or not all(type(size) is int and size > 0 for size in shape):
+    if str(dtype) not in BITS_PER_ELEMENT or not all(
+        type(size) is int and size > 0 for size in shape
+    ):
         raise BadInputError(f"{name}: tensors: {tensor}: {given!r} is not [dtype, sizes...]")
     return dtype, tuple(shape)
 

@@ -152,7 +152,8 @@ class Experts:
 def match_by_weights(father: Experts, donor: Experts, device: str = "cpu") -> LayerMatching:
     """The donor's experts for the father's places, by all their matrices and the rows of the router.
 
-    Memory: about `BLOCK_BYTES` of each model. Raises `BadInputError` if their experts are not alike.
+    Memory: about `BLOCK_BYTES` of each model. Raises `BadInputError` if their experts are not alike, and for
+    weights that are not finite.
     """
     father.check_alike(donor)
     experts = len(father.matrices)
@@ -167,16 +168,27 @@ def match_by_weights(father: Experts, donor: Experts, device: str = "cpu") -> La
                 model.stretch(role, first, buffer[:, :count])
                 for model, buffer in zip((father, donor), buffers, strict=True)
             ))  # fmt: skip
+        _check_finite(cosines, father, donor)
         found.append(cosines.finish())
     for own in father.routers:
         theirs = next((router for router in donor.routers if router.name == own.name), None)
         if theirs is not None and theirs.shape == own.shape:
             cosines = Cosines.begin(experts)
             cosines.add(father.rows(own), donor.rows(theirs))
+            _check_finite(cosines, father, donor)
             found.append(cosines.finish())
     # A role in which all experts are the same tells nothing, and must not dilute what the others tell.
     telling = [cosines for cosines in found if cosines.any()] or found
     return assign(father.layer, numpy.mean(telling, axis=0))
+
+
+def _check_finite(cosines: Cosines, *models: Experts) -> None:
+    for model, lengths in zip(models, cosines.lengths, strict=True):
+        broken = numpy.flatnonzero(~numpy.isfinite(lengths))
+        if len(broken):
+            raise BadInputError(
+                f"{model.location}: expert {broken[0]} of layer {model.layer} has weights that are not finite"
+            )
 
 
 @torch.inference_mode()
