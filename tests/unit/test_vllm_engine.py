@@ -12,8 +12,10 @@ import transformers
 from safetensors.torch import load_file
 
 from tests import fake_vllm
-from tests.checkpoint_files import write_child
+from tests.checkpoint_files import recipe_for, rule, write_checkpoint, write_child
 from tests.families import SLIDING_LAYERS, SMALL, write_family
+from tests.unit.test_adapter import write_adapter
+from tests.unit.test_fp8 import fp8_config, quantize
 from tests.unit.test_probe import CONFIGURATIONS, write_kind
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.errors import BadInputError
@@ -45,7 +47,7 @@ def open_engine(folders: list[Path], **options: Any) -> tuple[VllmEngine, Merger
     return VllmEngine(parents, base, "float32", options), Merger(parents, base)
 
 
-def recipe_for(merger: Merger) -> Recipe:
+def blend(merger: Merger) -> Recipe:
     rules = (
         Rule(
             Selector(components=("expert", "mlp", "attention", "linear_attention")),
@@ -62,7 +64,7 @@ def test_workers_together_hold_the_child(
     kind: str, families: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     engine, merger = open_engine(families[kind], **PARALLEL)
-    recipe = recipe_for(merger)
+    recipe = blend(merger)
     engine.realize(recipe)
     child = write_child(merger, recipe, tmp_path / "child")
     stored = load_file(child / "model.safetensors")
@@ -88,7 +90,7 @@ def test_a_worker_merges_its_own_layers_and_experts_alone(
         engine.llm.workers, [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True
     ):
         worker.loaded.clear()
-        counted = worker.darwin_realize(recipe_for(merger).to_dict())
+        counted = worker.darwin_realize(blend(merger).to_dict())
         own = [
             tensor
             for tensor in tensors
@@ -108,7 +110,7 @@ def test_it_answers_as_the_transformers_engine_does(
     kind: str, families: dict[str, list[Path]]
 ) -> None:
     engine, merger = open_engine(families[kind], **PARALLEL)
-    recipe = recipe_for(merger)
+    recipe = blend(merger)
     other = TransformersEngine(merger.parents, merger.base, "float32")
     for one in (engine, other):
         one.realize(recipe)
@@ -186,6 +188,52 @@ def test_what_it_depends_on_is_described(families: dict[str, list[Path]]) -> Non
         "options": {"pipeline_parallel_size": 2},
         "probe_tokens": engine.tokenizer("ab")["input_ids"],
     }
+
+
+def low_rank_adapter(folder: Path) -> Path:
+    stem = "base_model.model.model.layers.0.self_attn.k_proj"
+    pair = {f"{stem}.lora_A.weight": torch.ones(4, 32), f"{stem}.lora_B.weight": torch.ones(16, 4)}
+    return write_adapter(folder, pair)
+
+
+def test_a_mother_that_is_an_adapter(families: dict[str, list[Path]], tmp_path: Path) -> None:
+    """The workers of vLLM open what the engine has opened."""
+    adapter = low_rank_adapter(tmp_path / "lora")
+    father = open_checkpoint(str(families["qwen3"][0]))
+    mother = open_checkpoint(f"{families['qwen3'][0]}+{adapter}")
+    engine = VllmEngine({"a": father, "b": mother}, None, "float32")
+    merger = Merger({"a": father, "b": mother})
+    engine.realize(recipe_for(merger, rule("passthrough", source="b")))
+    name = "model.layers.0.self_attn.k_proj.weight"
+    own = load_file(families["qwen3"][0] / "model.safetensors")[name]
+    expected = (own.float() + 1.5 * 4).to(torch.bfloat16)  # alpha 6, rank 4, products of ones
+    assert torch.equal(engine.llm.weights()[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("adapter", "without an adapter: write the adapted model"),
+        ("fp8", r"its weights are quantized \(fp8"),
+        ("transposed", r"gate_up_proj' holds experts as \[in, out\]"),
+    ],
+)
+def test_fathers_that_vllm_cannot_be_given_are_refused_before_they_are_loaded(
+    made: str, message: str, families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    location = str(families["qwen3"][0])
+    if made == "adapter":
+        location += f"+{low_rank_adapter(tmp_path / 'lora')}"
+    elif made == "fp8":
+        weights = {"model.layers.0.mlp.up_proj.weight": torch.ones(16, 16)}
+        packed = quantize(weights, (16, 16))
+        location = str(write_checkpoint(tmp_path / "fp8", packed, config=fp8_config((16, 16))))
+    else:
+        experts = {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 6)}
+        config = {"model_type": "gpt_oss", "num_hidden_layers": 1}
+        location = str(write_checkpoint(tmp_path / "moe", experts, config=config))
+    with pytest.raises(BadInputError, match=message):
+        VllmEngine({"a": open_checkpoint(location)}, None)
 
 
 def test_an_argument_that_vllm_refuses_is_named(families: dict[str, list[Path]]) -> None:

@@ -16,7 +16,7 @@ from workers.evaluation.reload_check import check_reload
 from workers.evaluation.tokenizing import can_express, common_length, finish, load_tokenizer
 from workers.evaluation.vllm_extension import EXTENSION
 from workers.merging import ParentReference, Recipe
-from workers.merging.plan import BASE
+from workers.merging.plan import BASE, is_transposed
 
 TEXT_TOKENS = 512
 """Of a longer text the rest is not read: as the transformers engine does."""
@@ -47,6 +47,7 @@ class VllmEngine:
                 "worker, or use engine.kind: transformers"
             ) from error
         self._vllm: Any = vllm
+        _check_father(next(iter(parents.values())))
         parents = {name: localize(parent) for name, parent in parents.items()}
         base = localize(base) if base else None
         self.father = next(iter(parents.values()))
@@ -67,8 +68,8 @@ class VllmEngine:
         self.llm.collective_rpc(
             "darwin_open",
             args=(
-                {name: str(parent.folder) for name, parent in parents.items()},
-                str(base.folder) if base else None,
+                {name: _place(parent) for name, parent in parents.items()},
+                _place(base) if base else None,
                 {name: checkpoint.fingerprint for name, checkpoint in opened.items()},
             ),
         )
@@ -163,3 +164,31 @@ class VllmEngine:
             "options": self.options,
             "probe_tokens": self.tokenizer(prompt)["input_ids"],
         }
+
+
+def _check_father(father: Checkpoint) -> None:
+    """Whether vLLM can load it and be given its tensors again. Here, as errors of vLLM's own processes arrive
+    without their class."""
+    architecture = ArchitectureMap.of(father)
+    if father.adapter is not None:
+        raise BadInputError(
+            f"{father.location}: vLLM loads the base without an adapter: write the adapted model first (a "
+            "recipe of one `passthrough` rule), or use engine.kind: transformers"
+        )
+    if architecture.quantization is not None:
+        raise BadInputError(
+            f"{father.location}: its weights are quantized ({architecture.quantization}): vLLM would take "
+            "merged values for codes. Dequantize the father first, or use engine.kind: transformers"
+        )
+    for tensor in architecture.tensors:
+        if is_transposed(tensor):
+            raise BadInputError(
+                f"{father.location}: tensor {tensor.stored!r} holds experts as [in, out], which are not "
+                "loaded into vLLM one by one: use engine.kind: transformers"
+            )
+
+
+def _place(checkpoint: Checkpoint) -> str:
+    """Where a local checkpoint is opened again, with its adapter."""
+    adapter = f"+{checkpoint.adapter.weights.folder}" if checkpoint.adapter else ""
+    return f"{checkpoint.folder}{adapter}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from workers.checkpoints import Checkpoint, LogicalTensor, open_checkpoint
+from workers.checkpoints import LogicalTensor, open_checkpoint
 from workers.errors import BadInputError
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger, Run
@@ -73,7 +73,7 @@ class RealizeExtension:
     ) -> None:
         """Open the parents, the father first, and `base`, on the worker's machine.
 
-        Raises `BadInputError` if they are others than `fingerprints` says, or cannot be reloaded.
+        Raises `BadInputError` if they are others than `fingerprints` says.
         """
         opened = {name: open_checkpoint(place) for name, place in parents.items()}
         opened_base = open_checkpoint(base) if base else None
@@ -85,7 +85,8 @@ class RealizeExtension:
                     "the campaign was started"
                 )
         worker: Any = self
-        worker._darwin_merger = _open_merger(opened, opened_base, str(worker.device or "cpu"))
+        device = str(worker.device or "cpu")
+        worker._darwin_merger = Merger(opened, opened_base, device, keep_statistics=True)
 
     @torch.inference_mode()
     def darwin_realize(self, recipe: dict[str, Any]) -> dict[str, int]:
@@ -100,23 +101,6 @@ class RealizeExtension:
             weights_iterator=merged_weights(run, Share.of(worker.get_model()), counted)
         )
         return counted
-
-
-def _open_merger(parents: dict[str, Checkpoint], base: Checkpoint | None, device: str) -> Merger:
-    merger = Merger(parents, base, device, keep_statistics=True)
-    father = merger.plan.father
-    if father.quantization is not None:
-        raise BadInputError(
-            f"{father.location}: its weights are quantized ({father.quantization}): vLLM would take merged "
-            "values for codes. Dequantize the father first, or use engine.kind: transformers"
-        )
-    for tensor in father.tensors:
-        if tensor.name.endswith("_transposed.weight"):
-            raise BadInputError(
-                f"{father.location}: tensor {tensor.stored!r} holds experts as [in, out], which are not "
-                "loaded into vLLM one by one: use engine.kind: transformers"
-            )
-    return merger
 
 
 def merged_weights(
