@@ -197,6 +197,8 @@ def test_a_recipe_keeps_its_id_where_nothing_is_reordered(parents: dict[str, Pat
         ({"a": {"0": [0, 1]}}, "a: the father's experts .* keep their places"),
         ({"b": [1, 0]}, "b: .* is not a table of layers"),
         ({"b": {"first": [1, 0]}}, "b: 'first' is not the number of a layer"),
+        ({"b": {"0": [1, 0], "00": [0, 1]}}, "b: '00' is not the number of a layer"),
+        ({"b": {"9" * 5000: [1, 0]}}, "9' is not the number of a layer"),
         (
             {"b": {"0": [1, 1, 0]}},
             "b: layer 0: must name each of the parent's experts exactly once",

@@ -7,6 +7,7 @@ That expert's matrices, its row of the router and whatever else is stored for it
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
@@ -14,6 +15,9 @@ from workers.errors import BadInputError
 
 ExpertOrders = dict[str, dict[int, tuple[int, ...]]]
 """Parent (or `base`) -> layer -> for each place of the child's layer the number of that parent's expert."""
+
+LAYER = re.compile("0|[1-9][0-9]{0,5}")
+"""A layer's number as a text: one only for each, as a layer can have one order."""
 
 NOT_PER_EXPERT = (".router.scale", ".router.norm.weight")
 """Parts of routers that are for hidden states, also where there are as many of these as experts (Gemma 4)."""
@@ -34,7 +38,7 @@ def parse_orders(data: Any, parents: list[str], has_base: bool) -> ExpertOrders:
             raise BadInputError(f"experts: {name}: {layers!r} is not a table of layers")
         for layer, numbers in layers.items():
             text = str(layer)
-            if isinstance(layer, bool) or not (text.isascii() and text.isdecimal()):
+            if isinstance(layer, bool) or not LAYER.fullmatch(text):
                 raise BadInputError(f"experts: {name}: {layer!r} is not the number of a layer")
             order = _order(name, text, numbers)
             if order != tuple(range(len(order))):
