@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from workers.errors import BadInputError
 from workers.experts import harc
 from workers.experts.harc import Donor, calibrate
 
@@ -146,3 +147,16 @@ def test_an_expert_that_is_never_likely_does_not_break_it() -> None:
     assert found.router.isfinite().all()
     assert torch.equal(found.router[2], first[2].double())
     assert found.residual <= 1e-6
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    """Instead of the router that it was started from, with nothing left to solve."""
+    (donor,) = donors(1)
+    broken = [states.clone() for states in donor.states]
+    broken[-1][0, 0] = value
+    router = donor.router.clone()
+    router[1, 1] = value
+    for given in (Donor(donor.router, broken), Donor(router, donor.states)):
+        with pytest.raises(BadInputError, match="not finite"):
+            calibrate(start(), [given])

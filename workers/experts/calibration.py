@@ -19,6 +19,7 @@ import torch
 
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.layers import DecoderLayer
+from workers.errors import BadInputError
 from workers.experts.calibration_order import CalibrationOrder
 from workers.experts.harc import Donor, Solution, calibrate
 from workers.experts.merged_model import StreamedChild
@@ -96,9 +97,12 @@ class Calibration:
         }
         start = self.child.router_of(self._recipe, router.name).to(self.child.device)
         order = self.order
-        found = calibrate(
-            start, list(donors.values()), order.shrink, order.iterations, order.tolerance
-        )
+        try:
+            found = calibrate(
+                start, list(donors.values()), order.shrink, order.iterations, order.tolerance
+            )
+        except BadInputError as error:
+            raise BadInputError(f"{self.child.location}: layer {layer}: {error}") from error
         stored = found.router.to(start.dtype).cpu()
         routing = self._finish(layer, stored)
         tensor = self.child.merging.plan.child.by_name[router.name]

@@ -21,11 +21,13 @@ from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from workers.errors import BadInputError
 from workers.experts.calibration_order import ITERATIONS, SHRINK, TOLERANCE
 
 BLOCK_ELEMENTS = 1 << 22
@@ -110,7 +112,7 @@ def calibrate(
     """The router `[E, H]` by at most so many `iterations` of conjugate gradients from the router `start`.
 
     They end when the residual is at most `tolerance` times the right side. The same bits for the same inputs
-    and number of threads.
+    and number of threads. Raises `BadInputError` if routers or states are not finite.
     """
     equations = NormalEquations(donors, shrink)
     router = start.double()
@@ -118,6 +120,8 @@ def calibrate(
     scale = float(torch.linalg.vector_norm(equations.right))
     square = float(left.square().sum())
     begun = residual = _share(square, scale)
+    if not math.isfinite(residual):
+        raise BadInputError("a router, or what the prompts give it, is not finite")
     direction = left.clone()
     done = 0
     while done < iterations and residual > tolerance:
