@@ -17,6 +17,7 @@ import torch
 from workers.checkpoints import LogicalTensor
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
+from workers.diagnostics.expert_outputs import SUMMED_BY_TOKEN
 from workers.diagnostics.lazy_model import LazyModel
 from workers.errors import BadInputError
 from workers.merging.sources import DTYPE_NAMES
@@ -24,10 +25,8 @@ from workers.merging.sources import DTYPE_NAMES
 MATRICES = {"gate_up_proj", "down_proj"}
 """The parameters of a module of experts, `[E, 2I, H]` and `[E, H, I]`."""
 
-SUMS_BY_EXPERT = "eager"
-SUMS_BY_TOKEN = ("grouped_mm", "batched_mm")
-"""The experts implementations of transformers by how they sum: expert by expert into the output, in its
-dtype, or for each token over its experts at once."""
+SUMMED_BY_EXPERT = "eager"
+"""The implementation of transformers that sums expert by expert into the output, in its dtype."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ class SpreadExperts(torch.nn.Module):
     ) -> torch.Tensor:
         """As the module of experts: `[tokens, hidden]` of `[tokens, hidden]` and the chosen `[tokens, k]`."""
         implementation = self.config._experts_implementation
-        by_expert = implementation == SUMS_BY_EXPERT
-        if not by_expert and implementation not in SUMS_BY_TOKEN:
+        by_expert = implementation == SUMMED_BY_EXPERT
+        if not by_expert and implementation not in SUMMED_BY_TOKEN:
             raise BadInputError(f"a gang cannot compute experts by {implementation!r}")
         tokens, per_token = top_k_index.shape
         # Choices, numbered token by token; in the order in which the module hands them to an expert, as the

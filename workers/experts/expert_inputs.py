@@ -14,6 +14,7 @@ from workers.diagnostics.calibration import CalibrationSet
 from workers.diagnostics.layers import DecoderLayer
 from workers.diagnostics.probe import encode, torch_threads
 from workers.diagnostics.streaming import StreamedModel
+from workers.experts.matching import spread
 
 MOST_TOKENS = 1024
 """Of all prompts together, evenly spaced: that many tell the experts of any layer apart."""
@@ -35,7 +36,7 @@ def expert_inputs(
         model = StreamedModel(checkpoint, dtype, device)
         prompts = encode(model.tokenizer, sets, model.location)
         lengths = [prompt.shape[1] for prompt in prompts]
-        chosen = _spread(sum(lengths), MOST_TOKENS)
+        chosen = spread(torch.arange(sum(lengths)), MOST_TOKENS)
         ends = list(accumulate(lengths))
         kept = [
             chosen[(chosen >= end - length) & (chosen < end)] - (end - length)
@@ -55,11 +56,6 @@ def expert_inputs(
 
         model.run_span(0, len(model.layers), model.begin(prompts), around)
         return {layer: torch.cat(states) for layer, states in found.items()}
-
-
-def _spread(count: int, most: int) -> torch.Tensor:
-    """At most so many of `count` numbers, evenly spaced."""
-    return torch.arange(min(count, most)) * count // min(count, most)
 
 
 @contextmanager
