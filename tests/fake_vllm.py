@@ -79,11 +79,12 @@ class LLM:
         pipeline_parallel_size: int = 1,
         expert_parallel_size: int = 1,
         faults: tuple[str, ...] = (),
+        max_model_len: int = 2048,
         **options: Any,
     ) -> None:
         if options:
             raise TypeError(f"unexpected argument {min(options)!r}")
-        self.folder, self.dtype = Path(model), dtype
+        self.folder, self.dtype, self.longest = Path(model), dtype, max_model_len
         config = json.loads((self.folder / "config.json").read_text())
         text = config.get("text_config", config)
         layers = text["num_hidden_layers"]
@@ -110,7 +111,7 @@ class LLM:
             worker.loaded |= {name: values for name, values in own.items() if faults}
         self._model = self._load(self.folder)
         self.cache_is_valid = True
-        model_config = SimpleNamespace(dtype=self._model.dtype)
+        model_config = SimpleNamespace(dtype=self._model.dtype, max_model_len=max_model_len)
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config))
 
     def _load(self, folder: Path) -> Any:
@@ -140,6 +141,7 @@ class LLM:
     ) -> list[Any]:
         assert self.cache_is_valid, "keys and values of other weights would be used"
         assert wanted.temperature == 0.0
+        assert max(len(prompt["prompt_token_ids"]) for prompt in prompts) < self.longest
         return [self._answer(prompt["prompt_token_ids"], wanted) for prompt in prompts]
 
     def _answer(self, ids: list[int], wanted: SamplingParams) -> Any:

@@ -241,6 +241,20 @@ def test_an_argument_that_vllm_refuses_is_named(families: dict[str, list[Path]])
         open_engine(families["qwen3"], nonsense=1)
 
 
+def test_a_prompt_that_is_too_long_is_no_fault_of_the_worker(
+    families: dict[str, list[Path]],
+) -> None:
+    engine, _ = open_engine(families["qwen3"], max_model_len=16)
+    asked: list[Callable[[], Any]] = [
+        lambda: engine.generate(["abc", "a" * 15], 4, []),
+        lambda: engine.loglikelihood([("a" * 14, "b")]),
+    ]
+    for ask in asked:
+        with pytest.raises(BadInputError, match=r"max_model_len: a prompt has 16 .* into 16"):
+            ask()
+    assert engine.generate(["abc"], 4, [])
+
+
 def test_without_vllm_the_error_says_what_to_install(
     families: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,10 +112,7 @@ class VllmEngine:
 
     def _prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
         """Of each prompt's tokens behind the first, the log-probability (nats)."""
-        wanted = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False
-        )
+        outputs = self._generate(prompts, max_tokens=1, prompt_logprobs=0)
         return [
             [
                 float(found[token].logprob)
@@ -128,12 +125,22 @@ class VllmEngine:
         self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
     ) -> list[Generation]:
         """See `Engine.generate`."""
-        wanted = self._vllm.SamplingParams(
-            temperature=0.0, max_tokens=max_new_tokens, stop=list(stop) or None
-        )
-        ids = [{"prompt_token_ids": self.tokenizer(prompt)["input_ids"]} for prompt in prompts]
-        outputs = [output.outputs[0] for output in self.llm.generate(ids, wanted, use_tqdm=False)]
+        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        found = self._generate(ids, max_tokens=max_new_tokens, stop=list(stop) or None)
+        outputs = [output.outputs[0] for output in found]
         return [finish(out.text, stop, out.finish_reason != "length") for out in outputs]
+
+    def _generate(self, prompts: list[list[int]], **wanted: Any) -> list[Any]:
+        longest = self.llm.llm_engine.vllm_config.model_config.max_model_len
+        if max(map(len, prompts), default=0) >= longest:
+            raise BadInputError(
+                f"engine.vllm.max_model_len: a prompt has {max(map(len, prompts))} tokens, and with one more "
+                f"it must fit into {longest}: raise it, or leave the item out"
+            )
+        sampling = self._vllm.SamplingParams(temperature=0.0, **wanted)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs: list[Any] = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return outputs
 
     def read(self, texts: Sequence[tuple[str, str]]) -> Reading:
         """See `Engine.read`. vLLM does not show what its layers do: there are no outputs of them."""
