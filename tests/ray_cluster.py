@@ -56,6 +56,11 @@ class RayCluster:
             self._process.kill()
             self._process.communicate()
 
+    @property
+    def process_id(self) -> int:
+        """Of the process that all nodes, and all that runs on them, descend from."""
+        return self._process.pid
+
     def add_node(self) -> None:
         """One more, with a CPU."""
         assert self._process.stdin is not None

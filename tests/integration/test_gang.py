@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,14 @@ from tests.campaigns import (
     write_campaign,
 )
 from tests.families import LETTERS, write_family
+from tests.ray_cluster import ENVIRONMENT, RayCluster
 from workers.storage import open_store
-
-RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[str, int]]:
-    """Address and process of a Ray cluster of a head and two nodes with a CPU each."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.ray_cluster", "2"],
-        env=os.environ | RAY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    address = next(line for line in process.stdout if ":" in line and " " not in line.strip())
-    yield address.strip(), process.pid
-    process.communicate("")
+def cluster() -> Iterator[RayCluster]:
+    with RayCluster(2) as started:
+        yield started
 
 
 def write_task(folder: Path) -> str:
@@ -84,11 +71,8 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def test_a_gang_ends_with_the_child_of_whole_workers(
-    cluster: tuple[str, int], tmp_path: Path
-) -> None:
+def test_a_gang_ends_with_the_child_of_whole_workers(cluster: RayCluster, tmp_path: Path) -> None:
     """The same items scored alike, and the same bytes; the lost member costs one failed attempt."""
-    address, root = cluster
     family = write_family(tmp_path / "family", "qwen3_5_moe", max_shard_size="10KB")
     base, first, second = (str(path) for path in family)
     assert len(list(family[1].glob("*.safetensors"))) > 8  # for everybody to write some
@@ -101,7 +85,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(
         "search": {"optimizer": "cma_es", "evaluations": 4, "population": 4},
         "engine": {"dtype": "auto", "batch_size": 8},
         "health": {"prompts": 4, "new_tokens": 8, "allow": ["changed", "repetition", "endings"]},
-        "address": address,
+        "address": cluster.address,
     }
     places = {}
     for name, workers in (
@@ -111,12 +95,12 @@ def test_a_gang_ends_with_the_child_of_whole_workers(
         folder = tmp_path / name
         folder.mkdir()
         places[name] = str(write_campaign(folder, **campaign, workers=workers))
-    whole = run_darwin("run", places["whole"], environment=os.environ | RAY)
+    whole = run_darwin("run", places["whole"], environment=os.environ | ENVIRONMENT)
 
     store = open_store(str(tmp_path / "gang" / "store" / "small"))
-    process = start_darwin("run", places["gang"], environment=os.environ | RAY)
+    process = start_darwin("run", places["gang"], environment=os.environ | ENVIRONMENT)
     wait_for(lambda: count_records(store, "scored") > 0, process)
-    killed = members(root)
+    killed = members(cluster.process_id)
     assert len(killed) == 1
     os.kill(killed[0], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
@@ -133,7 +117,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(
     assert "Actor" in failures[0]["error"]
     descriptions = [r["description"] for r in ledger if r["kind"] == "engine"]
     assert len(descriptions) == 1 and "gang" not in descriptions[0]
-    wait_for(lambda: not members(root))  # none outlives its leader
+    wait_for(lambda: not members(cluster.process_id))  # none outlives its leader
 
 
 def content(ledger: list[Any], kind: str) -> list[dict[str, Any]]:
