@@ -74,7 +74,7 @@ def check_spread(config: WorkersConfig, address: str | None) -> None:
 
 def what_lacks(config: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     """What a cluster of nodes with such resources has too little of, used or not; None if nothing."""
-    rooms = [_room(config, node) for node in nodes]
+    rooms = [room_on(config, node) for node in nodes]
     asked = f"workers.spread: {config.spread} needs"
     if config.spread == "strict":
         fit = sum(room > 0 for room in rooms)
@@ -91,9 +91,16 @@ def what_lacks(config: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> s
     return None
 
 
-def _room(config: WorkersConfig, node: Mapping[str, float]) -> int:
-    """How many workers a node has room for."""
-    return min(int(node.get(name, 0.0) / size + 1e-9) for name, size in _bundle(config).items())
+def room_on(config: WorkersConfig, node: Mapping[str, float]) -> int:
+    """How many workers a node with such resources has room for. A part of a GPU is all of one GPU."""
+    rooms = []
+    for name, size in _bundle(config).items():
+        there_is = node.get(name, 0.0)
+        if name == "GPU" and size < 1:
+            rooms.append(int(there_is) * int(1 / size + 1e-9))
+        else:
+            rooms.append(int(there_is / size + 1e-9))
+    return min(rooms)
 
 
 def _bundle(config: WorkersConfig) -> dict[str, float]:

@@ -68,10 +68,10 @@ def _workers(
 ) -> Iterator[str]:
     workers = config.workers
     each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
-    if runs_on_gpu(config) and workers.gpus < (least := max(ranks(config), 0.01)):
+    if runs_on_gpu(config) and math.ceil(workers.gpus) < ranks(config):
         yield (
             f"workers: an engine runs on {ranks(config)} GPUs, and workers.gpus reserves {workers.gpus:g}: "
-            f"set it to {math.ceil(least)}"
+            f"set it to {ranks(config)}"
         )
     if placement.gang > 1 and not has_experts:
         yield "workers.gang: the father has no routed experts to divide: vLLM divides such a model"

@@ -306,6 +306,35 @@ def test_a_gpu_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> N
     assert "gang of" not in problem
 
 
+def test_workers_with_parts_of_gpus_and_cores(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """A part of a GPU is never of two of them; where it is too small, a whole one would do."""
+    one = {"nodes": 1, "gpus_per_node": 5, "cores_per_node": 20}
+
+    def fits(count: int, machines: dict[str, Any] = one, **needs: float) -> bool:
+        workers = {"count": count, **needs}
+        return bool(plan(tmp_path, mixtures, machines, workers=workers)["status"] == "fits")
+
+    assert fits(10, gpus=0.5)
+    assert not fits(11, gpus=0.5)
+    assert fits(5, gpus=0.8)  # 6 such parts are less than 5 GPUs
+    assert not fits(6, gpus=0.8)
+    assert fits(10, one | {"cores_per_node": 1}, gpus=0.1, cpus=0.1)
+    assert not fits(11, one | {"cores_per_node": 1}, gpus=0.1, cpus=0.1)
+    needed = plan(tmp_path, mixtures, {})["memory"]["gpu"]
+    small = one | {"gpu_memory": 1.2 * needed / GB}
+    half = plan(tmp_path, mixtures, small, workers={"gpus": 0.5})
+    assert "or workers.gpus: 1" in half["problems"][0]
+    assert fits(1, small, gpus=1)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_seconds_that_are_none(seconds: float) -> None:
+    with pytest.raises(BadInputError, match="is not a number of seconds"):
+        plan_campaign(
+            "qwen35_27b_darwin", [], "gpu8_80gb", {}, ["qwen35_27b"], score_seconds=seconds
+        )
+
+
 def test_a_dense_model_has_no_gang() -> None:
     arguments: tuple[Any, ...] = ("gpu8_80gb", {"gpu_memory": 40}, ["qwen35_27b"])
     (problem,) = plan_campaign("qwen35_27b_darwin", [], *arguments)["problems"]
