@@ -13,6 +13,7 @@ import yaml
 from orchestrator.config import SHIPPED
 from orchestrator.experts.matching import Matching
 from orchestrator.ledger import Ledger
+from orchestrator.planning.command import plan_campaign
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.recipe_spelling import respell
 from orchestrator.single_merge import merge_recipe
@@ -240,6 +241,14 @@ def test_a_resumed_campaign_goes_by_the_recorded_order(
     assert "match_experts" not in second.scripted.called
     lineage = json.loads((child / "lineage.json").read_text())
     assert Recipe.from_dict(lineage["recipe"]).experts == other
+
+
+def test_a_dense_father_has_nothing_to_match(tmp_path: Path) -> None:
+    """Said before anything is started, by the campaign and by its plan."""
+    with pytest.raises(BadInputError, match=r"experts\.match: .* has no routed experts"):
+        scripted(tmp_path, answers, experts={"match": "weights"})
+    with pytest.raises(BadInputError, match=r"experts\.match: .* has no routed experts"):
+        plan_campaign(str(tmp_path / "campaign.yaml"), [], "gpu8_80gb", {}, [])
 
 
 def test_sets_without_outputs_are_refused(family: dict[str, Path], tmp_path: Path) -> None:
