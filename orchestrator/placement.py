@@ -7,6 +7,7 @@ go on.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,6 +54,20 @@ class Placement:
         from ray.util import remove_placement_group
 
         remove_placement_group(self._group)
+
+
+def workers_asked_for(count: int, cpus: float = 1.0, spread: str = "none") -> WorkersConfig | None:
+    """The Ray workers that a command's options ask for; None: no such workers.
+
+    Raises `BadInputError` for options that cannot be.
+    """
+    if count < 0:
+        raise BadInputError(f"--workers: {count} must be 0 or more")
+    if not 0 <= cpus < math.inf:
+        raise BadInputError(f"--cpus: {cpus} must be a number from 0 on")
+    if spread != "none" and not count:
+        raise BadInputError("--spread: is for Ray workers: say how many with --workers")
+    return WorkersConfig(count=count, cpus=cpus, spread=spread) if count else None
 
 
 def check_spread(config: WorkersConfig, address: str | None) -> None:
