@@ -80,9 +80,11 @@ def check_spread(config: WorkersConfig, address: str | None) -> None:
         raise BadInputError(
             "workers.spread: workers that need neither CPUs nor GPUs have no places"
         )
-    if config.spread == "strict" and config.count > 1 and address is None:
+    # Gangs lie apart from one another as there is room.
+    apart = config.gang if config.gang > 1 else config.count
+    if config.spread == "strict" and apart > 1 and address is None:
         raise BadInputError(
-            f"workers.spread: strict puts {config.count} workers on as many nodes, and this machine is one: "
+            f"workers.spread: strict puts {apart} workers on as many nodes, and this machine is one: "
             "give the address of a cluster"
         )
 

@@ -145,7 +145,8 @@ def _node(
         wider = place_workers(config, replace(cluster, nodes=nodes), spread="spread")
         return node_bytes(wider, members, of_worker, on_cpu, keeps)
 
-    more = (n for n in range(cluster.nodes + 1, placement.workers + 1) if needed(n) <= room)
+    most = max(cluster.nodes, placement.workers)
+    more = (n for n in range(cluster.nodes, most + 1) if needed(n) <= room)
     nodes = next(more, None)
     ways = [f"nodes with {gigabytes(memory.node)}"]
     if nodes is not None:

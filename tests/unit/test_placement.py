@@ -48,6 +48,7 @@ def test_what_a_cluster_lacks(
     [
         (WorkersConfig(count=2, spread="wide"), "auto", "'wide' is none of none, spread, strict"),
         (WorkersConfig(count=2, spread="strict"), None, "give the address of a cluster"),
+        (WorkersConfig(gang=2, spread="strict"), None, "strict puts 2 workers on as many nodes"),
         (WorkersConfig(cpus=0, spread="spread"), "auto", "neither CPUs nor GPUs"),
     ],
 )

@@ -282,12 +282,10 @@ def test_workers_that_have_no_place(mixtures: dict[str, Path], tmp_path: Path) -
         == "fits"
     )
     strict = workers | {"count": 1, "spread": "strict"}
-    assert (
-        told(
-            plan(tmp_path, mixtures, {"nodes": 5}, workers=strict)["problems"], r"(\d+) nodes would"
-        )
-        == 6
-    )
+    there = plan(tmp_path, mixtures, {"nodes": 5}, workers=strict, address="auto")
+    assert told(there["problems"], r"(\d+) nodes would") == 6
+    with pytest.raises(BadInputError, match="this machine is one"):
+        plan(tmp_path, mixtures, {"nodes": 6}, workers=strict)
     none = plan(tmp_path, mixtures, {"gpus_per_node": 0}, workers={"count": 1})
     assert "no node has room for one" in none["problems"][0]
 
@@ -379,6 +377,13 @@ def test_memory_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> 
         there = machines | {"nodes": count}
         found = plan_campaign(file, wide, "gpu8_80gb", there, [], keeps=True)
         assert (found["status"] == "fits") == fits
+    # Where there are nodes enough, the workers need only be spread over them.
+    there = machines | {"nodes": nodes}
+    packed = plan_campaign(file, [], "gpu8_80gb", there, [], keeps=True)["problems"]
+    assert told(packed, r"(\d+) nodes with the workers spread") == nodes
+    many = machines | {"nodes": 20}
+    packed = plan_campaign(file, [], "gpu8_80gb", many, [], keeps=True)["problems"]
+    assert told(packed, r"(\d+) nodes with the workers spread") == 20
     too_little = plan(tmp_path, mixtures, {"node_memory": each / 2 / GB}, workers=workers)
     assert "nodes with" in too_little["problems"][0]
     assert "spread" not in too_little["problems"][0]
