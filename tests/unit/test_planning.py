@@ -467,6 +467,11 @@ def test_a_cluster_of_ones_own_is_checked(
 # -- the documentation -----------------------------------------------------------------------------------
 
 
+def test_an_option_that_replaces_a_clusters_value_is_named() -> None:
+    with pytest.raises(BadInputError, match=r"^--gpu-memory: nan is not a positive number$"):
+        load_cluster("gpu8_80gb", {"nodes": 2, "gpu_memory": float("nan")})
+
+
 def test_the_documentation_has_what_the_command_says() -> None:
     """If this fails after a change that was meant: `python -m tests.plan_tables` writes the tables anew."""
     page = PAGE.read_text()
