@@ -15,7 +15,7 @@ from orchestrator.breeding import (
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys, engine_settings
 from orchestrator.errors import EngineMismatchError
 from orchestrator.examination import fingerprint, load_examination
-from orchestrator.experts.match_stage import paired, recorded_or_matched
+from orchestrator.experts.match_stage import check_can_match, paired, recorded_or_matched
 from orchestrator.experts.matching import Matching
 from orchestrator.finishing import finish, judge_child
 from orchestrator.genomes.build import build_space
@@ -53,6 +53,7 @@ class Campaign:
         self.store: Store = open_store(config.store).substore(config.name)
         self.inputs: Inputs = open_inputs(config)
         self.matching: Matching | None = None
+        check_can_match(config, self.inputs.father_map)
         # Built here so that a bad configuration fails before anything is written.
         self._enter_space(None)
         self.state = CampaignState(config.objective)

@@ -186,11 +186,11 @@ def merge(
     as_json: JsonFlag = False,
 ) -> None:
     """Write one child, without a search; or go on where writing it was interrupted."""
-    from orchestrator.config import WorkersConfig
+    from orchestrator.placement import workers_asked_for
     from orchestrator.recipe_file import named_places
     from orchestrator.single_merge import merge_recipe
 
-    pool = WorkersConfig(count=workers, cpus=cpus, spread=spread) if workers else None
+    pool = workers_asked_for(workers, cpus, spread)
     result = merge_recipe(recipe, out, pool, address, named_places(parent or []), base)
     if as_json:
         _print_json(result)
@@ -378,12 +378,12 @@ def scan(
     as_json: JsonFlag = False,
 ) -> None:
     """Model MRI: what each tensor of the parents is like, and how far it is from the others'."""
-    from orchestrator.config import WorkersConfig
     from orchestrator.mri.command import scan_checkpoints
     from orchestrator.mri.page import render_summary, summarize
     from orchestrator.mri.probe import choose_probe, probe_peaks, render_peaks
+    from orchestrator.placement import workers_asked_for
 
-    pool = WorkersConfig(count=workers) if workers else None
+    pool = workers_asked_for(workers)
     chosen = choose_probe(probe, calibration_sets or [], streamed, spans, shards)
     found, places = scan_checkpoints(parents, base, out, pool, address, chosen)
     if as_json:

@@ -420,6 +420,8 @@ def _check_values(config: CampaignConfig, file: str) -> None:
     for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):
         if not 0 <= share < math.inf:
             refuse(f"workers.{key}", f"{share} must be a number from 0 on")
+    if config.workers.gpus > 1 and config.workers.gpus % 1:
+        refuse("workers.gpus", f"{config.workers.gpus} must be a part of one GPU, or whole ones")
     if config.workers.gang > 1 and config.workers.cpus == 0 and config.workers.gpus == 0:
         refuse("workers.gang", "workers that need neither CPUs nor GPUs have no places to reserve")
     if config.workers.spread not in SPREADS:

@@ -88,7 +88,7 @@ class Crew:
     def __enter__(self) -> Crew:
         gangs = self._config.gang > 1
         together = replace(self._config, count=self._config.gang) if gangs else self._config
-        check_spread(together, self._address)
+        check_spread(self._config, self._address)
         start_ray(self._address, self._config)
         if gangs or self._config.spread != "none":
             groups = self._config.count if gangs else 1

@@ -92,6 +92,9 @@ class Inputs:
             del holder[last]
         if config.breeding.rounds == 1:
             del data["breeding"]  # without breeding nothing of it counts
+        if config.engine.kind == "transformers":
+            # Campaigns are recorded that are older than the choice.
+            del data["engine"]["kind"], data["engine"]["vllm"]
         if config.experts.match == "none":
             del data["experts"]
         else:

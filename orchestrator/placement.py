@@ -7,6 +7,7 @@ go on.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,20 @@ class Placement:
         remove_placement_group(self._group)
 
 
+def workers_asked_for(count: int, cpus: float = 1.0, spread: str = "none") -> WorkersConfig | None:
+    """The Ray workers that a command's options ask for; None: no such workers.
+
+    Raises `BadInputError` for options that cannot be.
+    """
+    if count < 0:
+        raise BadInputError(f"--workers: {count} must be 0 or more")
+    if not 0 <= cpus < math.inf:
+        raise BadInputError(f"--cpus: {cpus} must be a number from 0 on")
+    if spread != "none" and not count:
+        raise BadInputError("--spread: is for Ray workers: say how many with --workers")
+    return WorkersConfig(count=count, cpus=cpus, spread=spread) if count else None
+
+
 def check_spread(config: WorkersConfig, address: str | None) -> None:
     """Raise `BadInputError` for a spread that cannot be, whatever the cluster."""
     if config.spread == "none":
@@ -65,16 +80,18 @@ def check_spread(config: WorkersConfig, address: str | None) -> None:
         raise BadInputError(
             "workers.spread: workers that need neither CPUs nor GPUs have no places"
         )
-    if config.spread == "strict" and config.count > 1 and address is None:
+    # Gangs lie apart from one another as there is room.
+    apart = config.gang if config.gang > 1 else config.count
+    if config.spread == "strict" and apart > 1 and address is None:
         raise BadInputError(
-            f"workers.spread: strict puts {config.count} workers on as many nodes, and this machine is one: "
+            f"workers.spread: strict puts {apart} workers on as many nodes, and this machine is one: "
             "give the address of a cluster"
         )
 
 
 def what_lacks(config: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     """What a cluster of nodes with such resources has too little of, used or not; None if nothing."""
-    rooms = [_room(config, node) for node in nodes]
+    rooms = [room_on(config, node) for node in nodes]
     asked = f"workers.spread: {config.spread} needs"
     if config.spread == "strict":
         fit = sum(room > 0 for room in rooms)
@@ -91,9 +108,16 @@ def what_lacks(config: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> s
     return None
 
 
-def _room(config: WorkersConfig, node: Mapping[str, float]) -> int:
-    """How many workers a node has room for."""
-    return min(int(node.get(name, 0.0) / size + 1e-9) for name, size in _bundle(config).items())
+def room_on(config: WorkersConfig, node: Mapping[str, float]) -> int:
+    """How many workers a node with such resources has room for. A part of a GPU is all of one GPU."""
+    rooms = []
+    for name, size in _bundle(config).items():
+        there_is = node.get(name, 0.0)
+        if name == "GPU" and size < 1:
+            rooms.append(int(there_is) * int(1 / size + 1e-9))
+        else:
+            rooms.append(int(there_is / size + 1e-9))
+    return min(rooms)
 
 
 def _bundle(config: WorkersConfig) -> dict[str, float]:

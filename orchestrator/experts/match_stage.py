@@ -11,7 +11,18 @@ from orchestrator.experts.matching import Matching, match_experts
 from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
 from orchestrator.mri.prescribing import Recorder
+from workers.checkpoints import ArchitectureMap
+from workers.errors import BadInputError
 from workers.merging import Recipe
+from workers.merging.expert_order import experts_by_layer
+
+
+def check_can_match(config: CampaignConfig, father: ArchitectureMap) -> None:
+    """Raise `BadInputError` if experts are to be matched, and there are none."""
+    if config.experts.match != "none" and not experts_by_layer(father):
+        raise BadInputError(
+            f"experts.match: {father.location} has no routed experts that could be matched: set it to none"
+        )
 
 
 def recorded_or_matched(

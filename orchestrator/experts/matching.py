@@ -77,7 +77,8 @@ def match_experts(
     layers = sorted(experts_by_layer(ArchitectureMap.of(parents[father])))
     if not layers:
         raise BadInputError(
-            f"{parents[father].location}: has no experts that could be matched: leave it out"
+            f"{parents[father].location}: has no routed experts that could be matched: leave match_experts "
+            "out"
         )
     states: dict[int, Any] = {}
     if by == "outputs":

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.mri.probe import load_calibration_sets
 from workers.checkpoints import ArchitectureMap, Checkpoint
+from workers.devices import is_device
 from workers.diagnostics.calibration import CalibrationSet
 from workers.errors import BadInputError
 from workers.merging import Recipe, Rule, Selector
@@ -133,6 +134,8 @@ def _parse(
             options[key] = data[key]
     if options.get("dtype", "auto") not in ("auto", "float32", "bfloat16", "float16"):
         raise BadInputError(f"{where}.dtype: {options['dtype']!r} is no dtype of a model")
+    if not is_device(str(options.get("device", "cpu"))):
+        raise BadInputError(f"{where}.device: {options['device']!r} is neither cpu nor cuda")
     return Harc(sets, options)
 
 
@@ -153,7 +156,7 @@ def _sets(
         if donors is None:
             ancestor = base.fingerprint if base else None
             donors = [name for name, p in parents.items() if p.fingerprint != ancestor]
-        if not isinstance(donors, list):
+        if not isinstance(donors, list) or not all(isinstance(name, str) for name in donors):
             raise BadInputError(f"{where}.donors: {donors!r} is no list of parents")
         named = dict.fromkeys(donors, shared)
     for name in named:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.errors import PoolError
 from orchestrator.experts.routing_table import routing_record
 from workers.errors import BadInputError
 from workers.experts.plain_routers import plain_routers
@@ -41,7 +42,10 @@ def measure_routing(campaign: Campaign, recipe: Recipe) -> dict[str, Any] | None
         given = (recipe.to_dict(), texts, engine.dtype, engine.device)
         ((_, rows),) = campaign.pool.each("compare_routing", [given])
         routing = routing_record(rows, sets=sets, held_out=True)
-    except BadInputError as error:  # a child is not worse for what cannot be told of it
+    except (
+        BadInputError,
+        PoolError,
+    ) as error:  # a child is not worse for what cannot be told of it
         routing = {"not_compared": str(error)}
     campaign.record("routed", recipe=recipe.id, prompts=shown, routing=routing)
     return routing

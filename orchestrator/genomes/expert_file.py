@@ -89,7 +89,8 @@ def load_expert_file(config: GenomeConfig) -> ExpertFile:
             raise BadInputError(f"{path}: fixed.{name}: it is a gene of this space")
     for name in NEEDED:
         if name not in genes and name not in fixed:
-            raise BadInputError(f"{path}: genes.{name} is missing, or a value of it in fixed")
+            fixable = "" if name == SHARE else ", or a value of it in fixed"
+            raise BadInputError(f"{path}: genes.{name} is missing{fixable}")
     others = _others(path, data.get("others", "keep"))
     if SHARED_EXPERT in genes and SHARED_EXPERT in others:
         raise BadInputError(f"{path}: others.{SHARED_EXPERT}: it is a gene of this space")

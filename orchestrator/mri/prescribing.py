@@ -14,6 +14,7 @@ from orchestrator.inputs import Inputs
 from orchestrator.ledger import Ledger
 from orchestrator.mri.expert_prescription import prescribe_experts
 from orchestrator.mri.experts import keep_routing
+from orchestrator.mri.matched_scan import at_matched_places
 from orchestrator.mri.prescription import Prescription, prescribe
 from workers.merging.expert_order import ExpertOrders, orders_to_dict
 from workers.storage import Store, open_store
@@ -80,6 +81,8 @@ def scan_and_prescribe(
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
     if campaign is not None:
         keep_routing(scan, campaign)
+    if orders:
+        scan = scan | {"static": at_matched_places(scan["static"], orders)}
     if isinstance(space, ExpertSpace):
         return prescribe_experts(scan, orders)
     if not config.scan.static:

@@ -60,5 +60,6 @@ def load_cluster(name: str, changes: dict[str, float | None]) -> Cluster:
         # Without GPUs a cluster is one of CPUs.
         if not good or not (value >= 0 if key == "gpus_per_node" else 0 < value < float("inf")):
             kind = "whole number" if whole else "number"
-            raise BadInputError(f"{file}: {key}: {value!r} is not a positive {kind}")
+            where = f"--{key.replace('_', '-')}" if key in given else f"{file}: {key}"
+            raise BadInputError(f"{where}: {value!r} is not a positive {kind}")
     return Cluster(**(data | given))

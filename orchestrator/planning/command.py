@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.config import load_config
+from orchestrator.placement import check_spread
 from orchestrator.planning.cluster import load_cluster
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
 from orchestrator.planning.inputs import open_planned
+from workers.errors import BadInputError
 
 PARENTS = {
     True: "a worker's part of the parents, kept in memory",
@@ -33,8 +36,11 @@ def plan_campaign(
 
     Raises `BadInputError` for input that cannot work.
     """
+    if not 0 <= score_seconds < math.inf:
+        raise BadInputError(f"--score: {score_seconds} is not a number of seconds")
     machines = load_cluster(cluster, changes)
     config = load_config(path, overrides)
+    check_spread(config.workers, config.address)
     return estimate(config, open_planned(config, likes), machines, keeps, score_seconds)
 
 

@@ -68,10 +68,10 @@ def _workers(
 ) -> Iterator[str]:
     workers = config.workers
     each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
-    if runs_on_gpu(config) and workers.gpus < (least := max(ranks(config), 0.01)):
+    if runs_on_gpu(config) and math.ceil(workers.gpus) < ranks(config):
         yield (
             f"workers: an engine runs on {ranks(config)} GPUs, and workers.gpus reserves {workers.gpus:g}: "
-            f"set it to {math.ceil(least)}"
+            f"set it to {ranks(config)}"
         )
     if placement.gang > 1 and not has_experts:
         yield "workers.gang: the father has no routed experts to divide: vLLM divides such a model"
@@ -145,7 +145,8 @@ def _node(
         wider = place_workers(config, replace(cluster, nodes=nodes), spread="spread")
         return node_bytes(wider, members, of_worker, on_cpu, keeps)
 
-    more = (n for n in range(cluster.nodes + 1, placement.workers + 1) if needed(n) <= room)
+    most = max(cluster.nodes, placement.workers)
+    more = (n for n in range(cluster.nodes, most + 1) if needed(n) <= room)
     nodes = next(more, None)
     ways = [f"nodes with {gigabytes(memory.node)}"]
     if nodes is not None:

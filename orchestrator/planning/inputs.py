@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from orchestrator.config import SHIPPED, CampaignConfig, find_shipped, read_yaml
+from orchestrator.experts.match_stage import check_can_match
 from orchestrator.genomes.build import build_space
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.places import open_parent
@@ -112,6 +113,7 @@ def open_planned(config: CampaignConfig, likes: list[str]) -> PlannedInputs:
         if problem is not None:
             raise BadInputError(f"genome.method: {problem}, or set genome.allow_degenerate: true")
     maps = {name: headers.map_of(parent) for name, parent in parents.items()}
+    check_can_match(config, next(iter(maps.values())))
     space = build_space(
         genome,
         next(iter(maps.values())),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from orchestrator.config import CampaignConfig
+from orchestrator.placement import room_on
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.traffic import Traffic, live_tensors
@@ -66,11 +67,9 @@ def place_workers(config: CampaignConfig, cluster: Cluster, spread: str = "none"
 
 
 def _per_node(config: CampaignConfig, cluster: Cluster) -> int:
-    workers = config.workers
-    room = [cluster.cores_per_node // workers.cpus] if workers.cpus else []
-    if workers.gpus:
-        room.append(cluster.gpus_per_node // workers.gpus)
-    return int(min(room, default=cluster.cores_per_node))
+    if not config.workers.cpus and not config.workers.gpus:
+        return cluster.cores_per_node
+    return room_on(config.workers, {"CPU": cluster.cores_per_node, "GPU": cluster.gpus_per_node})
 
 
 def ranks(config: CampaignConfig) -> int:

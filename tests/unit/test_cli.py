@@ -497,6 +497,11 @@ def test_without_a_command_it_shows_its_help(darwin: Darwin, arguments: list[str
         (["merge", "recipe.yaml"], "OUT"),
         (["inspect", "--jsn", "x"], "--jsn"),
         (["inspect", "x", "y"], "y"),
+        (["merge", "recipe.yaml", "out", "--workers", "-1"], "--workers: -1"),
+        (["merge", "recipe.yaml", "out", "--workers", "2", "--cpus", "nan"], "--cpus: nan"),
+        (["merge", "recipe.yaml", "out", "--workers", "2", "--cpus", "-1"], "--cpus: -1"),
+        (["merge", "recipe.yaml", "out", "--spread", "strict"], "--spread: is for Ray workers"),
+        (["scan", "a", "b", "--workers", "-1"], "--workers: -1"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(

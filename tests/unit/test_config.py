@@ -216,6 +216,7 @@ def test_a_missing_key_inside_a_list_is_named(file: Path) -> None:
         ("workers.cpus", "-1"),
         ("workers.cpus", ".nan"),
         ("workers.gpus", ".inf"),
+        ("workers.gpus", "1.5"),
         ("objective", "median"),
         ("health.prompts", "0"),
         ("health.new_tokens", "0"),

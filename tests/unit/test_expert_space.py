@@ -447,7 +447,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "router": ({"router": "harc"}, "router: 'harc' is none of keep, as_experts"),
     "others": ({"others": {"norm": 0.3}}, "others.norm: 0.3 is more than 0.25"),
     "component": ({"others": {"vision": 0.1}}, "others.vision: others is keep, or shares of"),
-    "missing": ({"genes": {k: v for k, v in GENES.items() if k != "share"}}, "genes.share is missing"),
+    "missing": ({"genes": {k: v for k, v in GENES.items() if k != "share"}}, "genes.share is missing$"),
     "gene": ({"genes": GENES | {"speed": GENES["share"]}}, "genes.speed: it is none of"),
     "bounds": ({"genes": GENES | {"trust": {"low": 0.5, "high": 0.1, "start": 0.2}}}, "genes.trust: start"),
     "much": (

@@ -13,6 +13,7 @@ import yaml
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, load_config
 from orchestrator.inputs import Inputs, absolute_places, check_parents, open_inputs
 from tests.families import write_model
+from tests.scripted_campaign import scripted
 from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
 
@@ -355,3 +356,12 @@ def test_contents_are_part_of_the_identity(project: Project, models: Path, chang
         data[-1] ^= 1
         path.write_bytes(data)
     assert project.identity() != before
+
+
+def test_a_campaign_that_an_older_version_began_is_the_same(tmp_path: Path) -> None:
+    """As recorded before there were other engines, and rules by places of experts."""
+    identity = scripted(tmp_path, lambda recipe, item: True).identity
+    assert identity["engine"].keys() == {"dtype", "device", "threads", "batch_size"}
+    assert identity["genome"]["content"] == (
+        "c8754287b5c4aaf0bae8937a0a1ff445b5dfe5f4faa55eb1462e663b4c7633cd"
+    )

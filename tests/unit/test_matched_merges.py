@@ -13,6 +13,7 @@ import yaml
 from orchestrator.config import SHIPPED
 from orchestrator.experts.matching import Matching
 from orchestrator.ledger import Ledger
+from orchestrator.planning.command import plan_campaign
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.recipe_spelling import respell
 from orchestrator.single_merge import merge_recipe
@@ -240,6 +241,45 @@ def test_a_resumed_campaign_goes_by_the_recorded_order(
     assert "match_experts" not in second.scripted.called
     lineage = json.loads((child / "lineage.json").read_text())
     assert Recipe.from_dict(lineage["recipe"]).experts == other
+
+
+def test_a_scan_advises_matched_experts_as_if_they_had_not_moved(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    """In a space of ratios too, whose shares come from the statistics of each expert's weights."""
+    space = tmp_path / "space.yaml"
+    gene = {"low": 0.0, "high": 1.0, "start": 0.5}
+    space.write_text(
+        yaml.safe_dump(
+            {
+                "kind": "ratio",
+                "components": ["expert"],
+                "transplant": {"below": 0.15, "above": 0.85},
+                "genes": {"mri_trust": gene, "ratio": gene | {"weight": 1.0}},
+            }
+        )
+    )
+    advice = []
+    for mother, by in (("mother", "none"), ("moved", "weights"), ("moved", "none")):
+        campaign = campaign_of(
+            tmp_path / f"{mother}-{by}", family, mother, experts={"match": by},
+            genome={"space": str(space), "method": "linear"}, scan={"static": True},
+        )  # fmt: skip
+        campaign.run()
+        assert campaign.prescription is not None
+        advice.append(campaign.prescription.shares)
+    straight, matched, unmatched = advice
+    assert len(straight) == 4 * 4 * 3
+    assert matched == straight
+    assert unmatched != straight
+
+
+def test_a_dense_father_has_nothing_to_match(tmp_path: Path) -> None:
+    """Said before anything is started, by the campaign and by its plan."""
+    with pytest.raises(BadInputError, match=r"experts\.match: .* has no routed experts"):
+        scripted(tmp_path, answers, experts={"match": "weights"})
+    with pytest.raises(BadInputError, match=r"experts\.match: .* has no routed experts"):
+        plan_campaign(str(tmp_path / "campaign.yaml"), [], "gpu8_80gb", {}, [])
 
 
 def test_sets_without_outputs_are_refused(family: dict[str, Path], tmp_path: Path) -> None:

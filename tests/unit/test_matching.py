@@ -297,6 +297,6 @@ def test_a_father_without_experts(tmp_path: Path) -> None:
     dense = {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}
     merger = open_merger({name: write_experts(tmp_path / name, dense) for name in "ab"})
     calls: Any = local_calls(merger, FolderStore(tmp_path))
-    with pytest.raises(BadInputError, match="has no experts that could be matched"):
+    with pytest.raises(BadInputError, match="has no routed experts that could be matched"):
         match_experts(merger.parents, "weights", (), calls)
     assert read_tensors(tmp_path / "a")

@@ -28,6 +28,9 @@ NODES = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, {"mem
         ("spread", 14, 1, 0, "room for 14 workers with 1 CPUs and 0 GPUs each; the cluster's 4 nodes "
                              "have room for 13"),
         ("spread", 3, 0, 1, None),
+        ("spread", 6, 0, 0.5, None),
+        ("spread", 4, 0, 0.6, "room for 4 workers with 0 CPUs and 0.6 GPUs each; the cluster's 4 nodes have "
+                              "room for 3"),  # not of 2 GPUs
         ("spread", 4, 0, 1, "room for 4 workers with 0 CPUs and 1 GPUs each; the cluster's 4 nodes have "
                             "room for 3"),
     ],
@@ -45,6 +48,7 @@ def test_what_a_cluster_lacks(
     [
         (WorkersConfig(count=2, spread="wide"), "auto", "'wide' is none of none, spread, strict"),
         (WorkersConfig(count=2, spread="strict"), None, "give the address of a cluster"),
+        (WorkersConfig(gang=2, spread="strict"), None, "strict puts 2 workers on as many nodes"),
         (WorkersConfig(cpus=0, spread="spread"), "auto", "neither CPUs nor GPUs"),
     ],
 )

@@ -282,12 +282,10 @@ def test_workers_that_have_no_place(mixtures: dict[str, Path], tmp_path: Path) -
         == "fits"
     )
     strict = workers | {"count": 1, "spread": "strict"}
-    assert (
-        told(
-            plan(tmp_path, mixtures, {"nodes": 5}, workers=strict)["problems"], r"(\d+) nodes would"
-        )
-        == 6
-    )
+    there = plan(tmp_path, mixtures, {"nodes": 5}, workers=strict, address="auto")
+    assert told(there["problems"], r"(\d+) nodes would") == 6
+    with pytest.raises(BadInputError, match="this machine is one"):
+        plan(tmp_path, mixtures, {"nodes": 6}, workers=strict)
     none = plan(tmp_path, mixtures, {"gpus_per_node": 0}, workers={"count": 1})
     assert "no node has room for one" in none["problems"][0]
 
@@ -304,6 +302,35 @@ def test_a_gpu_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> N
     (problem,) = plan(tmp_path, mixtures, tiny)["problems"]
     assert "a larger GPU" in problem
     assert "gang of" not in problem
+
+
+def test_workers_with_parts_of_gpus_and_cores(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """A part of a GPU is never of two of them; where it is too small, a whole one would do."""
+    one = {"nodes": 1, "gpus_per_node": 5, "cores_per_node": 20}
+
+    def fits(count: int, machines: dict[str, Any] = one, **needs: float) -> bool:
+        workers = {"count": count, **needs}
+        return bool(plan(tmp_path, mixtures, machines, workers=workers)["status"] == "fits")
+
+    assert fits(10, gpus=0.5)
+    assert not fits(11, gpus=0.5)
+    assert fits(5, gpus=0.8)  # 6 such parts are less than 5 GPUs
+    assert not fits(6, gpus=0.8)
+    assert fits(10, one | {"cores_per_node": 1}, gpus=0.1, cpus=0.1)
+    assert not fits(11, one | {"cores_per_node": 1}, gpus=0.1, cpus=0.1)
+    needed = plan(tmp_path, mixtures, {})["memory"]["gpu"]
+    small = one | {"gpu_memory": 1.2 * needed / GB}
+    half = plan(tmp_path, mixtures, small, workers={"gpus": 0.5})
+    assert "or workers.gpus: 1" in half["problems"][0]
+    assert fits(1, small, gpus=1)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_seconds_that_are_none(seconds: float) -> None:
+    with pytest.raises(BadInputError, match="is not a number of seconds"):
+        plan_campaign(
+            "qwen35_27b_darwin", [], "gpu8_80gb", {}, ["qwen35_27b"], score_seconds=seconds
+        )
 
 
 def test_a_dense_model_has_no_gang() -> None:
@@ -350,6 +377,13 @@ def test_memory_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> 
         there = machines | {"nodes": count}
         found = plan_campaign(file, wide, "gpu8_80gb", there, [], keeps=True)
         assert (found["status"] == "fits") == fits
+    # Where there are nodes enough, the workers need only be spread over them.
+    there = machines | {"nodes": nodes}
+    packed = plan_campaign(file, [], "gpu8_80gb", there, [], keeps=True)["problems"]
+    assert told(packed, r"(\d+) nodes with the workers spread") == nodes
+    many = machines | {"nodes": 20}
+    packed = plan_campaign(file, [], "gpu8_80gb", many, [], keeps=True)["problems"]
+    assert told(packed, r"(\d+) nodes with the workers spread") == 20
     too_little = plan(tmp_path, mixtures, {"node_memory": each / 2 / GB}, workers=workers)
     assert "nodes with" in too_little["problems"][0]
     assert "spread" not in too_little["problems"][0]
@@ -431,6 +465,11 @@ def test_a_cluster_of_ones_own_is_checked(
 
 
 # -- the documentation -----------------------------------------------------------------------------------
+
+
+def test_an_option_that_replaces_a_clusters_value_is_named() -> None:
+    with pytest.raises(BadInputError, match=r"^--gpu-memory: nan is not a positive number$"):
+        load_cluster("gpu8_80gb", {"nodes": 2, "gpu_memory": float("nan")})
 
 
 def test_the_documentation_has_what_the_command_says() -> None:

@@ -105,6 +105,8 @@ def test_every_fifth_prompt_is_held_out() -> None:
         ({"harc": {"sets": ["code"], "iterations": 0}}, "iterations: 0 is not from 1"),
         ({"harc": {"sets": ["code"], "dtype": "int8"}}, "dtype: 'int8' is no dtype"),
         ({"harc": {"sets": ["code"], "device": 0}}, "device: 0 is not a text"),
+        ({"harc": {"sets": ["code"], "device": "gpu"}}, "device: 'gpu' is neither cpu nor cuda"),
+        ({"harc": {"sets": ["code"], "donors": [["donor1"]]}}, "donors: [['donor1']] is no list"),
         ({"harc": {"sets": ["code"], "steps": 5}}, "unknown key 'steps'"),
     ],
 )

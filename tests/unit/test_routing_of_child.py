@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from orchestrator.errors import PoolError
 from orchestrator.experts.routing_of_child import measure_routing
 from orchestrator.reporting.report import build_report
 from tests.mixtures import write_mixtures
-from tests.scripted_campaign import ScriptedCampaign, scripted
+from tests.scripted_campaign import ScriptedCampaign, ScriptedPool, scripted
 from tests.unit.test_probe import write_kind
 from workers.experts.routing_comparison import compare_routing
 from workers.merging import Recipe
@@ -68,6 +73,26 @@ def test_a_child_is_published_though_its_routing_cannot_be_compared(tmp_path: Pa
     card = open_store(result["child"]).read("README.md").decode()
     assert "Not compared with the parents': " in card and "more than one matrix" in card
     assert "Routing of experts</h2>" not in build_report(open_store(campaign.store.uri))
+
+
+class Fails(ScriptedPool):
+    """Its workers die of comparing routing, as of too little memory."""
+
+    def each(
+        self, method: str, arguments: list[tuple[Any, ...]], preferred: Any = None
+    ) -> Iterator[tuple[int, Any]]:
+        if method == "compare_routing":
+            raise PoolError("compare_routing failed 3 times")
+        return super().each(method, arguments, preferred)
+
+
+def test_a_child_is_published_though_workers_die_of_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = campaign_of(tmp_path, write_mixtures(tmp_path / "models"))
+    monkeypatch.setattr("tests.scripted_campaign.ScriptedPool", Fails)
+    card = open_store(campaign.run()["child"]).read("README.md").decode()
+    assert "Not compared with the parents': compare_routing failed 3 times" in card
 
 
 def test_dense_models_have_no_routing(tmp_path: Path) -> None:
