@@ -136,6 +136,7 @@ def test_the_routers_lie_beside_the_child_which_is_whole(merged: Path) -> None:
     }
     for part in ("child", "child/routers"):
         assert verify_child(str(merged / part), [])["status"] == "sound"
+    assert list(verify_child(str(merged / "child"), [])["changed"]) == ["father", *DONORS]
     (told,) = [a for a in lineage["ancestry"]["child"]["parents"] if a["name"] == "routers"]
     ancestor = lineage["ancestry"]["ancestors"][told["node"]]
     assert [parent["name"] for parent in ancestor["parents"]] == list(DONORS)
