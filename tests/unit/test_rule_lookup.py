@@ -143,7 +143,7 @@ def test_experts_that_there_are_not_are_refused(where: dict, problem: str, tmp_p
 
 def test_experts_of_a_dense_model_are_refused(tmp_path: Path) -> None:
     plan = plan_of(["model.layers.0.mlp.down_proj.weight"], tmp_path)
-    with pytest.raises(BadInputError, match="where.experts: .* no routed experts"):
+    with pytest.raises(BadInputError, match=r"where.experts: .* no routed experts"):
         plan.select(parse_selector({"experts": [0, 3]}))
 
 
