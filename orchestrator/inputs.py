@@ -118,6 +118,7 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     parents = {parent.name: open_parent(parent.path) for parent in config.parents}
     base = open_parent(config.base) if config.base else None
     check_parents(parents | ({"base": base} if base else {}))
+    _check_experts(config, parents[config.parents[0].name])
     method = METHODS.get(
         config.genome.method
     )  # one that is unknown is the genome space's to refuse
@@ -138,6 +139,19 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     by_outputs = config.experts.match == "outputs"
     prompts = load_calibration_sets(config.experts.sets) if by_outputs else ()
     return Inputs(parents, base, tuple(tasks), calibration, prompts)
+
+
+def _check_experts(config: CampaignConfig, father: Checkpoint) -> None:
+    """Raise `BadInputError` for what a dense model has no use of, before anything is started for it."""
+    asked = {
+        "experts.match": (config.experts.match != "none", "none"),
+        "workers.gang": (config.workers.gang > 1, "1"),
+    }
+    for key, (is_asked, off) in asked.items():
+        if is_asked and not ArchitectureMap.of(father).experts:
+            raise BadInputError(
+                f"{key}: {father.location} has no routed experts: set {key} to {off}"
+            )
 
 
 def absolute_places(inputs: Inputs) -> tuple[dict[str, str], str | None]:

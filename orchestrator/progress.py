@@ -183,7 +183,8 @@ class ProgressView:
         assert self.campaign is not None
         campaign = self.campaign
         tasks = [task.name for task in campaign.inputs.tasks]
-        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        # Without padding at the edge, three tasks take the 80 columns that a log and most terminals have.
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
         for heading in ("search items", *tasks, f"fitness ({campaign.config.objective})"):
             table.add_column(heading)
         rows = {name: recipe.id for name, recipe in campaign.parent_recipes.items()}

@@ -77,8 +77,8 @@ def match_experts(
     layers = sorted(experts_by_layer(ArchitectureMap.of(parents[father])))
     if not layers:
         raise BadInputError(
-            f"{parents[father].location}: has no routed experts that could be matched: leave match_experts "
-            "out"
+            f"{parents[father].location}: has no routed experts that could be matched: leave out "
+            "match_experts (of a campaign: experts.match)"
         )
     states: dict[int, Any] = {}
     if by == "outputs":
@@ -125,8 +125,8 @@ def notes_on_matching(lineage: Mapping[str, Any]) -> list[str]:
 
 def _note(by: str, name: str, found: dict[str, Any]) -> str:
     text = (
-        f"By their {by}, {found['moved']} of {found['experts']} experts of {name} have another number than "
-        f"those of the father that they belong to; these are alike by {found['similarity']:.2f}, "
+        f"By their {by}, {found['moved']} of {found['experts']} experts of {name} belong to an expert of the "
+        f"father with another number; those that belong together are alike by {found['similarity']:.2f}, "
         f"{found['margin']:.2f} more than the next best"
     )
     if not found["poor"]:

@@ -85,11 +85,15 @@ def treat_routers(
     where = f"{path}: router"
     father = recipe.father.name
     if not any(t.component == "router" for t in ArchitectureMap.of(parents[father]).tensors):
-        raise BadInputError(f"{where}: {father} ({parents[father].location}) has no routers")
+        raise BadInputError(
+            f"{where}: {father} ({parents[father].location}) has no routers: leave the key out"
+        )
     if wanted in (KEEP, AS_EXPERTS):
         return with_routers(recipe, wanted), None
     if not isinstance(wanted, dict) or wanted.keys() != {HARC}:
-        raise BadInputError(f"{where}: {wanted!r} is none of keep, as_experts, {{harc: {{...}}}}")
+        raise BadInputError(
+            f"{where}: {wanted!r} is none of keep, as_experts, {{harc: {{sets: [...]}}}}"
+        )
     return with_routers(recipe, KEEP), _parse(f"{where}.harc", wanted[HARC], recipe, parents, base)
 
 

@@ -18,6 +18,9 @@ Routing = dict[str, Any]
 RoutingByLayer = dict[str, dict[int, Routing]]
 """Parent -> layer with experts -> what was found there."""
 
+LEAST_AGREEMENT = 0.1
+"""Of the way from chance to full overlap: with less, parents do not number their experts alike."""
+
 DIGITS = 4
 """Significant ones that are kept of a mean for the report."""
 
@@ -111,8 +114,15 @@ def expert_notes(summary: dict[str, Any]) -> list[str]:
         )
         if shares:
             lines.append(
-                f"of the experts that {parent} chooses, others' routers would, too: {shares}"
+                f"of the experts that {parent} chooses, the routers of others would choose, too: {shares}"
             )
+        chance = of["per_token"] / of["experts"]
+        lines += [
+            f"the router of {other} agrees with {parent} no more than by chance ({chance:.0%}): their "
+            "experts may have other numbers, which matching them would show (match_experts)"
+            for other, share in of["overlap"].items()
+            if share["mean"] - chance < LEAST_AGREEMENT * (1.0 - chance)
+        ]
     return lines
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from orchestrator.config import ScanConfig
 from orchestrator.mri.dead_experts import dead_by_layer, dead_expert_notes
+from orchestrator.mri.expert_advice import expert_advice, expert_advice_notes
 from orchestrator.mri.experts import expert_notes, routing_by_layer, summarize_experts
 from orchestrator.mri.importance import (
     Cells,
@@ -64,6 +65,7 @@ def summarize(scan: dict[str, Any]) -> dict[str, Any]:
         ],
         "left_out": {name: len(tensors) for name, tensors in scan["left_out"].items()},
         "advice": advice(scan),
+        "expert_advice": expert_advice(scan),
         "experts": summarize_experts(routing_by_layer(scan)),
         "dead_experts": dead_by_layer(scan),
     }
@@ -149,6 +151,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
         found.append(f"not finite: {len(broken) - MOST_BROKEN:,} more tensors")
     told = [
         *_advice_notes(summary["advice"]),
+        *expert_advice_notes(summary["expert_advice"]),
         *expert_notes(summary["experts"]),
         *dead_expert_notes(summary["dead_experts"]),
     ]

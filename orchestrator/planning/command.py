@@ -11,7 +11,7 @@ from rich.text import Text
 
 from orchestrator.config import load_config
 from orchestrator.placement import check_spread
-from orchestrator.planning.cluster import load_cluster
+from orchestrator.planning.cluster import GB, load_cluster
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
 from orchestrator.planning.inputs import open_planned
@@ -106,7 +106,7 @@ def _memory(plan: dict[str, Any]) -> Table:
     if memory["gpu"]:
         rows.insert(0, ("a GPU's memory", memory["gpu"], cluster["gpu_memory"]))
     for name, size, room in rows:
-        there_is = f"{room:,g} GB" if room is not None else ""
+        there_is = gigabytes(room * GB) if room is not None else ""
         table.add_row(name, gigabytes(size) if size else "-", there_is)
     if plan["token_bytes"]:
         name = "over the network for each token that a gang reads, at most"

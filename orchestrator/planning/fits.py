@@ -51,8 +51,8 @@ def problems_of(
     if memory.copies > cluster.disk_size * GB:
         found.append(
             f"disk: copies of the parents take {gigabytes(memory.copies)} on each node, which has "
-            f"{cluster.disk_size:g} GB: a larger disk would do, or workers.gang with the parents in a "
-            "bucket or on a shared file system, where each worker reads its part only"
+            f"{gigabytes(cluster.disk_size * GB)}: a larger disk would do, or workers.gang with the "
+            "parents in a bucket or on a shared file system, where each worker reads its part only"
         )
     most_parts = max(Counter(part.file for part in inputs.parts).values())
     if most_parts > MOST_PARTS:
@@ -154,7 +154,7 @@ def _node(
     if keeps and node_bytes(placement, members, of_worker, on_cpu, False) <= room:
         ways.append("parents that are streamed for each candidate (--stream)")
     yield (
-        f"memory: the workers of a node need {gigabytes(memory.node)} of {cluster.node_memory:g} GB"
+        f"memory: the workers of a node need {gigabytes(memory.node)} of {gigabytes(room)}"
         f"{', with the parents kept there' if keeps else ''}: {', or '.join(ways)} would do"
     )
 

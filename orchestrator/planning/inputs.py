@@ -152,8 +152,8 @@ class _Headers:
         if like is None and kind == "hub":
             raise BadInputError(
                 f"{name}: {place}: a model of the hub would be downloaded whole for its headers: name a "
-                f"description of such a model with --like {name}=DESCRIPTION (there is: "
-                f"{', '.join(_shipped_names())})"
+                f"description of such a model with --like {name}=DESCRIPTION, or --like DESCRIPTION for all "
+                f"(there is: {', '.join(_shipped_names())})"
             )
         return PlannedParent(place, kind, self._open(place, like))
 

@@ -136,6 +136,7 @@ def test_the_routers_lie_beside_the_child_which_is_whole(merged: Path) -> None:
     }
     for part in ("child", "child/routers"):
         assert verify_child(str(merged / part), [])["status"] == "sound"
+    assert list(verify_child(str(merged / "child"), [])["changed"]) == ["father", *DONORS]
     (told,) = [a for a in lineage["ancestry"]["child"]["parents"] if a["name"] == "routers"]
     ancestor = lineage["ancestry"]["ancestors"][told["node"]]
     assert [parent["name"] for parent in ancestor["parents"]] == list(DONORS)
@@ -219,6 +220,22 @@ def test_an_interrupted_calibration_goes_on_behind_its_last_layer(
 
     with pytest.raises(BadInputError, match="is not empty"):
         merge_recipe(recipe, str(out))
+
+
+def test_a_set_that_the_tokenizer_does_not_know_is_refused_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """The place is free for the recipe that was mended."""
+    recipe = {
+        "parents": [{"name": n, "path": f"shipped:strings_moe/{n}"} for n in ("sort", "shift")],
+        "rules": [{"method": "linear", "parameters": {"weight": 1.0}}],
+        "router": {"harc": {"sets": ["korean"], "donors": ["shift"]}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "child"
+    with pytest.raises(BadInputError, match=r"does not know .* calibration prompts of shift"):
+        merge_recipe(str(tmp_path / "recipe.yaml"), str(out))
+    assert not [file for file in out.rglob("*") if file.is_file()]
 
 
 def test_the_merge_may_end_after_the_calibration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,19 @@ def test_a_recipe_that_chooses_a_vocabulary_may_have_parents_of_different_ones(
 def test_another_added_token_is_refused(project: Project) -> None:
     edit_vocabulary(project, "two", lambda data: data["added_tokens"][0].update(content="<other>"))
     assert "'<other>'" in project.refusal()
+
+
+@pytest.mark.parametrize(
+    ("override", "off"), [("experts.match=weights", "none"), ("workers.gang=2", "1")]
+)
+def test_a_dense_model_has_no_experts_to_match_or_to_divide(
+    project: Project, override: str, off: str
+) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(
+        BadInputError, match=rf"^{re.escape(key)}: .*one has no routed experts: set {key} to {off}$"
+    ):
+        open_inputs(project.config(override))
 
 
 def test_more_and_fewer_tokens_and_no_tokenizer_at_all_are_accepted(project: Project) -> None:

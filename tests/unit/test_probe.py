@@ -549,6 +549,10 @@ def test_the_shipped_family() -> None:
     assert found["reverse"] == probe_checkpoint(parents["reverse"], sets)
     with pytest.raises(BadInputError, match=r"does not know .* set 'math': probe with a set"):
         probe_checkpoint(parents["sort"], load_calibration_sets(["math"]))
+    # The tokenizer of the mixtures writes no unknown tokens: it drops what it does not know.
+    mixture, korean = open_checkpoint("shipped:strings_moe/sort"), load_calibration_sets(["korean"])
+    with pytest.raises(BadInputError, match=r"does not know .* set 'korean': probe with a set"):
+        probe_checkpoint(mixture, korean)
 
 
 def test_cosine_distance() -> None:

@@ -55,3 +55,26 @@ def test_the_last_figures_are_printed_and_parents_given_twice_are_noticed(
     assert "one and two are the same checkpoint" in printed
     assert "5/5 evaluations" in printed
     assert "genes of components for dare_ties" in printed
+
+
+def test_three_tasks_fit_into_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wide as a log is: each model has one line."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    campaign = scripted(
+        tmp_path,
+        lambda recipe, item: hash((recipe.id, item.id)) % 2 == 0,
+        tasks=[
+            {"name": name, "search_items": 8, "holdout_items": 8}
+            for name in ("reverse", "sort", "shift")
+        ],
+        objective="worst",
+        search={"optimizer": "random", "evaluations": 2, "population": 2},
+    )
+    with ProgressView() as view:
+        campaign.watcher = view
+        campaign.run()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best child")]
+    assert lines
+    assert all(line.count(".") == 12 and len(line.rstrip()) <= 80 for line in lines)

@@ -308,7 +308,10 @@ def test_the_experts_of_the_parents_are_shown(tmp_path: Path) -> None:
     assert "Experts: merit" in page.text
     assert "routers of wolf choose 2 of 4 experts; load entropy" in page.text
     assert "dead experts of cat (chosen less than 5% as often as at an even load): 2" in page.text
-    assert "of the experts that cat chooses, others' routers would, too: dog 75%" in page.text
+    assert (
+        "of the experts that cat chooses, the routers of others would choose, too: dog 75%"
+        in page.text
+    )
     assert [tag for tag, name, _ in page.attributes if name == "viewbox"] == ["svg"] * 8
     assert kept_routing(store)["wolf"][2]["merit"] == [0.3333] * 4
 

@@ -202,8 +202,13 @@ def test_routers_in_words() -> None:
     assert expert_notes(summarize_experts({"mother": layers})) == [
         "routers of mother choose 2 of 4 experts; load entropy 1.50 of 2.00 bits, least 1.00 in layer 4; "
         "entropy per token 1.00",
-        "of the experts that mother chooses, others' routers would, too: father 70% (least 50% in layer 1)",
+        "of the experts that mother chooses, the routers of others would choose, too: father 70% "
+        "(least 50% in layer 1)",
     ]
+    layers[1]["overlap"]["father"], layers[4]["overlap"]["father"] = 0.5, 0.56
+    assert expert_notes(summarize_experts({"mother": layers}))[2].startswith(
+        "the router of father agrees with mother no more than by chance (50%): their experts may have other "
+    )
     without = {"mother": {1: routing_of([5, 5, 5, 5], load_entropy=2.0)}}
     (line,) = expert_notes(summarize_experts(without))
     assert line.endswith("least 2.00 in layer 1")

@@ -110,9 +110,7 @@ def test_places_select_experts_of_layers(rest: dict, tmp_path: Path) -> None:
         )
     ]
     plan = plan_of(stored, tmp_path)
-    where = Selector(
-        places=((0, ((2, 2),)), (2, SPANS), (3, ((4, 10**12),)), (7, ((0, 0),))), **rest
-    )
+    where = Selector(places=((0, ((2, 2),)), (2, SPANS), (3, ((4, 4),))), **rest)
     expected = {
         name
         for name, tensor in plan.child.by_name.items()
@@ -123,6 +121,30 @@ def test_places_select_experts_of_layers(rest: dict, tmp_path: Path) -> None:
     assert plan.select(where) == expected
     assert {t.name for t in plan.child.tensors if where.matches(t)} == expected
     assert parse_selector(json.loads(json.dumps(where.to_dict()))) == where
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ({"experts": [0, 20]}, r"where.experts: \[0, 20\] are not experts of .*experts 0 to 4"),
+        ({"experts": [5, 5], "names": ["*down*"]}, r"where.experts: \[5, 5\] are not"),
+        ({"experts": [-1, 2]}, r"where.experts: \[-1, 2\] are not"),
+        ({"experts": [3, 1]}, r"where.experts: \[3, 1\] are not"),
+        ({"places": {0: [[0, 1], [4, 10**12]]}}, r"where.places.0: \[4, 1000000000000\] are not"),
+        ({"places": {7: [[0, 0]]}}, "where.places.7: .* has 1 layers, from 0 to 0"),
+    ],
+)
+def test_experts_that_there_are_not_are_refused(where: dict, problem: str, tmp_path: Path) -> None:
+    """Also where others of the rule are there: what was meant by them is not known."""
+    plan = plan_of([f"model.layers.0.mlp.experts.{e}.down_proj.weight" for e in range(5)], tmp_path)
+    with pytest.raises(BadInputError, match=problem):
+        plan.select(parse_selector(where))
+
+
+def test_experts_of_a_dense_model_are_refused(tmp_path: Path) -> None:
+    plan = plan_of(["model.layers.0.mlp.down_proj.weight"], tmp_path)
+    with pytest.raises(BadInputError, match=r"where.experts: .* no routed experts"):
+        plan.select(parse_selector({"experts": [0, 3]}))
 
 
 def test_places_are_read_with_layers_as_numbers_or_texts() -> None:

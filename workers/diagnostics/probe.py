@@ -27,15 +27,13 @@ import torch
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.calibration import CalibrationSet
 from workers.diagnostics.layers import COMPONENTS, DecoderLayer, find_decoder, observed
+from workers.diagnostics.reading import check_known, read_prompt
 from workers.diagnostics.routers import OtherRouters
 from workers.diagnostics.routing import Routing, routed
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
 
 VARIANTS = ("mean_token", "last_token")
-
-MOST_UNKNOWN = 0.5
-"""Share of a set's tokens that a tokenizer may not know: a model that sees less has not been asked."""
 
 Rows = list[dict[str, Any]]
 """`{"layer", "component", "mean_token", "last_token"}` of each layer and component, in their order; of an mlp
@@ -184,22 +182,22 @@ def encode(tokenizer: Any, sets: Sequence[CalibrationSet], location: str) -> lis
     """
     prompts = []
     for calibration in sets:
-        unknown = total = 0
+        readings = []
         for pair in calibration.pairs:
             for kind, text in (("conditioned", pair.conditioned), ("generic", pair.generic)):
-                ids = tokenizer(text)["input_ids"]
-                if not ids:
+                reading = read_prompt(tokenizer, text)
+                if not reading.ids:
                     raise BadInputError(
                         f"{location}: the {kind} prompt {pair.id!r} of set {calibration.name!r} has no tokens"
                     )
-                total += len(ids)
-                unknown += ids.count(tokenizer.unk_token_id)
-                prompts.append(torch.tensor([ids]))
-        if unknown > MOST_UNKNOWN * total:
-            raise BadInputError(
-                f"{location}: its tokenizer does not know {unknown} of the {total} tokens of the "
-                f"calibration set {calibration.name!r}: probe with a set that is written for it"
-            )
+                readings.append(reading)
+                prompts.append(torch.tensor([reading.ids]))
+        check_known(
+            readings,
+            location,
+            f"the calibration set {calibration.name!r}",
+            "probe with a set that is written for it",
+        )
     return prompts
 
 

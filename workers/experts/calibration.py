@@ -66,6 +66,7 @@ class Calibration:
         self.routers = find_routers(self.child.model, self.child.layers, self.child.location)
         self._calibrated, held_out = Prompts.gather(order.texts), Prompts.gather(order.held_out)
         tokenizer, location = self.child.tokenizer, self.child.location
+        self._calibrated.check(tokenizer, location)
         tokens = self._calibrated.encode(tokenizer, location)
         others = held_out.encode(tokenizer, location)
         self._own = OwnRouting(parents, held_out, others, self._recipe, order.dtype, order.device)

@@ -22,6 +22,7 @@ import torch
 
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.layers import DecoderLayer
+from workers.diagnostics.reading import check_known, read_prompt
 from workers.diagnostics.routers import load_entropy, overlap
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
@@ -49,6 +50,16 @@ class Prompts:
         texts = tuple(dict.fromkeys(text for own in given.values() for text in own))
         number = {text: place for place, text in enumerate(texts)}
         return Prompts(texts, {name: tuple(number[t] for t in own) for name, own in given.items()})
+
+    def check(self, tokenizer: Any, location: str) -> None:
+        """Raise `BadInputError` if the tokenizer hardly knows the prompts of some parent."""
+        for name, numbers in self.of.items():
+            check_known(
+                (read_prompt(tokenizer, self.texts[number]) for number in numbers),
+                location,
+                f"the calibration prompts of {name}",
+                "calibrate with a set that is written for it",
+            )
 
     def encode(self, tokenizer: Any, location: str) -> list[torch.Tensor]:
         """Token ids `[1, tokens]` of each text."""

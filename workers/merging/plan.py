@@ -201,6 +201,7 @@ class Plan:
         """The names of the tensors that `where` selects; none is a `BadInputError`."""
         if where in self._selected:
             return self._selected[where]
+        where.check_experts(self.child.layers, self.child.experts, self.layout.location)
         if where.is_by_name:
             # A rule for each tensor must not cost a look at every tensor.
             found = (tensor for name in where.names for tensor in self._by_any_name.get(name, ()))
@@ -214,7 +215,7 @@ class Plan:
             names = frozenset(t.name for t in self.child.tensors if where.matches(t))
         if not names:
             raise BadInputError(
-                f"recipe: the rule for {where} matches no tensor of {self.layout.location}"
+                f"recipe: the rule for where: {where} matches no tensor of {self.layout.location}"
             )
         if not where.is_by_name and not where.is_by_place:
             self._selected[where] = names  # others differ from candidate to candidate of a search

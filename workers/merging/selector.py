@@ -70,6 +70,29 @@ class Selector:
                 for expert in range(max(first, 0), min(last + 1, experts)):
                     yield layer, expert
 
+    def check_experts(self, layers: int, experts: int, location: str) -> None:
+        """Raise `BadInputError` for a routed expert that a model of so many layers and experts has not.
+
+        What was meant by it is not known, so it is not left out silently.
+        """
+        spans = [("experts", self.experts)] if self.experts is not None else []
+        for layer, of_layer in self.places:
+            if layer >= layers:
+                raise BadInputError(
+                    f"recipe: where.places.{layer}: {location} has {layers} layers, from 0 to {layers - 1}"
+                )
+            spans += [(f"places.{layer}", span) for span in of_layer]
+        for key, (first, last) in spans:
+            if not 0 <= first <= last < experts:
+                there = f"experts 0 to {experts - 1}" if experts else "no routed experts"
+                raise BadInputError(
+                    f"recipe: where.{key}: [{first}, {last}] are not experts of {location}: its layers "
+                    f"have {there}"
+                )
+
+    def __str__(self) -> str:
+        return str(self.to_dict()).replace("'", "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of `parse_selector`."""
         data: dict[str, Any] = {}
