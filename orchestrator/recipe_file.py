@@ -31,7 +31,7 @@ from workers.merging import (
     get_method,
     parse_selector,
 )
-from workers.merging.expert_order import parse_orders
+from workers.merging.expert_order import check_lengths, parse_orders
 from workers.merging.parameters import parse_parameters, varies
 from workers.merging.recipe import parse_form, parse_rule_parents, parse_slice
 
@@ -163,6 +163,11 @@ def load_recipe_data(
     parents = {name: opened(place) for name, place in places.items()}
     base = opened(base_place) if base_place is not None else None
     check_parents(parents | ({"base": base} if base else {}), form["vocabulary"])
+    if data.get("experts") and not layers:
+        try:
+            check_lengths(data["experts"], ArchitectureMap.of(parents[names[0]]))
+        except BadInputError as error:
+            raise BadInputError(f"{path}: {error}") from error
     references = tuple(ParentReference(name, p.fingerprint) for name, p in parents.items())
     base_reference = ParentReference("base", base.fingerprint) if base else None
     recipe = Recipe(references, rules, base_reference, seed, layers, **form)

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from orchestrator.descent.attribution import attribute_checkpoint
+from orchestrator.recipe_file import load_recipe_file
 from orchestrator.single_merge import merge_recipe
 from orchestrator.verification import verify_child
 from tests.checkpoint_files import (
@@ -362,6 +363,24 @@ def test_what_cannot_be_merged_as_experts(
     merger = open_merger({"a": parents["a"], "b": parents["b"]}, parents["base"])
     with pytest.raises(BadInputError, match=message):
         merger.start(recipe_for(merger, *rules))
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [(0, "layer 0: orders 2 experts, .* has 6"), (7, "layer 7: orders 2 experts, .* has 0")],
+)
+def test_an_order_that_changes_nothing_is_of_all_experts_too(
+    layer: int, problem: str, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    data = {
+        "parents": [{"name": name, "path": str(parents[name])} for name in "ab"],
+        "rules": [{"method": "linear", "parameters": {"weight": 1.0}}],
+        "experts": {"b": {layer: [0, 1]}},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(BadInputError, match=rf"recipe.yaml: experts: b: {problem}"):
+        load_recipe_file(str(file))
 
 
 def test_verify_and_lineage_know_the_order(parents: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ That expert's matrices, its row of the router and whatever else is stored for it
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
@@ -44,6 +45,27 @@ def parse_orders(data: Any, parents: list[str], has_base: bool) -> ExpertOrders:
             if order != tuple(range(len(order))):
                 found.setdefault(name, {})[int(text)] = order
     return found
+
+
+def check_lengths(data: dict[str, dict[Any, Any]], child: ArchitectureMap) -> None:
+    """Raise `BadInputError` for an order of more or fewer experts than a layer of the child has.
+
+    `data`: as given to `parse_orders`, which leaves out an order that changes nothing whatever its length.
+    """
+    experts = experts_by_layer(child)
+    for name, layers in data.items():
+        for layer, numbers in layers.items():
+            _check_length(name, int(layer), len(numbers), child.location, experts)
+
+
+def _check_length(
+    name: str, layer: int, length: int, location: str, experts: Mapping[int, int]
+) -> None:
+    if length != (count := experts.get(layer, 0)):
+        raise BadInputError(
+            f"experts: {name}: layer {layer}: orders {length} experts, but layer {layer} of {location} has "
+            f"{count}"
+        )
 
 
 def _check_name(name: Any, parents: list[str], has_base: bool) -> None:
@@ -98,15 +120,8 @@ class ExpertPlaces:
                 raise BadInputError(f"experts: {name!r} is none of {list(maps)}")
             own = experts_by_layer(maps[name])
             for layer, order in layers.items():
-                for where, count in (
-                    (child.location, self.experts.get(layer, 0)),
-                    (maps[name].location, own.get(layer, 0)),
-                ):
-                    if len(order) != count:
-                        raise BadInputError(
-                            f"experts: {name}: layer {layer}: orders {len(order)} experts, but layer "
-                            f"{layer} of {where} has {count}"
-                        )
+                _check_length(name, layer, len(order), child.location, self.experts)
+                _check_length(name, layer, len(order), maps[name].location, own)
 
     def _is_per_expert(self, tensor: LogicalTensor) -> bool:
         experts = self.experts.get(tensor.layer, 0) if tensor.layer is not None else 0
