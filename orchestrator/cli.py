@@ -7,7 +7,8 @@ import gc
 import json
 import signal
 import sys
-from typing import Annotated, Any
+from contextlib import redirect_stdout
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -23,6 +24,9 @@ OBJECTS_BETWEEN_COLLECTIONS = 100_000
 
 DONE, FAILED, BAD_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
 PIPE_WIDTH = 1000
+
+_json_output: TextIO | None = None
+"""Where the JSON object goes, and nothing else."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 CampaignPlace = Annotated[
@@ -397,12 +401,21 @@ def scan(
 
 def main() -> None:
     """Run the command line; errors of users end it with one line and the right exit code."""
-    from workers.errors import BadInputError
-
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     # Nor at the end, where all that torch has loaded would be looked through.
     atexit.register(gc.freeze)
-    as_json = "--json" in sys.argv
+    if "--json" not in sys.argv:
+        _run(as_json=False)
+    global _json_output
+    _json_output = sys.stdout
+    # Ray, for one, prints of workers that died, whenever it hears of it.
+    with redirect_stdout(sys.stderr):
+        _run(as_json=True)
+
+
+def _run(as_json: bool) -> NoReturn:
+    from workers.errors import BadInputError
+
     try:
         code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # how newer versions of typer report it
@@ -444,7 +457,8 @@ def _fail(status: str, message: str, as_json: bool) -> None:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data))  # all ASCII, whatever the terminal can show
+    # All ASCII, whatever the terminal can show.
+    print(json.dumps(data), file=_json_output or sys.stdout)
 
 
 def _say(text: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -175,8 +176,9 @@ def test_killed_workers_cost_nothing_but_time(undisturbed: dict, tmp_path: Path)
             ),
             process,
         )
-    _, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert json.loads(out)["recipe_id"] == undisturbed["recipe_id"]  # and nothing else was printed
     assert not any(record["given_up"] for record in failed())
     ledger = records(store)
     assert len(scored_items(ledger)) == len(set(scored_items(ledger)))

@@ -98,13 +98,14 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: RayCluster, tmp_pa
     whole = run_darwin("run", places["whole"], environment=os.environ | ENVIRONMENT)
 
     store = open_store(str(tmp_path / "gang" / "store" / "small"))
-    process = start_darwin("run", places["gang"], environment=os.environ | ENVIRONMENT)
+    process = start_darwin("run", places["gang"], "--json", environment=os.environ | ENVIRONMENT)
     wait_for(lambda: count_records(store, "scored") > 0, process)
     killed = members(cluster.process_id)
     assert len(killed) == 1
     os.kill(killed[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert json.loads(out)["recipe_id"] == whole["recipe_id"]  # Ray's word of the loss is elsewhere
 
     child = f"{store.uri}/child-{whole['recipe_id'][:12]}"
     assert digests(child) == digests(whole["child"])
