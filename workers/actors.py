@@ -116,14 +116,13 @@ class MergeWorker:
         keys: list[tuple[str, int]],
     ) -> list[PartReport]:
         """Merge these parts of the recipe's child and write them into the open uploads."""
-        import torch
-
         from workers.merging.child import write_parts
+        from workers.merging.threads import torch_threads
 
         run, parts = self.start(Recipe.from_dict(recipe))
-        torch.set_num_threads(1)  # a merge brings its own
         wanted = [parts[key[0], key[1]] for key in keys]
-        return write_parts(run, wanted, self.store(target), uploads, self.spec.threads)
+        with torch_threads(1):  # a merge brings its own
+            return write_parts(run, wanted, self.store(target), uploads, self.spec.threads)
 
     def publish_file(self, target: str, *arguments: Any) -> str:
         """See `workers.merging.child.publish_file`."""
@@ -206,8 +205,9 @@ class MergeWorker:
         self, donor: str, layer: int, states: PackedStates | None, device: str = "cpu"
     ) -> LayerMatching:
         """See `workers.experts.matching`: by outputs for hidden states that are given, else by weights."""
-        from workers.diagnostics.probe import torch_threads, unpack_states
+        from workers.diagnostics.probe import unpack_states
         from workers.experts.matching import Experts, match_by_outputs, match_by_weights
+        from workers.merging.threads import torch_threads
 
         father = Experts(next(iter(self.parents.values())), layer)
         other = Experts(self.parents[donor], layer)
@@ -223,13 +223,11 @@ class MergeWorker:
 
         `recipe` says which parents, layers and tokens belong together, not what was merged how.
         """
-        import torch
-
         from workers.diagnostics.attribution import measure_chunk, read_unpublished
         from workers.merging.sources import Source
+        from workers.merging.threads import torch_threads
 
         run, _ = self.start(Recipe.from_dict(recipe))
-        torch.set_num_threads(1)
         if self._child is None or self._child[0] != (child, published):
             store = self.store(child)
             opened = (
@@ -237,16 +235,17 @@ class MergeWorker:
             )
             self._child = (child, published), ArchitectureMap.of(opened), Source(opened)
         tensors, source = self._child[1].by_name, self._child[2]
-        return [measure_chunk(run, source, tensors[name], first) for name, first in chunks]
+        with torch_threads(1):
+            return [measure_chunk(run, source, tensors[name], first) for name, first in chunks]
 
     def calibrate_router(
         self, order: CalibrationOrder, layer: int, known: dict[int, str], records: str
     ) -> CalibratedLayer:
         """See `workers.experts.calibration`. `known`: the layers before and the SHA-256 of their routers,
         which a worker that has not calibrated them itself reads from their `records`."""
-        from workers.diagnostics.probe import torch_threads
         from workers.experts.calibration import Calibration
         from workers.experts.calibration_order import read_record, router_bytes
+        from workers.merging.threads import torch_threads
 
         with torch_threads(PROBE_THREADS):
             at = self._calibration
@@ -266,8 +265,8 @@ class MergeWorker:
         device: str = "cpu",
     ) -> list[dict[str, Any]]:
         """See `workers.experts.routing_comparison.compare_routing`."""
-        from workers.diagnostics.probe import torch_threads
         from workers.experts.routing_comparison import compare_routing
+        from workers.merging.threads import torch_threads
 
         with torch_threads(PROBE_THREADS):
             child = Recipe.from_dict(recipe)

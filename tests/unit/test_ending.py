@@ -117,6 +117,19 @@ def children(store: Path) -> list[str]:
     return sorted({str(Path(name).parent) for name in content(store)})
 
 
+def test_a_worker_that_has_written_computes_with_the_threads_that_it_had(
+    merger: Merger, tmp_path: Path
+) -> None:
+    """Else it would score otherwise than it has said."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    try:
+        make(merger, FolderStore(tmp_path), [])
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_good_child_has_its_own_folder(merger: Merger, tmp_path: Path) -> None:
     folders: list[str] = []
     written = make(merger, FolderStore(tmp_path / "store"), folders)

@@ -16,8 +16,7 @@ probe of the Darwin family (arXiv 2605.14386), which leaves the definition open.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -32,6 +31,7 @@ from workers.diagnostics.routers import OtherRouters
 from workers.diagnostics.routing import Routing, routed
 from workers.diagnostics.streaming import StreamedModel
 from workers.errors import BadInputError
+from workers.merging.threads import torch_threads
 
 VARIANTS = ("mean_token", "last_token")
 
@@ -288,14 +288,3 @@ def cosine_distance(one: torch.Tensor, two: torch.Tensor) -> float | None:
 def _mean(values: list[float | None]) -> float | None:
     defined = [value for value in values if value is not None]
     return math.fsum(defined) / len(values) if len(defined) == len(values) else None
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """torch with so many threads: sums are the same only for the same number of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -20,10 +20,10 @@ from workers.diagnostics.probe import (
     pack_states,
     probe_layer,
     probe_span,
-    torch_threads,
     unpack_states,
 )
 from workers.diagnostics.streaming import StreamedModel
+from workers.merging.threads import torch_threads
 
 Sets = Sequence[CalibrationSet]
 Kind = tuple[str, str]

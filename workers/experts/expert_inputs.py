@@ -12,9 +12,10 @@ import torch
 from workers.checkpoints import Checkpoint
 from workers.diagnostics.calibration import CalibrationSet
 from workers.diagnostics.layers import DecoderLayer
-from workers.diagnostics.probe import encode, torch_threads
+from workers.diagnostics.probe import encode
 from workers.diagnostics.streaming import StreamedModel
 from workers.experts.matching import spread
+from workers.merging.threads import torch_threads
 
 MOST_TOKENS = 1024
 """Of all prompts together, evenly spaced: that many tell the experts of any layer apart."""

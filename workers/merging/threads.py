@@ -1,10 +1,11 @@
-"""Threads that share the work of a merge."""
+"""Threads that share the work of a merge, and those of torch."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -36,3 +37,16 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -
                 future.result()
         finally:
             stopped.set()  # an interrupt arrives here, not in the threads
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch with so many threads: sums are the same only for the same number of them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
