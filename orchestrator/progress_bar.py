@@ -11,6 +11,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -20,39 +21,30 @@ from rich.progress import (
 @contextmanager
 def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Gives a function to be called with each number of bytes done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(f"{title}: {total_bytes:,} bytes", highlight=False)
-        yield lambda done: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
-        yield lambda done: progress.advance(task, done)
+    counts = (DownloadColumn(), TransferSpeedColumn())
+    with _bar(title, total_bytes, f"{total_bytes:,} bytes", counts) as notify:
+        yield notify
 
 
 @contextmanager
 def steps_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Gives a function to be called with each number of steps done, of a work whose steps are called
     `unit`."""
+    counts = (MofNCompleteColumn(), TextColumn(unit))
+    with _bar(title, total, f"{total} {unit}", counts) as notify:
+        yield notify
+
+
+@contextmanager
+def _bar(
+    title: str, total: int, amount: str, counts: tuple[ProgressColumn, ...]
+) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(f"{title}: {total} {unit}", highlight=False)
+        console.print(f"{title}: {amount}", highlight=False)
         yield lambda done: None
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from workers.checkpoints import ArchitectureMap, Checkpoint, localize, open_checkpoint
-from workers.errors import BadInputError
+from workers.checkpoints import ArchitectureMap, Checkpoint, check_same, localize, open_checkpoint
 from workers.evaluation import Engine, Task, make_batches, score_batch
 from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
@@ -99,13 +98,7 @@ class MergeWorker:
         """Open parents and base, and check that they are what the driver has seen."""
         opened = {n: place(open_checkpoint(p)) for n, p in self.spec.parents.items()}
         self.base = place(open_checkpoint(self.spec.base)) if self.spec.base else None
-        found = opened | ({BASE: self.base} if self.base else {})
-        for name, fingerprint in self.spec.fingerprints.items():
-            if found[name].fingerprint != fingerprint:
-                raise BadInputError(
-                    f"{found[name].location}: is another checkpoint on this worker's machine than "
-                    "where the campaign was started"
-                )
+        check_same(opened | ({BASE: self.base} if self.base else {}), self.spec.fingerprints)
         self.parents = opened
 
     def write_parts(

@@ -9,7 +9,7 @@ layer and expert of every stored element. Nothing here imports torch.
 from workers.checkpoints.architecture import COMPONENTS, ArchitectureMap, LogicalTensor
 from workers.checkpoints.checkpoint import Checkpoint, WeightFile
 from workers.checkpoints.layout import Form, Layout, child_layout
-from workers.checkpoints.opening import absolute_checkpoint_location, open_checkpoint
+from workers.checkpoints.opening import absolute_checkpoint_location, check_same, open_checkpoint
 from workers.checkpoints.publishing import publish_companions
 from workers.checkpoints.reader import CheckpointReader, localize
 from workers.checkpoints.safetensors_format import TensorEntry
@@ -25,6 +25,7 @@ __all__ = [
     "TensorEntry",
     "WeightFile",
     "absolute_checkpoint_location",
+    "check_same",
     "child_layout",
     "localize",
     "open_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from workers.checkpoints.adapter import CONFIG_FILE, open_adapter
@@ -62,3 +63,13 @@ def _is_there(location: str, prefix: str = "") -> bool:
         return next(open_store(location).list_objects(prefix), None) is not None
     except BadInputError:
         return False  # it is no location at all, such as s3://bucket/base+s3://bucket/adapter
+
+
+def check_same(opened: Mapping[str, Checkpoint], fingerprints: Mapping[str, str]) -> None:
+    """Raise `BadInputError` if a checkpoint, opened on this machine, is another one than the driver's."""
+    for name, fingerprint in fingerprints.items():
+        if opened[name].fingerprint != fingerprint:
+            raise BadInputError(
+                f"{opened[name].location}: is another checkpoint on this worker's machine than where the "
+                "campaign was started"
+            )

@@ -33,6 +33,28 @@ def load_tokenizer(father: Checkpoint) -> Any:
     return tokenizer
 
 
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]]
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each (prompt, continuation) in one, and where the continuation's begin.
+
+    Raises `BadInputError` where nothing comes before them.
+    """
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    wholes = tokenizer([prompt + continuation for prompt, continuation in pairs])["input_ids"]
+    # A tokenizer may close a text with an end token, and may join prompt and continuation.
+    starts = [
+        min(common_length(prompt, whole), len(whole) - 1)
+        for prompt, whole in zip(prompts, wholes, strict=True)
+    ]
+    if min(starts) < 1:
+        raise BadInputError(
+            "an empty prompt has no token to begin with, as this tokenizer adds none: give each item "
+            "a prompt"
+        )
+    return wholes, starts
+
+
 def common_length(first: list[int], second: list[int]) -> int:
     """How many tokens two texts have in common at their beginning."""
     for position, (one, two) in enumerate(zip(first, second, strict=False)):

@@ -15,7 +15,7 @@ from workers.devices import check_device
 from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Generation, Reading
 from workers.evaluation.reading import read_texts
-from workers.evaluation.tokenizing import can_express, common_length, finish, load_tokenizer
+from workers.evaluation.tokenizing import can_express, encode_pairs, finish, load_tokenizer
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger
 from workers.merging.sources import DTYPE_NAMES
@@ -160,12 +160,11 @@ class TransformersEngine:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
         """See `Engine.loglikelihood`. The continuation's tokens are those that prompt + continuation
         has beyond the tokens of the prompt."""
-        ids, attention, starts = self._encode_pairs(tuple(pairs))
-        if min(starts) < 1:
-            raise BadInputError(
-                "an empty prompt has no token to begin with, as this tokenizer adds none: give each item "
-                "a prompt"
-            )
+        wholes, starts = encode_pairs(self.tokenizer, pairs)
+        padded = self.tokenizer.pad(
+            {"input_ids": wholes}, padding_side="right", return_tensors="pt"
+        ).to(self.device)
+        ids, attention = padded["input_ids"], padded["attention_mask"]
         logits = self.model(input_ids=ids, attention_mask=attention).logits.float()
         logprobs = logits[:, :-1].log_softmax(-1)
         chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -176,27 +175,6 @@ class TransformersEngine:
                 Continuation(float(chosen[row, start - 1 : length - 1].sum()), length - start)
             )
         return results
-
-    def _encode_pairs(
-        self, pairs: tuple[tuple[str, str], ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        wholes = self.tokenizer([prompt + continuation for prompt, continuation in pairs])[
-            "input_ids"
-        ]
-        # A tokenizer may close a text with an end token, and may join prompt and continuation.
-        starts = [
-            min(common_length(prompt, whole), len(whole) - 1)
-            for prompt, whole in zip(prompts, wholes, strict=True)
-        ]
-        padded = self.tokenizer.pad(
-            {"input_ids": wholes}, padding_side="right", return_tensors="pt"
-        )
-        return (
-            padded["input_ids"].to(self.device),
-            padded["attention_mask"].to(self.device),
-            starts,
-        )
 
     @torch.inference_mode()
     def generate(

@@ -13,7 +13,13 @@ from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Generation, Reading
 from workers.evaluation.reload_check import check_reload
-from workers.evaluation.tokenizing import can_express, common_length, finish, load_tokenizer
+from workers.evaluation.tokenizing import (
+    can_express,
+    common_length,
+    encode_pairs,
+    finish,
+    load_tokenizer,
+)
 from workers.evaluation.vllm_extension import EXTENSION
 from workers.merging import ParentReference, Recipe
 from workers.merging.plan import BASE, is_transposed
@@ -92,17 +98,7 @@ class VllmEngine:
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
         """See `Engine.loglikelihood`."""
-        wholes, starts = [], []
-        for prompt, continuation in pairs:
-            before = self.tokenizer(prompt)["input_ids"]
-            whole = self.tokenizer(prompt + continuation)["input_ids"]
-            wholes.append(whole)
-            starts.append(min(common_length(before, whole), len(whole) - 1))
-        if min(starts) < 1:
-            raise BadInputError(
-                "an empty prompt has no token to begin with, as this tokenizer adds none: give each item "
-                "a prompt"
-            )
+        wholes, starts = encode_pairs(self.tokenizer, pairs)
         return [
             Continuation(sum(found[start - 1 :]), len(whole) - start)
             for whole, start, found in zip(

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from workers.checkpoints import LogicalTensor, open_checkpoint
-from workers.errors import BadInputError
+from workers.checkpoints import LogicalTensor, check_same, open_checkpoint
 from workers.merging import CARRIED, Recipe
 from workers.merging.executor import Merger, Run
 from workers.merging.plan import BASE
@@ -77,13 +76,7 @@ class RealizeExtension:
         """
         opened = {name: open_checkpoint(place) for name, place in parents.items()}
         opened_base = open_checkpoint(base) if base else None
-        found = opened | ({BASE: opened_base} if opened_base else {})
-        for name, fingerprint in fingerprints.items():
-            if found[name].fingerprint != fingerprint:
-                raise BadInputError(
-                    f"{found[name].location}: is another checkpoint on this worker's machine than where "
-                    "the campaign was started"
-                )
+        check_same(opened | ({BASE: opened_base} if opened_base else {}), fingerprints)
         worker: Any = self
         device = str(worker.device or "cpu")
         worker._darwin_merger = Merger(opened, opened_base, device, keep_statistics=True)
