@@ -79,6 +79,30 @@ def count_records(store: Store, kind: str, **content: Any) -> int:
     )
 
 
+def ray_processes(kind: str, ancestor: int) -> list[int]:
+    """Pids of the Ray actors of a class that a process has started, itself or through others."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_text()
+            if title.startswith(f"ray::{kind}") and ancestor in ancestors(int(entry.name)):
+                found.append(int(entry.name))
+        except (OSError, ValueError):
+            continue  # it ended while one looked
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    """The parent, its parent, and so on."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
     """Until the condition holds. Fails if `process` ends first, or after `START_SECONDS`."""
     deadline = time.monotonic() + START_SECONDS

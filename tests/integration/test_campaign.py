@@ -22,6 +22,7 @@ from orchestrator.ledger import Record
 from tests.campaigns import (
     count_records,
     digests,
+    ray_processes,
     records,
     run_darwin,
     scored_items,
@@ -372,26 +373,7 @@ def test_on_a_running_cluster(undisturbed: dict, tmp_path: Path) -> None:
 
 def engine_processes(ancestor: int) -> list[int]:
     """Pids of the Ray workers below a process that hold an engine."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_text()
-            if title.startswith("ray::EvaluationWorker") and ancestor in ancestors(int(entry.name)):
-                found.append(int(entry.name))
-        except (OSError, ValueError):
-            continue  # it ended while one looked
-    return found
-
-
-def ancestors(pid: int) -> list[int]:
-    """The parent, its parent, and so on."""
-    found = []
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        found.append(pid)
-    return found
+    return ray_processes("EvaluationWorker", ancestor)
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ import yaml
 from tests.campaigns import (
     count_records,
     digests,
+    ray_processes,
     records,
     run_darwin,
     start_darwin,
@@ -51,24 +52,7 @@ def write_task(folder: Path) -> str:
 
 def members(ancestor: int) -> list[int]:
     """Pids of the Ray workers below a process that hold experts for a leader."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            title = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
-            if title.startswith("ray::GangWorker") and ancestor in ancestors(int(entry.name)):
-                found.append(int(entry.name))
-        except (OSError, ValueError):
-            continue  # it ended while one looked
-    return found
-
-
-def ancestors(pid: int) -> list[int]:
-    """The parent, its parent, and so on."""
-    found = []
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        found.append(pid)
-    return found
+    return ray_processes("GangWorker", ancestor)
 
 
 def test_a_gang_ends_with_the_child_of_whole_workers(cluster: RayCluster, tmp_path: Path) -> None:
