@@ -11,3 +11,16 @@ class PoolError(RuntimeError):
 
 class EngineMismatchError(RuntimeError):
     """A worker would score differently from those before it."""
+
+
+def all_failed(what: str, reason: str | None) -> CampaignError:
+    """No candidate has a score that the others could be told beside."""
+    return CampaignError(f"every candidate {what} failed; the first: {reason}")
+
+
+def not_repeated(uri: str, what: str) -> CampaignError:
+    """The replay of the ledger came to another candidate than the one that is recorded."""
+    return CampaignError(
+        f"{uri}: the optimizer does not repeat {what} as recorded: another version of it, or of NumPy, ran "
+        "before. Restore that environment, or start a campaign of another name"
+    )

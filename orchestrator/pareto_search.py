@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import CampaignConfig
-from orchestrator.errors import CampaignError
+from orchestrator.errors import all_failed
 from orchestrator.pareto import Scores, front_of, hypervolume, rank_fitness
 from orchestrator.state import CampaignState, Candidate
 
@@ -29,7 +29,7 @@ def pareto_fitness(state: CampaignState, number: int) -> list[float]:
     told = [scores for scores in asked if scores is not None]
     if not told and not earlier:
         reason = state.evaluation(state.generations[number][0].recipe_id, "search").failed
-        raise CampaignError(f"every candidate of a generation failed; the first: {reason}")
+        raise all_failed("of a generation", reason)
     fitness = iter(rank_fitness(told, earlier))
     return [0.0 if scores is None else next(fitness) for scores in asked]
 

@@ -244,9 +244,8 @@ class Pool:
                     continue
                 waiting.remove(job)
                 worker.job, worker.since = job, time.monotonic()
-                chosen = () if job.chosen is None else (job.chosen,)
                 worker.call = worker.actor.evaluate.remote(
-                    job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS, *chosen
+                    job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS, job.chosen
                 )
 
     def _choose(self, worker: Worker, waiting: deque[Job]) -> Job | None:

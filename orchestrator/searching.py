@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.breeding import LEAST_SURVIVORS, Round, begin_round, limit_of, round_record
-from orchestrator.errors import CampaignError
+from orchestrator.errors import CampaignError, all_failed, not_repeated
 from orchestrator.flat_fitness import FlatFitness, flat_fitness
 from orchestrator.genomes.space import Space
 from orchestrator.pareto_search import front_record, pareto_fitness
@@ -169,11 +169,7 @@ class Search:
             )
         asked = campaign.state.generations[generation]
         if [candidate.recipe_id for candidate in asked] != [recipe.id for recipe in recipes]:
-            raise CampaignError(
-                f"{campaign.store.uri}: the optimizer does not repeat generation {generation} as recorded: "
-                "another version of it, or of NumPy, ran before. Restore that environment, or start a "
-                "campaign of another name"
-            )
+            raise not_repeated(campaign.store.uri, f"generation {generation}")
         return asked
 
     def _fitness_for_tell(self, number: int) -> list[float]:
@@ -194,7 +190,7 @@ class Search:
             ]
         if not known:
             reason = state.evaluation(asked[0].recipe_id, "search").failed
-            raise CampaignError(f"every candidate of a generation failed; the first: {reason}")
+            raise all_failed("of a generation", reason)
         return [min(known) if value is None else value for value in fitness]
 
     def select(self) -> Candidate:

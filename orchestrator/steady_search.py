@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.breeding import limit_of
-from orchestrator.errors import CampaignError
+from orchestrator.errors import all_failed, not_repeated
 from orchestrator.flat_fitness import FlatFitness, flat_among
 from orchestrator.genomes.space import Space
 from orchestrator.pareto import Scores, rank_fitness
@@ -69,7 +69,7 @@ class SteadySearch:
             self._tell(self.campaign.state)
         if self._untold:
             reason = self.campaign.state.evaluation(self._untold[0].recipe_id, "search").failed
-            raise CampaignError(f"every candidate so far has failed; the first: {reason}")
+            raise all_failed("so far has", reason)
         reason_to_end = self._reason_to_end()
         assert reason_to_end is not None
         return reason_to_end
@@ -93,11 +93,7 @@ class SteadySearch:
     def _ask_again(self, record: dict[str, Any]) -> None:
         point, _, recipe = self._ask()
         if record["candidates"][0]["recipe"] != recipe.id:
-            raise CampaignError(
-                f"{self.campaign.store.uri}: the optimizer does not repeat ask {record['number']} as "
-                "recorded: another version of it, or of NumPy, ran before. Restore that environment, or "
-                "start a campaign of another name"
-            )
+            raise not_repeated(self.campaign.store.uri, f"ask {record['number']}")
         self._note(point, recipe)
 
     # -- asking --------------------------------------------------------------------------------

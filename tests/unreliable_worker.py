@@ -40,7 +40,9 @@ class UnreliableWorker:
             os._exit(1)
         return {}
 
-    def evaluate(self, recipe: dict[str, Any], split: str, finished: Any, seconds: float) -> Scored:
+    def evaluate(
+        self, recipe: dict[str, Any], split: str, finished: Any, seconds: float, chosen: Any
+    ) -> Scored:
         fate = self.plan.get("fates", {}).get(recipe["seed"])
         tries = self._count(f"try-{recipe['seed']}")
         if fate == "dies" or (fate == "dies once" and tries == 1):

@@ -165,10 +165,9 @@ class _Run:
                     yield progress.scored
 
     def _jobs(self, split: str, finished: Finished, count: int) -> list[Job]:
-        """The items that are left, in `count` parts or fewer. Blocks stay whole: they are the same ones
-        whatever the number of parts."""
+        """The items that are left, in `count` parts or fewer. Blocks stay whole, and a worker cuts its part
+        into them again: all but a task's last one, which is last there too, have the same size."""
         wish = self.evaluation.wish
-        everything = {task.name: [item.id for item in task.items[split]] for task in wish.tasks}
         done = {task: set(ids) for task, ids in finished.items()}
         blocks = [
             (task.name, [item.id for item in block])
@@ -179,14 +178,10 @@ class _Run:
         recipe = self._recipe()
         jobs = []
         for number in range(min(count, len(left))):
-            own: dict[str, set[str]] = {}
+            own: dict[str, list[str]] = {}
             for task, ids in left[number::count]:
-                own.setdefault(task, set()).update(ids)
-            others = {
-                task: [one for one in ids if one not in own.get(task, ())]
-                for task, ids in everything.items()
-            }
-            jobs.append(Job(f"{recipe.id}/{number}", recipe, split, finished=others))
+                own.setdefault(task, []).extend(ids)
+            jobs.append(Job(f"{recipe.id}/{number}", recipe, split, chosen=own))
         return jobs
 
     def _spec(self, protocol: Protocol) -> WorkerSpec:

@@ -70,7 +70,12 @@ class SimulatedWorker:
         self.evaluate = SimpleNamespace(remote=self._evaluate)
 
     def _evaluate(
-        self, recipe: dict[str, Any], split: str, finished: dict[str, list[str]], seconds: float
+        self,
+        recipe: dict[str, Any],
+        split: str,
+        finished: dict[str, list[str]],
+        seconds: float,
+        chosen: None,
     ) -> str:
         left = [
             (task.name, item.id)

@@ -14,7 +14,7 @@ import yaml
 
 from workers.errors import BadInputError
 from workers.evaluation import Decoding, load_task
-from workers.evaluation.task import Item, Task, check_disjoint, make_batches
+from workers.evaluation.task import Item, Task, check_disjoint, choose_items, make_batches
 
 Row = dict[str, Any]
 
@@ -356,3 +356,14 @@ def test_batches_hold_items_of_like_length() -> None:
     batches = make_batches([question("x" * length) for length in (5, 1, 4, 2, 3, 6)], 2)
     assert [[len(item.prompt) for item in batch] for batch in batches] == [[1, 2], [3, 4], [5, 6]]
     assert make_batches([], 4) == []
+
+
+def test_some_of_the_batches_are_cut_into_the_same_ones_again() -> None:
+    """What several workers share is scored in the batches of one that has it all."""
+    items = [question("x" * (number * 7 % 13), str(number)) for number in range(23)]
+    batches = make_batches(items, 5)
+    for count in (1, 2, 3, 5):
+        for first in range(count):
+            own = batches[first::count]
+            ids = [item.id for batch in reversed(own) for item in batch]
+            assert make_batches(choose_items(items, {"t": ids}, "t"), 5) == own

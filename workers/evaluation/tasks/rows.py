@@ -78,13 +78,9 @@ def json_lines(task: str, location: str, content: bytes) -> Iterator[tuple[str, 
 
 
 def _parquet(task: str, location: str, content: bytes) -> Iterator[tuple[str, Row]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadInputError(
-            f"task {task}: {location} needs pyarrow ({error}): install darwin-orchestrator[datasets]"
-        ) from error
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:
