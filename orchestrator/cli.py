@@ -164,9 +164,11 @@ def merge(
         int, typer.Option(help="Split the work over so many Ray workers; 0: over processes here.")
     ] = 0,
     cpus: Annotated[float, typer.Option(help="CPUs, hence threads, of each worker.")] = 1,
-    spread: Annotated[
+    placement: Annotated[
         str,
-        typer.Option(help="Workers on nodes of their own: none, spread (if there are), strict."),
+        typer.Option(
+            help="Where workers lie: none, pack, spread (apart, if there is room), strict."
+        ),
     ] = "none",
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster; else Ray starts on this machine.")
@@ -178,7 +180,7 @@ def merge(
     from orchestrator.recipe_file import named_places
     from orchestrator.single_merge import merge_recipe
 
-    pool = workers_asked_for(workers, cpus, spread)
+    pool = workers_asked_for(workers, cpus, placement)
     result = merge_recipe(recipe, out, pool, address, named_places(parent or []), base)
     if as_json:
         _print_json(result)

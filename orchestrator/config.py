@@ -28,13 +28,13 @@ from workers.storage import ObjectNotFoundError, open_store
 SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 
 OPERATIONAL_KEYS = (
-    "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.spread",
+    "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.placement",
     "workers.gang", "engine.canary",
 )  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
 
-SPREADS = ("none", "spread", "strict")
+PLACEMENTS = ("none", "pack", "spread", "strict")
 
 GATES = ("finite", "different", "changed", "perplexity", "repetition", "endings", "layers")
 """What is checked before a child is published."""
@@ -173,9 +173,9 @@ class WorkersConfig:
     """Workers that share one model, each with experts of its own; 1: every worker has a whole one."""
     cpus: float = 1
     gpus: float = 0
-    spread: str = "none"
-    """How they lie on the nodes: as Ray likes (`none`), apart where there is room (`spread`), or each on a
-    node of its own (`strict`)."""
+    placement: str = "none"
+    """How they lie on the nodes: as Ray likes (`none`), together on few (`pack`), apart where there is room
+    (`spread`), or each on a node of its own (`strict`)."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from orchestrator.config import GATES, MATCHINGS, OWN_VLLM_ARGUMENTS, SPREADS, CampaignConfig
+from orchestrator.config import GATES, MATCHINGS, OWN_VLLM_ARGUMENTS, PLACEMENTS, CampaignConfig
 from orchestrator.objectives import check_objective
 from orchestrator.racing_config import check_racing
 from workers.devices import is_device
@@ -78,8 +78,10 @@ def check_values(config: CampaignConfig, file: str) -> None:
         refuse("workers.gpus", f"{config.workers.gpus} must be a part of one GPU, or whole ones")
     if config.workers.gang > 1 and config.workers.cpus == 0 and config.workers.gpus == 0:
         refuse("workers.gang", "workers that need neither CPUs nor GPUs have no places to reserve")
-    if config.workers.spread not in SPREADS:
-        refuse("workers.spread", f"{config.workers.spread!r} is none of {', '.join(SPREADS)}")
+    if config.workers.placement not in PLACEMENTS:
+        refuse(
+            "workers.placement", f"{config.workers.placement!r} is none of {', '.join(PLACEMENTS)}"
+        )
     for key in ("repetition", "endings", "difference", "function_loss"):
         if not 0 <= (value := getattr(config.health, key)) <= 1:
             refuse(f"health.{key}", f"{value} must be a share from 0 to 1")

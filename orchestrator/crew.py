@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import WorkersConfig
 from orchestrator.errors import EngineMismatchError, PoolError
-from orchestrator.placement import Placement, check_spread
+from orchestrator.placement import Placement, check_placement
 from orchestrator.ray_session import cause_of, start_ray
 from workers.errors import BadInputError
 
@@ -88,9 +88,9 @@ class Crew:
     def __enter__(self) -> Crew:
         gangs = self._config.gang > 1
         together = replace(self._config, count=self._config.gang) if gangs else self._config
-        check_spread(self._config, self._address)
+        check_placement(self._config, self._address)
         start_ray(self._address, self._config)
-        if gangs or self._config.spread != "none":
+        if gangs or self._config.placement != "none":
             groups = self._config.count if gangs else 1
             self._placements = [Placement(together) for _ in range(groups)]
         self.workers = [Worker(number) for number in range(self._config.count)]

@@ -10,6 +10,7 @@ left to do) is derived by reading the records in order.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +22,8 @@ FOLDER = "ledger"
 READ_THREADS = 16
 
 Record = dict[str, Any]
-"""`kind` says what happened; `epoch` who wrote it; the rest depends on the kind."""
+"""`kind` says what happened; `epoch` who wrote it, and `time` when, in seconds since 1970 by that driver's
+clock, for people alone: nothing is decided by it. The rest depends on the kind."""
 
 
 class LeaseLostError(RuntimeError):
@@ -41,7 +43,7 @@ class Ledger:
 
         Raises `LeaseLostError` if a later driver has written already.
         """
-        record = {"kind": "epoch", "epoch": epoch}
+        record = {"kind": "epoch", "epoch": epoch, "time": _now()}
         while True:
             newest = max((known["epoch"] for known in self.records), default=0)
             if newest > epoch:
@@ -61,7 +63,7 @@ class Ledger:
         Raises `LeaseLostError` if another driver has written since.
         """
         assert self.epoch is not None, "open_epoch comes first"
-        record = {"kind": kind, "epoch": self.epoch, **content}
+        record = {"kind": kind, "epoch": self.epoch, "time": _now(), **content}
         if not self._try_append(record):
             raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
         return record
@@ -89,7 +91,9 @@ class Ledger:
         ends = [r for r in self.since_begun() if r["kind"] in ("finished", "rejected")]
         if not ends:
             return None
-        found = {key: value for key, value in ends[-1].items() if key not in ("kind", "epoch")}
+        found = {
+            key: value for key, value in ends[-1].items() if key not in ("kind", "epoch", "time")
+        }
         status = "done" if ends[-1]["kind"] == "finished" else "rejected"
         # Names are recorded, not places: a campaign's folder may be moved.
         places = {key: f"{self.store.uri}/{found[key]}" for key in ("child", "report")}
@@ -133,6 +137,10 @@ def _parse(data: bytes) -> Record:
     if type(record.get("epoch")) is not int:
         raise ValueError("no epoch in it")
     return record
+
+
+def _now() -> float:
+    return round(time.time(), 3)
 
 
 def _key(number: int) -> str:

@@ -12,22 +12,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.config import SPREADS, WorkersConfig
+from orchestrator.config import PLACEMENTS, WorkersConfig
 from workers.errors import BadInputError
 
-STRATEGIES = {"none": "PACK", "spread": "SPREAD", "strict": "STRICT_SPREAD"}
-"""Values of `workers.spread`, and what Ray calls them."""
+STRATEGIES = {"none": "PACK", "pack": "PACK", "spread": "SPREAD", "strict": "STRICT_SPREAD"}
+"""Values of `workers.placement`, and what Ray calls them."""
 
 
 class Placement:
-    """A reserved place for each worker, on nodes as `workers.spread` asks. Ray is up."""
+    """A reserved place for each worker, on nodes as `workers.placement` asks. Ray is up."""
 
     def __init__(self, config: WorkersConfig) -> None:
         from ray.util import placement_group
 
         self._config = config
         self._group = placement_group(
-            [_bundle(config)] * config.count, strategy=STRATEGIES[config.spread]
+            [_bundle(config)] * config.count, strategy=STRATEGIES[config.placement]
         )
         lacking = what_lacks(config, _nodes())
         if lacking is not None and not self._group.wait(0):
@@ -45,7 +45,7 @@ class Placement:
     def problem(self) -> str:
         """Why workers may have no places."""
         return what_lacks(self._config, _nodes()) or (
-            f"workers.spread: {self._config.spread} needs room for {self._config.count} workers with "
+            f"workers.placement: {self._config.placement} needs room for {self._config.count} workers with "
             f"{_size(self._config)} each: the cluster is large enough, but others use it"
         )
 
@@ -56,7 +56,9 @@ class Placement:
         remove_placement_group(self._group)
 
 
-def workers_asked_for(count: int, cpus: float = 1.0, spread: str = "none") -> WorkersConfig | None:
+def workers_asked_for(
+    count: int, cpus: float = 1.0, placement: str = "none"
+) -> WorkersConfig | None:
     """The Ray workers that a command's options ask for; None: no such workers.
 
     Raises `BadInputError` for options that cannot be.
@@ -65,26 +67,28 @@ def workers_asked_for(count: int, cpus: float = 1.0, spread: str = "none") -> Wo
         raise BadInputError(f"--workers: {count} must be 0 or more")
     if not 0 <= cpus < math.inf:
         raise BadInputError(f"--cpus: {cpus} must be a number from 0 on")
-    if spread != "none" and not count:
-        raise BadInputError("--spread: is for Ray workers: say how many with --workers")
-    return WorkersConfig(count=count, cpus=cpus, spread=spread) if count else None
+    if placement != "none" and not count:
+        raise BadInputError("--placement: is for Ray workers: say how many with --workers")
+    return WorkersConfig(count=count, cpus=cpus, placement=placement) if count else None
 
 
-def check_spread(config: WorkersConfig, address: str | None) -> None:
-    """Raise `BadInputError` for a spread that cannot be, whatever the cluster."""
-    if config.spread == "none":
+def check_placement(config: WorkersConfig, address: str | None) -> None:
+    """Raise `BadInputError` for a placement that cannot be, whatever the cluster."""
+    if config.placement == "none":
         return
-    if config.spread not in STRATEGIES:
-        raise BadInputError(f"workers.spread: {config.spread!r} is none of {', '.join(SPREADS)}")
+    if config.placement not in STRATEGIES:
+        raise BadInputError(
+            f"workers.placement: {config.placement!r} is none of {', '.join(PLACEMENTS)}"
+        )
     if config.cpus == 0 and config.gpus == 0:
         raise BadInputError(
-            "workers.spread: workers that need neither CPUs nor GPUs have no places"
+            "workers.placement: workers that need neither CPUs nor GPUs have no places"
         )
     # Gangs lie apart from one another as there is room.
     apart = config.gang if config.gang > 1 else config.count
-    if config.spread == "strict" and apart > 1 and address is None:
+    if config.placement == "strict" and apart > 1 and address is None:
         raise BadInputError(
-            f"workers.spread: strict puts {apart} workers on as many nodes, and this machine is one: "
+            f"workers.placement: strict puts {apart} workers on as many nodes, and this machine is one: "
             "give the address of a cluster"
         )
 
@@ -92,8 +96,8 @@ def check_spread(config: WorkersConfig, address: str | None) -> None:
 def what_lacks(config: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     """What a cluster of nodes with such resources has too little of, used or not; None if nothing."""
     rooms = [room_on(config, node) for node in nodes]
-    asked = f"workers.spread: {config.spread} needs"
-    if config.spread == "strict":
+    asked = f"workers.placement: {config.placement} needs"
+    if config.placement == "strict":
         fit = sum(room > 0 for room in rooms)
         if fit < config.count:
             return (

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.config import load_config
-from orchestrator.placement import check_spread
+from orchestrator.placement import check_placement
 from orchestrator.planning.cluster import GB, load_cluster
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
@@ -40,7 +40,7 @@ def plan_campaign(
         raise BadInputError(f"--score: {score_seconds} is not a number of seconds")
     machines = load_cluster(cluster, changes)
     config = load_config(path, overrides)
-    check_spread(config.workers, config.address)
+    check_placement(config.workers, config.address)
     return estimate(config, open_planned(config, likes), machines, keeps, score_seconds)
 
 

@@ -142,7 +142,7 @@ def _node(
     of_worker, on_cpu = memory.process + memory.merging, not runs_on_gpu(config)
 
     def needed(nodes: int) -> int:
-        wider = place_workers(config, replace(cluster, nodes=nodes), spread="spread")
+        wider = place_workers(config, replace(cluster, nodes=nodes), placement="spread")
         return node_bytes(wider, members, of_worker, on_cpu, keeps)
 
     most = max(cluster.nodes, placement.workers)
@@ -150,7 +150,9 @@ def _node(
     nodes = next(more, None)
     ways = [f"nodes with {gigabytes(memory.node)}"]
     if nodes is not None:
-        ways.insert(0, f"{nodes} nodes with the workers spread over them (workers.spread: spread)")
+        ways.insert(
+            0, f"{nodes} nodes with the workers spread over them (workers.placement: spread)"
+        )
     if keeps and node_bytes(placement, members, of_worker, on_cpu, False) <= room:
         ways.append("parents that are streamed for each candidate (--stream)")
     yield (

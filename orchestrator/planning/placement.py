@@ -45,21 +45,21 @@ class Placement:
         return max(self.nodes)
 
 
-def place_workers(config: CampaignConfig, cluster: Cluster, spread: str = "none") -> Placement:
+def place_workers(config: CampaignConfig, cluster: Cluster, placement: str = "none") -> Placement:
     """The campaign's workers on as many nodes as they need: node after node, or spread over the cluster's."""
     workers = config.workers
     gang = workers.gang
-    spread = workers.spread if workers.spread != "none" else spread
+    placement = workers.placement if workers.placement != "none" else placement
     count = workers.count * gang
     per_node = _per_node(config, cluster)
     needed = math.ceil(count / max(per_node, 1))
-    if spread == "strict":
+    if placement == "strict":
         needed = max(needed, gang if gang > 1 else count)
     nodes: dict[int, int] = {}
     leading = set()
     for worker in range(count):
         apart = max(cluster.nodes, needed)
-        node = worker // max(per_node, 1) if spread == "none" else worker % apart
+        node = worker // max(per_node, 1) if placement in ("none", "pack") else worker % apart
         nodes[node] = nodes.get(node, 0) + 1
         if worker % gang == 0:
             leading.add(node)

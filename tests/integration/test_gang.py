@@ -74,7 +74,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: RayCluster, tmp_pa
     places = {}
     for name, workers in (
         ("whole", {"count": 1}),
-        ("gang", {"count": 1, "gang": 2, "spread": "strict"}),
+        ("gang", {"count": 1, "gang": 2, "placement": "strict"}),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -107,7 +107,7 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: RayCluster, tmp_pa
 
 def content(ledger: list[Any], kind: str) -> list[dict[str, Any]]:
     """The records of a kind, but for whose they are."""
-    return [{**record, "epoch": 0} for record in ledger if record["kind"] == kind]
+    return [{**record, "epoch": 0, "time": 0} for record in ledger if record["kind"] == kind]
 
 
 def scores(ledger: list[Any]) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -139,7 +139,7 @@ def test_a_node_is_lost_while_experts_are_spread_over_all(
     target = tmp_path / "child"
     process = start_darwin(
         "merge", str(recipe), str(target), "--address", cluster.address,
-        "--workers", str(NODES), "--spread", "strict", environment=os.environ | ENVIRONMENT,
+        "--workers", str(NODES), "--placement", "strict", environment=os.environ | ENVIRONMENT,
     )  # fmt: skip
     store = open_store(str(target))
     wait_for(lambda: has_manifest(store) and len(merge_workers()) == NODES, process)

@@ -30,7 +30,7 @@ workers.actors.MergeWorker = UnreliableWorker
 spec = workers.actors.WorkerSpec({}, None, {}, engine={"folder": sys.argv[4]})
 workers.actors.EvaluationWorker = UnreliableWorker
 try:
-    with Pool(spec, WorkersConfig(count=count, spread="strict"), address, lambda found: None) as pool:
+    with Pool(spec, WorkersConfig(count=count, placement="strict"), address, lambda found: None) as pool:
         for line in sys.stdin:
             calls = [(number,) for number in range(3 * count)]
             preferred = [number % count for number, in calls]
@@ -100,7 +100,7 @@ def test_what_a_cluster_has_too_little_of_is_named(cluster: RayCluster, tmp_path
     driver = start_driver(cluster, NODES + 2, 2.0, tmp_path)
     out, err = driver.communicate("go\n", timeout=120)
     asked = (
-        f"workers.spread: strict needs {NODES + 2} nodes with 1 CPUs and 0 GPUs each; the cluster has "
+        f"workers.placement: strict needs {NODES + 2} nodes with 1 CPUs and 0 GPUs each; the cluster has "
         f"{NODES} such nodes among {NODES + 1}"
     )
     assert f"waiting for nodes: {asked}" in err

@@ -500,7 +500,10 @@ def test_without_a_command_it_shows_its_help(darwin: Darwin, arguments: list[str
         (["merge", "recipe.yaml", "out", "--workers", "-1"], "--workers: -1"),
         (["merge", "recipe.yaml", "out", "--workers", "2", "--cpus", "nan"], "--cpus: nan"),
         (["merge", "recipe.yaml", "out", "--workers", "2", "--cpus", "-1"], "--cpus: -1"),
-        (["merge", "recipe.yaml", "out", "--spread", "strict"], "--spread: is for Ray workers"),
+        (
+            ["merge", "recipe.yaml", "out", "--placement", "strict"],
+            "--placement: is for Ray workers",
+        ),
         (["scan", "a", "b", "--workers", "-1"], "--workers: -1"),
     ],
 )

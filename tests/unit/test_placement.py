@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config import WorkersConfig
-from orchestrator.placement import check_spread, what_lacks
+from orchestrator.placement import check_placement, what_lacks
 from orchestrator.turns import Turns
 from workers.errors import BadInputError
 
@@ -15,7 +15,7 @@ NODES = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, {"mem
 
 
 @pytest.mark.parametrize(
-    ("spread", "count", "cpus", "gpus", "lacking"),
+    ("placement", "count", "cpus", "gpus", "lacking"),
     [
         ("strict", 3, 1, 0, None),
         ("strict", 4, 1, 0, "4 nodes with 1 CPUs and 0 GPUs each; the cluster has 3 such nodes among 4"),
@@ -25,6 +25,9 @@ NODES = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, {"mem
         ("strict", 1, 0, 3, "1 nodes with 0 CPUs and 3 GPUs each; the cluster has 0 such nodes among 4"),
         ("spread", 13, 1, 0, None),
         ("spread", 26, 0.5, 0, None),
+        ("pack", 13, 1, 0, None),
+        ("pack", 14, 1, 0, "room for 14 workers with 1 CPUs and 0 GPUs each; the cluster's 4 nodes "
+         "have room for 13"),
         ("spread", 14, 1, 0, "room for 14 workers with 1 CPUs and 0 GPUs each; the cluster's 4 nodes "
                              "have room for 13"),
         ("spread", 3, 0, 1, None),
@@ -36,34 +39,38 @@ NODES = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, {"mem
     ],
 )  # fmt: skip
 def test_what_a_cluster_lacks(
-    spread: str, count: int, cpus: float, gpus: float, lacking: str | None
+    placement: str, count: int, cpus: float, gpus: float, lacking: str | None
 ) -> None:
-    config = WorkersConfig(count=count, cpus=cpus, gpus=gpus, spread=spread)
-    expected = None if lacking is None else f"workers.spread: {spread} needs {lacking}"
+    config = WorkersConfig(count=count, cpus=cpus, gpus=gpus, placement=placement)
+    expected = None if lacking is None else f"workers.placement: {placement} needs {lacking}"
     assert what_lacks(config, NODES) == expected
 
 
 @pytest.mark.parametrize(
     ("workers", "address", "problem"),
     [
-        (WorkersConfig(count=2, spread="wide"), "auto", "'wide' is none of none, spread, strict"),
-        (WorkersConfig(count=2, spread="strict"), None, "give the address of a cluster"),
-        (WorkersConfig(gang=2, spread="strict"), None, "strict puts 2 workers on as many nodes"),
-        (WorkersConfig(cpus=0, spread="spread"), "auto", "neither CPUs nor GPUs"),
+        (
+            WorkersConfig(count=2, placement="wide"),
+            "auto",
+            "'wide' is none of none, pack, spread, strict",
+        ),
+        (WorkersConfig(count=2, placement="strict"), None, "give the address of a cluster"),
+        (WorkersConfig(gang=2, placement="strict"), None, "strict puts 2 workers on as many nodes"),
+        (WorkersConfig(cpus=0, placement="spread"), "auto", "neither CPUs nor GPUs"),
     ],
 )
 def test_a_spread_that_no_cluster_has_is_refused(
     workers: WorkersConfig, address: str | None, problem: str
 ) -> None:
     with pytest.raises(BadInputError, match=problem):
-        check_spread(workers, address)
+        check_placement(workers, address)
 
 
 def test_a_spread_that_some_cluster_has_is_not() -> None:
-    check_spread(WorkersConfig(count=2, spread="strict"), "auto")
-    check_spread(WorkersConfig(count=1, spread="strict"), None)
-    check_spread(WorkersConfig(count=2, spread="spread"), None)
-    check_spread(WorkersConfig(count=2, cpus=0), None)
+    check_placement(WorkersConfig(count=2, placement="strict"), "auto")
+    check_placement(WorkersConfig(count=1, placement="strict"), None)
+    check_placement(WorkersConfig(count=2, placement="spread"), None)
+    check_placement(WorkersConfig(count=2, cpus=0), None)
 
 
 def test_workers_take_their_own_calls_first_and_then_the_last_of_the_busiest() -> None:

@@ -281,7 +281,7 @@ def test_workers_that_have_no_place(mixtures: dict[str, Path], tmp_path: Path) -
         plan(tmp_path, mixtures, {"nodes": 2}, workers=workers | {"count": count})["status"]
         == "fits"
     )
-    strict = workers | {"count": 1, "spread": "strict"}
+    strict = workers | {"count": 1, "placement": "strict"}
     there = plan(tmp_path, mixtures, {"nodes": 5}, workers=strict, address="auto")
     assert told(there["problems"], r"(\d+) nodes would") == 6
     with pytest.raises(BadInputError, match="this machine is one"):
@@ -372,7 +372,7 @@ def test_memory_that_is_too_small(mixtures: dict[str, Path], tmp_path: Path) -> 
     kept = plan_campaign(file, [], "gpu8_80gb", machines, [], keeps=True)
     assert "--stream" in kept["problems"][0]
     nodes = told(kept["problems"], r"(\d+) nodes with the workers spread")
-    wide = ["workers.spread=spread"]
+    wide = ["workers.placement=spread"]
     for count, fits in ((nodes, True), (nodes - 1, False)):
         there = machines | {"nodes": count}
         found = plan_campaign(file, wide, "gpu8_80gb", there, [], keeps=True)

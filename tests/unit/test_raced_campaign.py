@@ -77,7 +77,7 @@ def search(campaign: ScriptedCampaign, records_left: float = float("inf")) -> li
 def kinds(ledger: list[Record], *names: str) -> list[Record]:
     """Records of these kinds, without who wrote them."""
     return [
-        {k: v for k, v in record.items() if k != "epoch"}
+        {k: v for k, v in record.items() if k not in ("epoch", "time")}
         for record in ledger
         if record["kind"] in names
     ]
