@@ -15,9 +15,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.stop_request import interrupt, is_requested
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
 
@@ -28,11 +30,15 @@ POLL_SECONDS = 0.5
 
 
 class Lease:
-    """A campaign's lease, held until `release`. `epoch` counts the owners, from 1."""
+    """A campaign's lease, held until `release`. `epoch` counts the owners, from 1.
+
+    An owner that is asked to stop (`stop_request`) has its main thread interrupted.
+    """
 
     def __init__(self, store: Store, epoch: int, version: str, data: dict[str, Any]) -> None:
         self.store = store
         self.epoch = epoch
+        self._interrupted = False
         self._version = version
         self._data = data
         self._lost = threading.Event()
@@ -51,6 +57,7 @@ class Lease:
                 if not self._beat():
                     self._lost.set()
                     return
+                self._look_for_request()
             except (StorageError, BadInputError):
                 # The store, or credentials for it, may come back. Should somebody take over meanwhile,
                 # the next try tells.
@@ -72,6 +79,12 @@ class Lease:
                 return False
         self._data, self._version = data, version
         return True
+
+    def _look_for_request(self) -> None:
+        token = self._data["owner"]["token"]
+        if not self._interrupted and is_requested(self.store, self.epoch, token):
+            self._interrupted = True  # a second one would come while the state is saved
+            interrupt()
 
     def release(self) -> None:
         """Let the next driver in at once. The object stays, so that epochs go on counting."""
@@ -121,6 +134,39 @@ def acquire_lease(store: Store, waiting: Callable[[str], None], newest_epoch: in
         if latest["owner"] == owner:
             return Lease(store, data["epoch"], version, data)
         raise BadInputError(_in_use(store, latest)) from None
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A lease as it was seen once, by somebody who does not want it."""
+
+    epoch: int
+    token: str | None
+    """Of its owner; None if nobody owns it."""
+    host: str
+    process: int
+    version: str
+    may_live: bool
+    """False if nobody owns it, or a process of this machine that is gone."""
+
+
+def look_at_lease(store: Store) -> Sighting | None:
+    """The campaign's lease; None if there is none. Raises `BadInputError` if it is damaged."""
+    try:
+        found, version = _read(store)
+    except BadInputError as error:
+        if isinstance(error.__cause__, ObjectNotFoundError):
+            return None
+        raise
+    owner = found["owner"]
+    return Sighting(
+        epoch=found["epoch"],
+        token=None if owner is None else str(owner.get("token", "")),
+        host=str(found["host"]),
+        process=found["pid"],
+        version=version,
+        may_live=_may_be_alive(found),
+    )
 
 
 def _in_use(store: Store, found: dict[str, Any]) -> str:

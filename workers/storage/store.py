@@ -84,6 +84,15 @@ class Store(ABC):
     def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """The finished objects whose key starts with `prefix`, in the order of their keys."""
 
+    def list_folders(self) -> Iterator[str]:
+        """The first part of every key that has more than one, once each, in their order."""
+        last = None
+        for info in self.list_objects():
+            folder, slash, _ = info.key.partition("/")
+            if slash and folder != last:
+                last = folder
+                yield folder
+
     @abstractmethod
     def write(self, key: str, data: Bytes) -> str:
         """Put the object, whatever was there. Returns its version."""
