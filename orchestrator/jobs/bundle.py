@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.config import CampaignConfig, config_to_dict, read_yaml
+from orchestrator.config import CampaignConfig, config_to_dict, find_shipped, read_yaml
 from orchestrator.jobs.credentials import check_options, check_text
 from workers.checkpoints.opening import split_adapter
 from workers.errors import BadInputError
@@ -27,6 +27,7 @@ CAMPAIGN_FILE = "campaign.yaml"
 CODE = ("orchestrator", "workers", "conf")
 CODE_FOLDER = Path(__file__).resolve().parent.parent.parent
 FAMILIES = Path("workers/families")
+SHIPPED = "shipped:"
 """Models that ship; a job takes them along only if its campaign names one."""
 
 MOST_BYTES = 200_000_000
@@ -49,9 +50,18 @@ class Bundle:
 
     @property
     def names_shipped(self) -> bool:
-        """Whether it names a model that comes with the package."""
-        places = [parent.path for parent in self.config.parents] + [self.config.base or ""]
-        return any("shipped:" in place for place in places)
+        """Whether models, or items of tasks, are those that come with the package."""
+        tasks = [task.name for task in self.config.tasks]
+        return any(SHIPPED in text for text in (self.text, *map(_text_of_task, tasks)))
+
+    @property
+    def left_on_nodes(self) -> list[str]:
+        """The places that every node must have itself, with the same content."""
+        config = self.config
+        places = [config.store, *(parent.path for parent in config.parents), config.base or ""]
+        places += [task.name for task in config.tasks] + [config.genome.space]
+        places += [*config.scan.sets, *config.experts.sets, config.health.text or ""]
+        return [place for place in places if os.path.isabs(place)]
 
     def write(self, folder: Path, with_code: bool) -> None:
         """Write everything to an empty folder. Raises `BadInputError` for files of one name."""
@@ -94,7 +104,7 @@ def bundle_campaign(config: CampaignConfig) -> Bundle:
         health=replace(config.health, text=_health_text(config.health.text, files)),
     )
     for task in config.tasks:
-        if task.name in files:
+        if task.name.endswith((".yaml", ".yml")) and os.path.isfile(task.name):
             _take_items(task.name, files)
     size = sum(file.stat().st_size for file in files.values())
     if size > MOST_BYTES:
@@ -135,13 +145,13 @@ def copy_code(folder: Path, with_families: bool) -> None:
 
 def _own_file(name: str, suffixes: tuple[str, ...], files: dict[str, Path]) -> str:
     """The name under which the job finds a file; one that ships, or lies in a bucket, stays as it is."""
-    if "://" in name or not name.endswith(suffixes):
+    if _is_place(name) or not name.endswith(suffixes):
         return name
     return _take(name, files)
 
 
 def _health_text(text: str | None, files: dict[str, Path]) -> str | None:
-    if text is None or text == "tasks" or "://" in text:
+    if text is None or text == "tasks" or _is_place(text):
         return text
     return _take(text, files)
 
@@ -165,7 +175,7 @@ def _inside(name: str) -> str | None:
 def _take_items(task_file: str, files: dict[str, Path]) -> None:
     """What a task file names, which is looked for from the folder that the driver is started in."""
     for place in _places_in(read_yaml(Path(task_file))):
-        if "://" in place or os.path.isabs(os.path.expanduser(place)):
+        if _is_place(place) or os.path.isabs(os.path.expanduser(place)):
             continue
         inside = _inside(place)
         if inside is None or not os.path.exists(inside):
@@ -175,6 +185,18 @@ def _take_items(task_file: str, files: dict[str, Path]) -> None:
             )
         for file in _files_under(Path(inside)):
             files[file.as_posix()] = file.absolute()
+
+
+def _is_place(name: str) -> bool:
+    """Whether it means the same everywhere."""
+    return "://" in name or name.startswith(SHIPPED)
+
+
+def _text_of_task(name: str) -> str:
+    try:
+        return find_shipped("task", name).read_text(encoding="utf-8")
+    except (BadInputError, OSError, UnicodeDecodeError):
+        return ""  # not here; the driver will tell
 
 
 def _places_in(task: Any) -> Iterator[str]:

@@ -121,8 +121,11 @@ def _follow(cluster: Cluster, job_id: str, result: dict[str, object], as_json: b
     def write(text: str) -> None:
         print(text, end="", file=output, flush=True)
 
+    job = cluster.read(job_id)
+    if job.status == "pending":
+        _note(job.message)
     try:
-        job = follow_logs(cluster, cluster.read(job_id), write)
+        job = follow_logs(cluster, job, write)
     except KeyboardInterrupt:
         _note(
             f"{job_id} goes on; darwin logs {job_id} -f --address {cluster.address} follows it again"
@@ -157,7 +160,7 @@ def logs(
     if as_json:
         print_json(job.to_dict() | {"logs": text})
     else:
-        print(text, end="")
+        print(text.rstrip("\n"))
         _note(ended_line(job))
 
 

@@ -51,10 +51,8 @@ def submit_campaign(
     if not unchecked:
         check_here(bundle, note)
     store = open_store(bundle.config.store).substore(bundle.config.name)
-    if store.local_path("x") is not None:
-        note(
-            f"the store {bundle.config.store} is a folder: all nodes must share it under this path"
-        )
+    if places := bundle.left_on_nodes:
+        note(f"every node must have these itself, and share the store: {', '.join(places)}")
     configuration = hashlib.sha256(bundle.text.encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix="darwin-job-") as made:
         folder: Path | None = None
@@ -95,9 +93,11 @@ def check_here(bundle: Bundle, note: Callable[[str], None]) -> None:
     from orchestrator.campaign import Campaign
 
     config = bundle.config
-    places = [parent.path for parent in config.parents] + ([config.base] if config.base else [])
-    absent = [place for place in places if os.path.isabs(place) and not os.path.lexists(place)]
-    absent += [name for name in _own_absolute_files(config) if not os.path.lexists(name)]
+    absent = [
+        place
+        for place in bundle.left_on_nodes
+        if place != config.store and not any(map(os.path.lexists, (place, place.split("+")[0])))
+    ]
     if absent:
         note(f"not checked here, as {absent[0]} is not on this machine")
         return
@@ -113,13 +113,6 @@ class Unwatched:
     def begin(self, campaign: object) -> None: ...
     def stage(self, name: str) -> None: ...
     def notify(self, campaign: object) -> None: ...
-
-
-def _own_absolute_files(config: CampaignConfig) -> list[str]:
-    names = [task.name for task in config.tasks] + [config.genome.space, config.health.text or ""]
-    return [
-        name for name in (*names, *config.scan.sets, *config.experts.sets) if os.path.isabs(name)
-    ]
 
 
 def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:

@@ -85,13 +85,9 @@ class Store(ABC):
         """The finished objects whose key starts with `prefix`, in the order of their keys."""
 
     def list_folders(self) -> Iterator[str]:
-        """The first part of every key that has more than one, once each, in their order."""
-        last = None
-        for info in self.list_objects():
-            folder, slash, _ = info.key.partition("/")
-            if slash and folder != last:
-                last = folder
-                yield folder
+        """The first part of every key that has more than one, once each."""
+        keys = (info.key.partition("/") for info in self.list_objects())
+        yield from dict.fromkeys(folder for folder, slash, _ in keys if slash)
 
     @abstractmethod
     def write(self, key: str, data: Bytes) -> str:
