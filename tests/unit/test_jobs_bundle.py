@@ -121,7 +121,7 @@ def test_items_that_cannot_go_along_are_named(home: Path) -> None:
         BadInputError, match=r"mine\.yaml: \.\./else\.jsonl is not in the current folder"
     ):
         bundle_campaign(campaign(tasks=[{"name": "mine.yaml"}]))
-    with pytest.raises(BadInputError, match="there is no file absent.yaml"):
+    with pytest.raises(BadInputError, match=r"there is no file absent\.yaml"):
         bundle_campaign(campaign(tasks=[{"name": "absent.yaml"}]))
 
 
