@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ class Lease:
     def __init__(self, store: Store, epoch: int, version: str, data: dict[str, Any]) -> None:
         self.store = store
         self.epoch = epoch
-        self._interrupted = False
         self._version = version
         self._data = data
         self._lost = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
         self._thread.start()
+        # In a thread of its own: a store that is slow with this must not keep a heartbeat from coming.
+        threading.Thread(target=self._listen, name="stop requests", daemon=True).start()
 
     @property
     def lost(self) -> bool:
@@ -57,7 +59,6 @@ class Lease:
                 if not self._beat():
                     self._lost.set()
                     return
-                self._look_for_request()
             except (StorageError, BadInputError):
                 # The store, or credentials for it, may come back. Should somebody take over meanwhile,
                 # the next try tells.
@@ -80,11 +81,14 @@ class Lease:
         self._data, self._version = data, version
         return True
 
-    def _look_for_request(self) -> None:
+    def _listen(self) -> None:
+        """Interrupt the main thread, once, if this owner is asked to stop."""
         token = self._data["owner"]["token"]
-        if not self._interrupted and is_requested(self.store, self.epoch, token):
-            self._interrupted = True  # a second one would come while the state is saved
-            interrupt()
+        while not self._stop.wait(HEARTBEAT_SECONDS) and not self.lost:
+            with suppress(StorageError, BadInputError):
+                if is_requested(self.store, self.epoch, token) and not self._stop.is_set():
+                    interrupt()
+                    return
 
     def release(self) -> None:
         """Let the next driver in at once. The object stays, so that epochs go on counting."""
