@@ -147,13 +147,12 @@ class Campaign:
         continues it.
         """
         self.watcher.begin(self)
-        finished = self._finished_before()
+        ledger = self._read_ledger()
+        finished = self._finished_before(ledger)
         if finished is not None:
             return finished
         check_store(self.store)
-        ledger = Ledger(self.store)
-        newest_epoch = max((record["epoch"] for record in ledger.records), default=0)
-        self._lease = acquire_lease(self.store, self.watcher.stage, newest_epoch)
+        self._lease = acquire_lease(self.store, self.watcher.stage, ledger.newest_epoch)
         try:
             self._open_ledger(ledger)
             self._look_for_contamination()
@@ -170,18 +169,22 @@ class Campaign:
                 candidate = self.search.select()
                 return finish(self, candidate, judge_child(self, candidate))
         finally:
+            ledger.close()
             self._lease.release()
 
-    def _finished_before(self) -> dict[str, Any] | None:
+    def _read_ledger(self) -> Ledger:
+        """The campaign's ledger; what it says and will say is in the state."""
+        self.state = CampaignState(self.config.objective, (), self.weights)
+        return Ledger(self.store, self.state.apply)
+
+    def _finished_before(self, ledger: Ledger) -> dict[str, Any] | None:
         """The recorded result, if this very campaign has come to its end."""
-        ledger = Ledger(self.store)
         begun, result = ledger.last("campaign"), ledger.result()
         if begun is None or result is None:
             return None
         if begun["identity"] != self.identity:
             self._check_identity(begun["identity"])
             return None  # a larger budget
-        self.state = CampaignState(self.config.objective, ledger.records, self.weights)
         if next(self.store.list_objects(REPORT_FILE), None) is None:
             write_report(self.store)  # the driver was stopped just before it
         return result
@@ -191,7 +194,6 @@ class Campaign:
         assert self._lease is not None
         ledger.open_epoch(self._lease.epoch)
         self._ledger = ledger
-        self.state = CampaignState(self.config.objective, ledger.records, self.weights)
         recorded = ledger.last("campaign")
         # Until something was scored, a configuration that did not work may be mended.
         if recorded is not None and self.state.has_scores:
@@ -224,11 +226,11 @@ class Campaign:
             )
 
     def record(self, kind: str, **content: Any) -> None:
-        """Into the ledger first, then into the state."""
+        """Into the ledger first, which hands it to the state."""
         assert self._ledger is not None and self._lease is not None
         if self._lease.lost:
             raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
-        self.state.apply(self._ledger.append(kind, **content))
+        self._ledger.append(kind, **content)
 
     def record_once(self, kind: str, **content: Any) -> None:
         """Record a decision, unless it was recorded already since the campaign got its budget."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.breeding import LEAST_SURVIVORS, Round, begin_round, limit_of, round_record
 from orchestrator.errors import CampaignError, all_failed, not_repeated
-from orchestrator.flat_fitness import FlatFitness, flat_fitness
+from orchestrator.flat_fitness import FlatFitness, FlatWatch
 from orchestrator.genomes.space import Space
 from orchestrator.pareto_search import front_record, pareto_fitness
 from orchestrator.racing.generation import Racing, places_of
@@ -114,6 +114,7 @@ class Search:
         generation, stagnant = state.generations_through(self.round - 1), 0
         earlier = state.within_budget(budget)[:generation]
         known = {candidate.recipe_id for asked in earlier for candidate in asked}
+        watch = FlatWatch(campaign.inputs.tasks, campaign.config.objective, budget)
         while stagnant < STAGNANT_GENERATIONS:
             stopped = optimizer.stopped()
             if stopped is not None:
@@ -123,19 +124,12 @@ class Search:
                 return "the budget is spent"
             points = optimizer.ask()
             asked = self._asked(generation, points)
-            paid = state.within_budget(budget)[generation:]
-            candidates = paid[0] if paid else []
+            candidates = state.paid_of(generation, budget)
             self._evaluate(generation, candidates)
             if len(candidates) < len(asked):
                 return "the budget is spent"
             optimizer.tell(points, self._fitness_for_tell(generation))
-            self.flat = flat_fitness(
-                state,
-                campaign.inputs.tasks,
-                campaign.config.objective,
-                budget,
-                generation + 1,
-            )
+            self.flat = watch.after(state, generation + 1)
             if self.flat is not None:
                 return self.flat.reason
             new = {c.recipe_id for c in asked} - known
