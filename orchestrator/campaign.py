@@ -16,7 +16,7 @@ from orchestrator.breeding import (
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys, engine_settings
 from orchestrator.contamination import CONTAMINATION_FILE, contamination, warnings_about
 from orchestrator.engine_description import engine_changes
-from orchestrator.errors import EngineMismatchError
+from orchestrator.errors import EngineMismatchError, not_repeated
 from orchestrator.examination import fingerprint, load_examination
 from orchestrator.experts.match_stage import check_can_match, paired, recorded_or_matched
 from orchestrator.experts.matching import Matching
@@ -34,7 +34,7 @@ from orchestrator.racing.generation import check_can_race
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search
-from orchestrator.state import CampaignState, scored_record
+from orchestrator.state import CampaignState, Candidate, scored_record
 from workers.errors import BadInputError
 from workers.evaluation.task import BLOCK_BATCHES
 from workers.merging import Recipe, passthrough_recipe
@@ -68,6 +68,7 @@ class Campaign:
         self.described: dict[str, Any] = {}
         self.contamination: dict[str, Any] = {}
         self.recipes: dict[str, Recipe] = {}
+        """By their ids: parents, and candidates that are evaluated or bred from."""
         self.parent_recipes = {
             name: self.know(passthrough_recipe(self.inputs.references, name))
             for name in self.inputs.parents
@@ -314,6 +315,23 @@ class Campaign:
         """Keep the recipe by its id; itself."""
         self.recipes[recipe.id] = recipe
         return recipe
+
+    def recipe_of(self, candidate: Candidate) -> Recipe:
+        """The recipe of a candidate that was asked for, from its genome if it is not known any more."""
+        known = self.recipes.get(candidate.recipe_id)
+        if known is not None:
+            return known
+        space = self.search.space_of(candidate)
+        recipe = paired(space.decode(candidate.genome), self.matching)
+        if recipe.id != candidate.recipe_id:
+            raise not_repeated(self.store.uri, f"recipe {candidate.recipe_id[:12]}")
+        return self.know(recipe)
+
+    def forget(self, recipe_ids: Iterable[str]) -> None:
+        """Keep the recipes of candidates no longer: there may be many, and each is some kilobytes."""
+        kept = {recipe.id for recipe in self.parent_recipes.values()} | self.search.survivors
+        for recipe_id in set(recipe_ids) - kept:
+            self.recipes.pop(recipe_id, None)
 
     def evaluate(
         self,

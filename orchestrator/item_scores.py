@@ -6,8 +6,9 @@ scores and two flags is wanted once they are recorded; the answers are in the le
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator.statistics import Results
@@ -18,15 +19,19 @@ class ItemScores(Mapping[str, Mapping[str, Any]]):
 
     __slots__ = ("_flags", "_places", "_scores")
 
-    def __init__(self, results: Results, shared: dict[tuple[str, ...], dict[str, int]]) -> None:
-        """`shared` keeps the ids of all that have answered the same items in the same order."""
-        ids = tuple(results)
+    def __init__(
+        self, results: Sequence[Mapping[str, Any]], shared: dict[tuple[str, ...], dict[str, int]]
+    ) -> None:
+        """`results` are of different items. `shared` keeps the ids of all that have answered the same items
+        in the same order."""
+        ids = tuple([result["id"] for result in results])
         places = shared.get(ids)
         if places is None:
             places = shared[ids] = {item: place for place, item in enumerate(ids)}
+        assert len(places) == len(ids)
         self._places = places
-        self._scores = array("d", [result["score"] for result in results.values()])
-        flags = bytes([r.get("unparsed", 0) + 2 * r.get("truncated", 0) for r in results.values()])
+        self._scores = array("d", [result["score"] for result in results])
+        flags = bytes([r.get("unparsed", 0) + 2 * r.get("truncated", 0) for r in results])
         self._flags = flags if any(flags) else b""
 
     def __getitem__(self, item: str) -> Mapping[str, Any]:
@@ -48,9 +53,13 @@ class ItemScores(Mapping[str, Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def mean(self) -> float:
+        """The plain mean; the order of the items does not matter, not even to the last bit."""
+        return math.fsum(self._scores) / len(self._scores)
+
     def scores(self, items: Iterable[str]) -> list[float]:
         """Of these items, in their order."""
-        return [self._scores[self._places[item]] for item in items]
+        return [self._scores[place] for place in map(self._places.__getitem__, items)]
 
 
 def scores_of(results: Results, items: Iterable[str]) -> list[float]:

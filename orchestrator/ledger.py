@@ -41,8 +41,8 @@ from workers.storage import ObjectNotFoundError, PreconditionFailedError, Store
 
 __all__ = ["FOLDER", "LeaseLostError", "Ledger", "Record", "read_records"]
 
-BULKY = "items"
-"""What `scored` and `race` records have under this key is most of a ledger."""
+BULKY = {"scored": "items", "race": "items", "asked": "candidates"}
+"""Kind -> the key of what makes most of a ledger."""
 
 
 class LeaseLostError(RuntimeError):
@@ -53,7 +53,7 @@ class Ledger:
     """The records of one campaign, read once and then appended to by one owner.
 
     A `follower` is given each record, read or appended, and takes of it what it needs; then the ledger keeps
-    no items (`BULKY`), which a long campaign has too many of for one driver's memory.
+    nothing `BULKY`, which is too much for one driver's memory.
     """
 
     def __init__(self, store: Store, follower: Callable[[Record], None] | None = None) -> None:
@@ -151,8 +151,9 @@ class Ledger:
         self._compaction.take_in(number, size, record["kind"] == "epoch")
         if self._follower is not None:
             self._follower(record)
-            if BULKY in record:
-                record = {key: value for key, value in record.items() if key != BULKY}
+            bulky = BULKY.get(record["kind"])
+            if bulky is not None:
+                record = {key: value for key, value in record.items() if key != bulky}
         self.records.append(record)
         self._last[record["kind"]] = record
         if record["kind"] == "campaign":

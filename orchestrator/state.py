@@ -46,12 +46,15 @@ class Evaluation:
         """Keep no more than `ItemScores` of each result."""
         for task, results in self.results.items():
             if isinstance(results, dict):
-                self.results[task] = ItemScores(results, shared)
+                self.results[task] = ItemScores(list(results.values()), shared)
 
     def scores(self) -> dict[str, float]:
         """Task -> mean score, of a complete evaluation."""
         if self._scores is None:
-            self._scores = {task: mean_score(results) for task, results in self.results.items()}
+            self._scores = {
+                task: results.mean() if isinstance(results, ItemScores) else mean_score(results)
+                for task, results in self.results.items()
+            }
         return dict(self._scores)
 
     def has(self, chosen: Mapping[str, Iterable[str]] | None) -> bool:
@@ -107,6 +110,8 @@ class CampaignState:
         self._asked: dict[int, int] = {}
         """Round -> how many generations it has asked for."""
         self._candidates: set[str] = set()
+        self._gene_names: dict[str, str] = {}
+        """One string for each, however many genomes have the gene."""
         self._failed: set[tuple[str, str]] = set()
         """Evaluations that were given up."""
         self._shared_ids: dict[tuple[str, ...], dict[str, int]] = {}
@@ -122,12 +127,8 @@ class CampaignState:
     def apply(self, record: Record) -> None:
         """Take in one record."""
         if record["kind"] == "asked":
-            asked = [Candidate(c["genome"], c["recipe"]) for c in record["candidates"]]
-            self.generations.append(asked)
-            self._candidates.update(candidate.recipe_id for candidate in asked)
-            number = record.get("round", 1)
-            self.round_of.append(number)
-            self._asked[number] = self._asked.get(number, 0) + 1
+            asked = [self._candidate(c) for c in record["candidates"]]
+            self.take_asked(asked, record.get("round", 1))
             self.is_steady = "number" in record
         elif record["kind"] in RACE_KINDS:
             self.races.apply(record, self.generations, self.evaluations)
@@ -151,6 +152,18 @@ class CampaignState:
                 evaluation.complete, evaluation.failed = True, record["error"]
                 self._failed.add(key)
                 self._note_end(*key)
+
+    def take_asked(self, asked: list[Candidate], number: int) -> None:
+        """Take in one generation, of round `number`."""
+        self.generations.append(asked)
+        self._candidates.update(candidate.recipe_id for candidate in asked)
+        self.round_of.append(number)
+        self._asked[number] = self._asked.get(number, 0) + 1
+
+    def _candidate(self, asked: Mapping[str, Any]) -> Candidate:
+        name = self._gene_names.setdefault
+        genome = {name(gene, gene): value for gene, value in asked["genome"].items()}
+        return Candidate(genome, asked["recipe"])
 
     def _take_scored(self, record: Record) -> None:
         recipe, split = record["recipe"], record["split"]

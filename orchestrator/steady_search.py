@@ -21,8 +21,7 @@ from orchestrator.item_scores import scores_of
 from orchestrator.pareto import Scores, rank_fitness
 from orchestrator.pool import Job
 from orchestrator.search import SteadyOptimizer
-from orchestrator.state import CampaignState
-from workers.merging import Recipe
+from orchestrator.state import CampaignState, Candidate
 
 if TYPE_CHECKING:
     from orchestrator.campaign import Campaign
@@ -39,7 +38,11 @@ class Asked:
     """A candidate that the optimizer is not told of yet."""
 
     point: list[float]
-    recipe_id: str
+    candidate: Candidate
+
+    @property
+    def recipe_id(self) -> str:
+        return self.candidate.recipe_id
 
 
 class SteadySearch:
@@ -100,21 +103,28 @@ class SteadySearch:
         """
         campaign = self.campaign
         past = CampaignState(campaign.config.objective, (), campaign.weights)
+        asked = iter(campaign.state.generations)
         for record in campaign.ledger.records:
-            past.apply(record)
             if record["kind"] == "asked":
-                number = record.get("round", 1)
+                number, candidates = record.get("round", 1), next(asked)
+                past.take_asked(candidates, number)
                 if number < self.round:
-                    self._known.add(record["candidates"][0]["recipe"])
+                    self._known.add(candidates[0].recipe_id)
                 elif number == self.round:
-                    self._ask_again(record, past)
+                    self._ask_again(candidates[0], f"ask {record['number']}", past)
+            else:
+                past.apply(record)
             self._tell(past)
 
-    def _ask_again(self, record: dict[str, Any], past: CampaignState) -> None:
-        point, _, recipe = self._ask()
-        if record["candidates"][0]["recipe"] != recipe.id:
-            raise not_repeated(self.campaign.store.uri, f"ask {record['number']}")
-        self._note(point, recipe, past)
+    def _ask_again(self, candidate: Candidate, what: str, past: CampaignState) -> None:
+        point = self.optimizer.ask_one()
+        genome = self.space.point(point)
+        if genome != candidate.genome or (
+            # The other recipes are checked when they are wanted.
+            self._asks == 0 and self.campaign.decode(genome).id != candidate.recipe_id
+        ):
+            raise not_repeated(self.campaign.store.uri, what)
+        self._note(point, candidate, past)
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -128,34 +138,32 @@ class SteadySearch:
                 evaluation = state.evaluation(asked.recipe_id, "search")
                 if asked.recipe_id not in self._given and not evaluation.complete:
                     self._given.add(asked.recipe_id)
-                    recipe = campaign.recipes[asked.recipe_id]
+                    recipe = campaign.recipe_of(asked.candidate)
                     return Job(recipe.id, recipe, "search", finished=evaluation.finished_items)
             if self._reason_to_end() is not None or self._is_hopeless():
                 return None
-            point, genome, recipe = self._ask()
+            point = self.optimizer.ask_one()
+            genome = self.space.point(point)
+            recipe = campaign.know(campaign.decode(genome))
             campaign.record(
                 "asked",
                 number=len(state.generations),
                 **({"round": self.round} if campaign.config.breeding.rounds > 1 else {}),
                 candidates=[{"genome": genome, "recipe": recipe.id}],
             )
-            self._note(point, recipe, state)
+            self._note(point, state.generations[-1][0], state)
             self._tell(state)  # of a recipe that is known nothing need be evaluated
 
-    def _ask(self) -> tuple[list[float], dict[str, float], Recipe]:
-        point = self.optimizer.ask_one()
-        genome = self.space.point(point)
-        return point, genome, self.campaign.know(self.campaign.decode(genome))
-
-    def _note(self, point: list[float], recipe: Recipe, state: CampaignState) -> None:
-        self._stagnant = self._stagnant + 1 if recipe.id in self._known else 0
-        self._known.add(recipe.id)
-        number, asked = self._asks, Asked(point, recipe.id)
+    def _note(self, point: list[float], candidate: Candidate, state: CampaignState) -> None:
+        recipe_id = candidate.recipe_id
+        self._stagnant = self._stagnant + 1 if recipe_id in self._known else 0
+        self._known.add(recipe_id)
+        number, asked = self._asks, Asked(point, candidate)
         self._asks += 1
         self._untold[number] = asked
-        self._asks_for.setdefault(recipe.id, []).append(number)
+        self._asks_for.setdefault(recipe_id, []).append(number)
         self._waiting.append(asked)
-        if state.is_settled(recipe.id):
+        if state.is_settled(recipe_id):
             self._ended.add(number)
 
     def _reason_to_end(self) -> str | None:
@@ -239,3 +247,4 @@ class SteadySearch:
         self._asks_for[asked.recipe_id].remove(number)
         if not self._asks_for[asked.recipe_id]:
             del self._asks_for[asked.recipe_id]
+            self.campaign.forget([asked.recipe_id])

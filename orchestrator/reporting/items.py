@@ -94,7 +94,7 @@ def campaign_rows(ledger: Ledger, state: CampaignState) -> Iterator[dict[str, An
     chosen = ledger.last("selected")
     roles = {
         recipe: {"role": "candidate", "generation": generation}
-        for recipe, generation in _asked_in(ledger).items()
+        for recipe, generation in _asked_in(state).items()
     }
     if chosen is not None:
         roles.setdefault(chosen["recipe"], {})["role"] = "child"
@@ -121,12 +121,12 @@ def campaign_rows(ledger: Ledger, state: CampaignState) -> Iterator[dict[str, An
                 known.update(result["id"] for result in results)
 
 
-def _asked_in(ledger: Ledger) -> dict[str, int | None]:
+def _asked_in(state: CampaignState) -> dict[str, int | None]:
     """Recipe -> the generation in which it was first asked for, in that order; None if there are none."""
     found: dict[str, int | None] = {}
-    for record in ledger.of_kind("asked"):
-        for candidate in record["candidates"]:
-            found.setdefault(candidate["recipe"], record.get("generation"))
+    for number, asked in enumerate(state.generations):
+        for candidate in asked:
+            found.setdefault(candidate.recipe_id, None if state.is_steady else number)
     return found
 
 
