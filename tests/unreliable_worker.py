@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from workers.actors import Scored, WorkerSpec
+from workers.actors import Actor, Scored, WorkerSpec
 from workers.errors import BadInputError
 
 
-class UnreliableWorker:
+class UnreliableWorker(Actor):
     """Scores one item per recipe; what goes wrong is said by the spec's `engine` and the recipe's seed.
 
     `folder` counts what all workers of a test did, by files in it.
