@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.attempts import Failure, unexcused
 from orchestrator.config import WorkersConfig
 from orchestrator.errors import EngineMismatchError, PoolError
-from orchestrator.heartbeat import Heartbeat
+from orchestrator.heartbeat import BEAT_SECONDS, Heartbeat
 from orchestrator.node_watch import NodeWatch
 from orchestrator.placement import Placement, check_placement
 from orchestrator.ray_session import cause_of, start_ray
@@ -147,7 +147,9 @@ class Crew:
         worker.serial, worker.job, worker.call = self._serial, None, None
         worker.node, worker.member_nodes = None, ()
         worker.actor = self._new_actor(worker.number)
-        worker.introduction = worker.actor.introduce.remote(self.heartbeat.name, self._serial)
+        worker.introduction = worker.actor.introduce.remote(
+            self.heartbeat.name, BEAT_SECONDS, self._serial
+        )
         worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
 
     def _new_actor(self, number: int) -> Any:

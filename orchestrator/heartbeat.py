@@ -11,10 +11,13 @@ import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from workers.heartbeat import BEAT_SECONDS, Beats
+from workers.heartbeat import Beats
 
 if TYPE_CHECKING:
     from orchestrator.crew import Worker
+
+BEAT_SECONDS = 10.0
+"""Between two signs of life of a process, and between two questions for them."""
 
 SILENT_SECONDS = 60.0
 """A worker of which nothing was heard for this long is replaced."""

@@ -92,8 +92,9 @@ class Scored:
 class Actor:
     """What each worker process does besides its work, where it is an actor of Ray."""
 
-    def introduce(self, beats: str, serial: int, member: int = 0) -> str:
-        """Begin to give signs of life to the `Beats` of this name, as soon as there is one; the node's id."""
+    def introduce(self, beats: str, seconds: float, serial: int, member: int = 0) -> str:
+        """Begin to give a sign of life to the `Beats` of this name every so many seconds, as soon as there is
+        one; the id of the node where this is."""
         import ray
 
         known: list[Any] = []
@@ -103,7 +104,7 @@ class Actor:
                 known.append(ray.get_actor(beats))
             ray.get(known[0].beat.remote(serial, member))
 
-        keep_beating(beat)
+        keep_beating(beat, seconds)
         return str(ray.get_runtime_context().get_node_id())
 
 
@@ -404,9 +405,9 @@ class Members:
         kind: type,
         spec: WorkerSpec,
         places: Sequence[dict[str, Any]],
-        beats: tuple[str, int] | None = None,
+        beats: tuple[str, float, int] | None = None,
     ) -> None:
-        """`beats`: the leader's `Beats`, and its serial number (see `Actor.introduce`)."""
+        """`beats`: what the leader was told of them (see `Actor.introduce`)."""
         import ray
 
         start = ray.remote(kind)

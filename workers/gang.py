@@ -54,12 +54,12 @@ class GangLeader(EvaluationWorker):
         super().__init__(spec)
         self._places = places
         self._members: Members | None = None
-        self._beats: tuple[str, int] | None = None
+        self._beats: tuple[str, float, int] | None = None
 
-    def introduce(self, beats: str, serial: int, member: int = 0) -> str:
+    def introduce(self, beats: str, seconds: float, serial: int, member: int = 0) -> str:
         """See `Actor.introduce`; for the members, too."""
-        self._beats = beats, serial
-        return super().introduce(beats, serial, member)
+        self._beats = beats, seconds, serial
+        return super().introduce(beats, seconds, serial, member)
 
     def member_nodes(self) -> list[str]:
         """The ids of the nodes that members are on. `describe` comes first."""

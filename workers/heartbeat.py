@@ -11,9 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-BEAT_SECONDS = 10.0
-"""Between two signs of life of a process."""
-
 
 class Beats:
     """How many signs of life there were, of each process: (worker's serial number, member of its gang)."""
@@ -30,7 +27,7 @@ class Beats:
         return dict(self._counts)
 
 
-def keep_beating(beat: Callable[[], None], seconds: float = BEAT_SECONDS) -> threading.Thread:
+def keep_beating(beat: Callable[[], None], seconds: float) -> threading.Thread:
     """Call `beat` every so many seconds as long as this process lives. What it raises is its own affair:
     nobody may be there yet who counts, or no longer."""
 
