@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 POLL_SECONDS = 2.0
@@ -51,7 +51,10 @@ class NodeWatch:
         from ray._private.state import state  # there is no public way to learn of draining nodes
 
         now = time.monotonic()
-        for node in ray.nodes():
-            if not node["Alive"]:
-                self._lost.setdefault(node["NodeID"], now)
-        self._draining = frozenset(state.get_draining_nodes())
+        lost = {node["NodeID"]: now for node in ray.nodes() if not node["Alive"]}
+        self.note(lost, state.get_draining_nodes())
+
+    def note(self, lost: Mapping[str, float], draining: Iterable[str]) -> None:
+        """Take in which nodes are lost, and since when at the latest; and which ones drain now."""
+        self._lost = {**lost, **self._lost}
+        self._draining = frozenset(draining)
