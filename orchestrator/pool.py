@@ -91,8 +91,8 @@ class Pool:
         arrived: deque[Progress] = deque()
         may_be_more = True
         while True:
-            # One at a time: whoever chooses it learns of results that have come meanwhile.
-            if may_be_more and waiting.fresh < self.look_ahead:
+            # Whoever chooses the next job had better know the results that have come.
+            if may_be_more and waiting.fresh < (1 if arrived else self.look_ahead):
                 job = supply()
                 may_be_more = job is not None
                 if job is not None:
