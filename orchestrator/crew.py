@@ -62,7 +62,7 @@ class Worker:
     @property
     def is_idle(self) -> bool:
         """Whether it could take a call."""
-        return self.actor is not None and self.ready is None and self.call is None
+        return self.call is None and self.ready is None and self.actor is not None
 
     @property
     def nodes(self) -> tuple[str, ...]:

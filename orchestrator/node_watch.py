@@ -33,7 +33,8 @@ class NodeWatch:
 
     def is_leaving(self, nodes: Iterable[str]) -> bool:
         """Whether one of them is gone, or draining: told to go, and to take no more work."""
-        return any(node in self._draining or node in self._lost for node in nodes)
+        known = self._draining or self._lost
+        return bool(known) and any(n in self._draining or n in self._lost for n in nodes)
 
     def loses(self, nodes: Iterable[str], before: float) -> bool:
         """Whether one of them was lost before this time (of `time.monotonic`), or is about to be."""

@@ -143,13 +143,13 @@ class Pool:
     # -- jobs --------------------------------------------------------------------------------
 
     def _dispatch(self, waiting: Waiting) -> None:
-        if not waiting:
-            return
-        for worker in self._workers:
+        for worker in self._workers if waiting else ():
             if worker.is_idle and not self._crew.must_move(worker):
                 job = waiting.take(worker, self._workers)
                 if job is not None:
                     self._give(worker, job)
+                if not waiting:
+                    return
 
     def _give(self, worker: Worker, job: Job) -> None:
         worker.job, worker.since = job, time.monotonic()

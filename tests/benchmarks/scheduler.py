@@ -194,8 +194,9 @@ def resident_bytes() -> int:
 
 
 def measure_pool(workers: int, candidates: int, seconds: float) -> Cost:
-    """The pool alone: jobs are supplied, and progress is dropped."""
-    left = iter(range(candidates))
+    """The pool alone: jobs are supplied, and progress is dropped. A first round of all workers is not
+    counted."""
+    left = iter(range(workers + candidates))
 
     def supply() -> Job | None:
         number = next(left, None)
@@ -205,16 +206,18 @@ def measure_pool(workers: int, candidates: int, seconds: float) -> Cost:
         return Job(str(number), recipe, "search")
 
     with SeatedPool(workers, seconds, {"t": ["0"]}) as pool:
-        done, halfway = 0, 0
-        wall, driver = time.monotonic(), processor_seconds()
-        for progress in pool.run((), supply):
+        wall = driver = 0.0
+        held = 0
+        for done, progress in enumerate(pool.run((), supply), 1):
             assert progress.scored is not None and progress.scored.complete
-            done += 1
-            if done == candidates // 2:
-                halfway = resident_bytes()
+            if done == workers:
+                assert pool.latencies
+                wall, driver = time.monotonic(), processor_seconds()
+            elif done == workers + candidates // 2:
+                held = resident_bytes()
         wall, driver = time.monotonic() - wall, processor_seconds() - driver
-        growth = (resident_bytes() - halfway) / (candidates - candidates // 2)
-        assert done == candidates
+        growth = (resident_bytes() - held) / (candidates - candidates // 2)
+        assert done == workers + candidates
         return Cost(candidates, wall, driver, pool.latencies, growth)
 
 
@@ -269,7 +272,6 @@ def main() -> None:
         f"{'':38} {'number':>8} {'each s':>8} {'driver':>8} {'median':>8} {'p99':>8} {'growth':>8}\n"
         f"{'':38} {'':8} {'':8} {'CPU ms':>8} {'ms':>8} {'ms':>8} {'bytes':>8}"
     )
-    measure_pool(given.workers, 2 * given.workers, given.seconds)  # whatever is made once
     if given.candidates:
         measure_pool(given.workers, given.candidates, given.seconds).show("pool")
     if given.campaign:
