@@ -44,6 +44,9 @@ MOST_LATENCY_SECONDS = 0.1
 MOST_GROWTH_BYTES = 100.0
 """Of the driver's memory, for a candidate, in the second half of them."""
 
+POOL = "pool"
+CAMPAIGN = "campaign in a folder"
+
 PARENTS = (ParentReference("a", "0" * 64), ParentReference("b", "1" * 64))
 
 
@@ -169,8 +172,8 @@ class Cost:
     growth: float
     """Bytes of the driver's memory for a candidate, in the second half of them."""
 
-    def show(self, name: str) -> None:
-        """Print a line."""
+    def show(self, name: str) -> bool:
+        """Print a line; whether all is as it should be. A campaign remembers its candidates."""
         ranked = sorted(self.latencies)
         p99 = ranked[int(0.99 * (len(ranked) - 1))]
         print(
@@ -178,6 +181,11 @@ class Cost:
             f"{1e3 * self.driver / self.candidates:8.2f} {1e3 * statistics.median(ranked):8.1f} "
             f"{1e3 * p99:8.1f} {self.growth:8.0f}",
             flush=True,
+        )
+        return (
+            1e3 * self.driver / self.candidates < MOST_MILLISECONDS
+            and p99 < MOST_LATENCY_SECONDS
+            and (self.growth < MOST_GROWTH_BYTES or name != POOL)
         )
 
 
@@ -272,10 +280,16 @@ def main() -> None:
         f"{'':38} {'number':>8} {'each s':>8} {'driver':>8} {'median':>8} {'p99':>8} {'growth':>8}\n"
         f"{'':38} {'':8} {'':8} {'CPU ms':>8} {'ms':>8} {'ms':>8} {'bytes':>8}"
     )
+    as_wished = True
     if given.candidates:
-        measure_pool(given.workers, given.candidates, given.seconds).show("pool")
+        as_wished &= measure_pool(given.workers, given.candidates, given.seconds).show(POOL)
     if given.campaign:
-        measure_campaign(given.workers, given.campaign, given.seconds).show("campaign in a folder")
+        as_wished &= measure_campaign(given.workers, given.campaign, given.seconds).show(CAMPAIGN)
+    if not as_wished:
+        raise SystemExit(
+            f"more than {MOST_MILLISECONDS:g} ms or {1e3 * MOST_LATENCY_SECONDS:g} ms of latency, or the "
+            "pool's memory grows: is the machine idle?"
+        )
 
 
 if __name__ == "__main__":
