@@ -48,6 +48,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.null_campaigns
 	$(BIN)/python -m tests.benchmarks.racing
 	$(BIN)/python -m tests.benchmarks.ledger
+	$(BIN)/python -m tests.benchmarks.scheduler
 
 # The comparison with mergekit, which lives in an environment of its own: its pins are not ours.
 parity: $(VENV)/installed-test $(MERGEKIT)/installed

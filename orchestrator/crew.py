@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.attempts import Failure, unexcused
 from orchestrator.config import WorkersConfig
 from orchestrator.errors import EngineMismatchError, PoolError
+from orchestrator.heartbeat import BEAT_SECONDS, Heartbeat
+from orchestrator.node_watch import NodeWatch
 from orchestrator.placement import Placement, check_placement
 from orchestrator.ray_session import cause_of, start_ray
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
-    from orchestrator.pool import Job
+    from orchestrator.waiting import Job
     from workers.actors import MergeSpec
 
 START_ATTEMPTS = 3
@@ -41,6 +44,12 @@ class Worker:
     """None while the place rests after a failed start."""
     ready: Any = None
     """The pending `describe` call of an actor that is starting."""
+    introduction: Any = None
+    """The pending call that says on which node a new actor is."""
+    node: str | None = None
+    """Its id, when it is known: the process is there."""
+    member_nodes: tuple[str, ...] = ()
+    """Of a gang: those of its members."""
     job: Job | None = None
     call: Any = None
     since: float = 0.0
@@ -49,6 +58,16 @@ class Worker:
     @property
     def in_service(self) -> bool:
         return self.actor is not None and self.ready is None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it could take a call."""
+        return self.call is None and self.ready is None and self.actor is not None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """What is known of where it runs."""
+        return (self.node, *self.member_nodes) if self.node is not None else ()
 
     @property
     def is_expected(self) -> bool:
@@ -68,6 +87,8 @@ class Crew:
         check_engine: Callable[[dict[str, Any]], None],
     ) -> None:
         self.workers: list[Worker] = []
+        self.watch = NodeWatch()
+        self.heartbeat = Heartbeat()
         self._spec = spec
         self._config = config
         self._address = address
@@ -93,6 +114,7 @@ class Crew:
         if gangs or self._config.placement != "none":
             groups = self._config.count if gangs else 1
             self._placements = [Placement(together) for _ in range(groups)]
+        self.watch.start()
         self.workers = [Worker(number) for number in range(self._config.count)]
         for worker in self.workers:
             self.start(worker)
@@ -101,6 +123,8 @@ class Crew:
     def __exit__(self, *exception: object) -> None:
         import ray
 
+        self.watch.stop()
+        self.heartbeat.stop()
         for worker in self.workers:
             if worker.actor is not None:
                 ray.kill(worker.actor)
@@ -121,7 +145,11 @@ class Crew:
             ray.kill(worker.actor)
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
+        worker.node, worker.member_nodes = None, ()
         worker.actor = self._new_actor(worker.number)
+        worker.introduction = worker.actor.introduce.remote(
+            self.heartbeat.name, BEAT_SECONDS, self._serial
+        )
         worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
 
     def _new_actor(self, number: int) -> Any:
@@ -145,24 +173,31 @@ class Crew:
         try:
             self._check_engine(ray.get(worker.ready))
         except (ray.exceptions.RayError, EngineMismatchError) as error:
-            self._handle_bad_start(worker, cause_of(error))
+            self.handle_bad_start(worker, cause_of(error))
             return
         worker.ready = None
+        if self._config.gang > 1:
+            worker.introduction = worker.actor.member_nodes.remote()
         self._was_in_service = True
 
-    def _handle_bad_start(self, worker: Worker, cause: Exception) -> None:
+    def handle_bad_start(self, worker: Worker, cause: Exception) -> None:
         """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
         import ray
 
         if not self._was_in_service and isinstance(cause, BadInputError | EngineMismatchError):
             raise cause
-        self._failed_starts.append(str(cause))
+        if unexcused([Failure.of(cause, worker.nodes)], self.watch):
+            self._failed_starts.append(str(cause))
         if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
             raise PoolError(
                 f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"
             ) from cause
         ray.kill(worker.actor)
         worker.actor, worker.ready, worker.since = None, None, time.monotonic()
+
+    def must_move(self, worker: Worker) -> bool:
+        """Whether it shall take no more calls where it is."""
+        return self.watch.is_leaving(worker.nodes)
 
     def wake(self) -> None:
         """Start actors in places that have rested; give up if none has been in service for long."""

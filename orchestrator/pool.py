@@ -11,44 +11,25 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import attempts
+from orchestrator.attempts import Failure, counted, unexcused
+from orchestrator.calling import Calling
 from orchestrator.config import WorkersConfig
 from orchestrator.crew import Crew, Worker
-from orchestrator.errors import PoolError
 from orchestrator.ray_session import cause_of
-from orchestrator.turns import Turns
+from orchestrator.tending import Tending
+from orchestrator.waiting import Job, Progress, Waiting
 from workers.errors import BadInputError
-from workers.storage import StorageError
 
 if TYPE_CHECKING:
     from workers.actors import MergeSpec, Scored
-    from workers.merging import Recipe
 
-ATTEMPTS = 3
-"""How often an evaluation may fail before it is recorded as failed."""
-
-BAD_INPUT_ATTEMPTS = 2
-"""The same for an error in the input: once more elsewhere, in case it is that machine's input alone."""
+__all__ = ["Job", "Pool", "Progress"]
 
 CALL_SECONDS = 20.0
 """For about this long a worker scores before it hands over what it has."""
-
-HUNG_SECONDS = 3600.0
-"""A call that takes this much longer than `CALL_SECONDS` is given up, and its worker killed. One batch of a
-large model, or the statistics of its first merge, may take many minutes."""
-
-UNCUT_CALLS = frozenset(
-    {"examine", "publish_file", "hash_file"}
-    | {"probe", "probe_span", "probe_ask", "probe_experts", "probe_layer"}
-    | {"expert_inputs", "match_experts"}
-    | {"calibrate_router", "compare_routing"}
-)
-"""Calls that are about whole models or files, and not cut to a size: they last as long as these are large."""
-
-UNCUT_HUNG_SECONDS = 24 * 3600.0
-"""The same for `UNCUT_CALLS`. A worker or node that dies is noticed at once; this is for one that hangs."""
 
 WORKERS_PER_WAITING_JOB = 8
 """One job waits beforehand for so many workers: several may come back while the driver asks and records.
@@ -56,36 +37,8 @@ More would be asked for knowing less."""
 
 GROUP_BYTES = 256 << 20
 
-BACK_OFF_SECONDS = 1.0
-
-
-@dataclass(eq=False)
-class Job:
-    """One evaluation: a recipe on the items of a split."""
-
-    key: str
-    recipe: Recipe
-    split: str
-    finished: dict[str, list[str]] = field(default_factory=dict)
-    """Items that need no scoring any more: task -> item ids."""
-    chosen: dict[str, list[str]] | None = None
-    """Those that are asked for, if not all of the split: task -> item ids."""
-    failures: list[str] = field(default_factory=list)
-    failed_on: set[int] = field(default_factory=set)
-    """Serial numbers of workers that another one is to be preferred to."""
-    not_before: float = 0.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Something that happened to a job."""
-
-    job: Job
-    worker: int
-    scored: Scored | None = None
-    error: str | None = None
-    """Why an attempt failed; the job is tried again unless `given_up`."""
-    given_up: bool = False
+POLL_SECONDS = 0.02
+"""While results wait to be recorded, idle workers are looked for so often."""
 
 
 class Pool:
@@ -104,6 +57,9 @@ class Pool:
         self.idle_seconds = 0.0
         """Time the driver spent waiting for workers, of all the time in `run`."""
         self._crew = Crew(spec, config, address, check_engine)
+        self._tending = Tending(self._crew)
+        self._collected = 0.0
+        """When it was last looked for results."""
 
     def __enter__(self) -> Pool:
         self._crew.__enter__()
@@ -131,29 +87,34 @@ class Pool:
         when it asks for the next one. Raises `PoolError` if no worker can be started, `BadInputError` if the
         very first ones refuse their input.
         """
-        waiting = deque(jobs)
-        self._supply(waiting, supply)
-        while waiting or self.busy:
-            progress = self._collect(waiting)
+        waiting = Waiting(jobs)
+        arrived: deque[Progress] = deque()
+        may_be_more = True
+        while True:
+            # Whoever chooses the next job had better know the results that have come.
+            if may_be_more and waiting.fresh < (1 if arrived else self.look_ahead):
+                job = supply()
+                may_be_more = job is not None
+                if job is not None:
+                    waiting.add(job)
+            self._dispatch(waiting)
+            if not (waiting or arrived or self.busy):
+                return
+            is_short = may_be_more and waiting.fresh < self.look_ahead
+            if not (arrived or is_short):
+                arrived.extend(self._collect(waiting, attempts.BACK_OFF_SECONDS))
+            elif time.monotonic() - self._collected > POLL_SECONDS:
+                arrived.extend(self._collect(waiting, 0.0))
             # Before the caller records it: no worker waits for the store.
             self._dispatch(waiting)
-            yield from progress
-            self._supply(waiting, supply)
+            if arrived:
+                yield arrived.popleft()
+                may_be_more = True
 
     @property
     def look_ahead(self) -> int:
         """So many jobs wait for those workers that come back while the driver is busy with another."""
         return 1 + len(self._workers) // WORKERS_PER_WAITING_JOB
-
-    def _supply(self, waiting: deque[Job], supply: Callable[[], Job | None]) -> None:
-        """Keep jobs waiting, and give them to idle workers. Those that failed may not suit any of these."""
-        self._dispatch(waiting)
-        while sum(not job.failures for job in waiting) < self.look_ahead:
-            job = supply()
-            if job is None:
-                return
-            waiting.append(job)
-            self._dispatch(waiting)
 
     @property
     def workers(self) -> int:
@@ -177,90 +138,27 @@ class Pool:
         idle; a worker whose store failed rests first, and one that hangs is replaced. Raises a worker's
         `BadInputError` as it is, and its `StorageError` or a `PoolError` after the last attempt.
         """
-        import ray
-
-        longest = UNCUT_HUNG_SECONDS if method in UNCUT_CALLS else HUNG_SECONDS
-        waiting = Turns(len(arguments), preferred)
-        failures: dict[int, list[str]] = {}
-        running: dict[Any, tuple[Worker, int]] = {}
-        rests: dict[int, float] = {}
-        while waiting or running:
-            self._crew.wake()
-            now = time.monotonic()
-            busy = {worker.number for worker, _ in running.values()}
-            busy |= {number for number, until in rests.items() if until > now}
-            for worker in self._workers:
-                if waiting and worker.in_service and worker.number not in busy:
-                    number = waiting.take(worker.number)
-                    call = getattr(worker.actor, method).remote(*arguments[number])
-                    running[call], worker.since = (worker, number), now
-            starting = {w.ready: w for w in self._workers if w.ready is not None}
-            if not running and not starting:
-                time.sleep(BACK_OFF_SECONDS / 10)  # every place rests
-                continue
-            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=BACK_OFF_SECONDS)
-            for reference in done:
-                if reference in starting:
-                    self._crew.enter_service(starting[reference])
-                    continue
-                worker, number = running.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    known = failures.setdefault(number, [])
-                    self._handle_failed_call(worker, method, cause_of(error), known)
-                    waiting.put_back(number)
-                    rests[worker.number] = now + BACK_OFF_SECONDS * 2 ** len(known)
-                else:
-                    yield number, result
-            for reference, (worker, number) in list(running.items()):
-                if time.monotonic() - worker.since > longest:
-                    del running[reference]
-                    hung = TimeoutError("the worker hangs")
-                    self._handle_failed_call(worker, method, hung, failures.setdefault(number, []))
-                    waiting.put_back(number)
-
-    def _handle_failed_call(
-        self, worker: Worker, method: str, cause: Exception, failures: list[str]
-    ) -> None:
-        failures.append(f"{type(cause).__name__}: {cause}")
-        if isinstance(cause, BadInputError):
-            raise cause
-        if len(failures) >= ATTEMPTS:
-            if isinstance(cause, StorageError):
-                raise cause
-            raise PoolError(f"{method} failed {ATTEMPTS} times; the last time: {failures[-1]}")
-        if not isinstance(cause, StorageError):
-            # Dead, or out of memory: it would fail the next call too.
-            self._crew.start(worker)
+        return Calling(self._crew, self._tending, method).each(arguments, preferred)
 
     # -- jobs --------------------------------------------------------------------------------
 
-    def _dispatch(self, waiting: deque[Job]) -> None:
-        for worker in self._workers:
-            if worker.in_service and worker.job is None:
-                job = self._choose(worker, waiting)
-                if job is None:
-                    continue
-                waiting.remove(job)
-                worker.job, worker.since = job, time.monotonic()
-                worker.call = worker.actor.evaluate.remote(
-                    job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS, job.chosen
-                )
+    def _dispatch(self, waiting: Waiting) -> None:
+        for worker in self._workers if waiting else ():
+            if worker.is_idle and not self._crew.must_move(worker):
+                job = waiting.take(worker, self._workers)
+                if job is not None:
+                    self._give(worker, job)
+                if not waiting:
+                    return
 
-    def _choose(self, worker: Worker, waiting: deque[Job]) -> Job | None:
-        """The first job that is due, and that has not failed on this worker while others are there."""
-        now = time.monotonic()
-        for job in waiting:
-            elsewhere = any(
-                other.is_expected and other.serial not in job.failed_on for other in self._workers
-            )
-            if job.not_before <= now and not (worker.serial in job.failed_on and elsewhere):
-                return job
-        return None
+    def _give(self, worker: Worker, job: Job) -> None:
+        worker.job, worker.since = job, time.monotonic()
+        worker.call = worker.actor.evaluate.remote(
+            job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS, job.chosen
+        )
 
-    def _collect(self, waiting: deque[Job]) -> list[Progress]:
-        """Wait until something happens, and say what."""
+    def _collect(self, waiting: Waiting, seconds: float) -> list[Progress]:
+        """Wait until something happens, at most so long; all that has happened."""
         import ray
 
         self._crew.wake()
@@ -269,13 +167,17 @@ class Pool:
             for worker in self._workers
             if worker.ready is not None or worker.call is not None
         }
+        references = list(pending)
         started = time.monotonic()
-        if pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=BACK_OFF_SECONDS)
-        else:  # every job left is waiting for its next attempt, or every place rests
-            done = []
-            time.sleep(BACK_OFF_SECONDS / 10)
-        self.idle_seconds += time.monotonic() - started
+        done: list[Any] = []
+        if references:
+            done, _ = ray.wait(references, num_returns=1, timeout=seconds)
+            if done:
+                done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        elif seconds:  # every job left is waiting for its next attempt, or every place rests
+            time.sleep(attempts.BACK_OFF_SECONDS / 10)
+        self._collected = time.monotonic()
+        self.idle_seconds += self._collected - started
         progress = []
         for reference in done:
             worker = pending[reference]
@@ -283,15 +185,14 @@ class Pool:
                 self._crew.enter_service(worker)
             else:
                 progress.append(self._finish_call(worker, waiting))
-        for worker in self._workers:
-            if worker.job and time.monotonic() - worker.since > CALL_SECONDS + HUNG_SECONDS:
-                progress.append(self._fail(worker, waiting, TimeoutError("the worker hangs")))
+        for worker, cause in self._tending.tend(CALL_SECONDS + attempts.HUNG_SECONDS):
+            if worker.call is not None:
+                progress.append(self._fail(worker, waiting, cause))
         return progress
 
-    def _finish_call(self, worker: Worker, waiting: deque[Job]) -> Progress:
+    def _finish_call(self, worker: Worker, waiting: Waiting) -> Progress:
         import ray
 
-        assert worker.job is not None
         try:
             scored: Scored = ray.get(worker.call)
         except ray.exceptions.RayError as error:
@@ -299,29 +200,36 @@ class Pool:
         self._crew.forgive()
         return self._take(worker, waiting, scored)
 
-    def _take(self, worker: Worker, waiting: deque[Job], scored: Scored) -> Progress:
-        """Put the job back if it is not done."""
+    def _take(self, worker: Worker, waiting: Waiting, scored: Scored) -> Progress:
+        """Let the worker go on with the job if it is not done, or another one if it must move."""
         assert worker.job is not None
         job, worker.job, worker.call = worker.job, None, None
         for task, items in scored.items.items():
             job.finished.setdefault(task, []).extend(item["id"] for item in items)
-        if not scored.complete:
-            waiting.appendleft(job)  # most likely this worker takes it again, weights in place
+        moves = self._crew.must_move(worker)
+        if not scored.complete and not moves:
+            self._give(worker, job)  # weights in place
+        elif not scored.complete:
+            waiting.put_back(job)
+        if moves:
+            self._crew.start(worker)
         return Progress(job, worker.number, scored)
 
-    def _fail(self, worker: Worker, waiting: deque[Job], cause: Exception) -> Progress:
+    def _fail(self, worker: Worker, waiting: Waiting, cause: Exception) -> Progress:
         """Put the job back, for another worker if there is one; replace a worker that is not sound."""
         job, worker.job, worker.call = worker.job, None, None
         assert job is not None
-        job.failures.append(f"{type(cause).__name__}: {cause}")
+        job.failures.append(Failure.of(cause, worker.nodes))
         job.failed_on.add(worker.serial)
         bad_input = isinstance(cause, BadInputError)
         if not bad_input:
             # Dead, out of memory, or with a device in disorder: it would fail the next job too.
             self._crew.start(worker)
-        given_up = len(job.failures) >= (BAD_INPUT_ATTEMPTS if bad_input else ATTEMPTS)
+        most = attempts.BAD_INPUT_ATTEMPTS if bad_input else attempts.ATTEMPTS
+        given_up = counted(job.failures, self._crew.watch) >= most
         if not given_up:
-            back_off = 0.0 if bad_input else BACK_OFF_SECONDS * 2 ** len(job.failures)
+            tries = len(unexcused(job.failures, self._crew.watch))
+            back_off = 0.0 if bad_input else attempts.BACK_OFF_SECONDS * 2**tries
             job.not_before = time.monotonic() + back_off
-            waiting.append(job)
-        return Progress(job, worker.number, error=job.failures[-1], given_up=given_up)
+            waiting.put_back(job)
+        return Progress(job, worker.number, error=job.failures[-1].error, given_up=given_up)

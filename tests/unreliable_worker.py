@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from workers.actors import Scored, WorkerSpec
+from workers.actors import Actor, Scored, WorkerSpec
 from workers.errors import BadInputError
 
 
-class UnreliableWorker:
+class UnreliableWorker(Actor):
     """Scores one item per recipe; what goes wrong is said by the spec's `engine` and the recipe's seed.
 
     `folder` counts what all workers of a test did, by files in it.
@@ -52,8 +52,18 @@ class UnreliableWorker:
         if self.serial in self.plan.get("poisoned", ()):
             raise RuntimeError("the device is in disorder")
         done = len(finished.get("t", ()))
+        if fate == "waits":
+            self._wait_for(f"slice-{done}", tries)
         items = [{"id": f"{recipe['seed']}-{done}"}]
         return Scored({"t": items}, done + 1 >= self.plan.get("slices", 1), 0.0, 0.0)
+
+    def _wait_for(self, file: str, tries: int) -> None:
+        """Say in a file which process of which raylet waits, and wait until there is another file."""
+        place = self.folder / "waits"
+        place.write_text(f"{os.getpid()} {self.raylet}")
+        place.replace(self.folder / f"waits-{tries}")
+        while not (self.folder / file).exists():
+            threading.Event().wait(0.02)
 
     def long_call(self, value: int) -> int:
         if self._count("call") == 1:

@@ -27,6 +27,7 @@ from workers.evaluation import (
     run_protocol,
     score_batch,
 )
+from workers.heartbeat import keep_beating
 from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
 from workers.merging.plan import BASE
@@ -88,7 +89,26 @@ class Scored:
     score_seconds: float
 
 
-class MergeWorker:
+class Actor:
+    """What each worker process does besides its work, where it is an actor of Ray."""
+
+    def introduce(self, beats: str, seconds: float, serial: int, member: int = 0) -> str:
+        """Begin to give a sign of life to the `Beats` of this name every so many seconds, as soon as there is
+        one; the id of the node where this is."""
+        import ray
+
+        known: list[Any] = []
+
+        def beat() -> None:
+            if not known:
+                known.append(ray.get_actor(beats))
+            ray.get(known[0].beat.remote(serial, member))
+
+        keep_beating(beat, seconds)
+        return str(ray.get_runtime_context().get_node_id())
+
+
+class MergeWorker(Actor):
     """Writes parts of children. `describe` comes first: it opens the parents."""
 
     def __init__(self, spec: MergeSpec) -> None:
@@ -380,7 +400,14 @@ class EvaluationWorker(MergeWorker):
 class Members:
     """Actors of one `kind` that a worker starts, with Ray's options in `places`. They end when it does."""
 
-    def __init__(self, kind: type, spec: WorkerSpec, places: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        kind: type,
+        spec: WorkerSpec,
+        places: Sequence[dict[str, Any]],
+        beats: tuple[str, float, int] | None = None,
+    ) -> None:
+        """`beats`: what the leader was told of them (see `Actor.introduce`)."""
         import ray
 
         start = ray.remote(kind)
@@ -389,6 +416,17 @@ class Members:
             for number, place in enumerate(places, 1)
         }
         self.names = tuple(self._actors)
+        self._nodes = [
+            actor.introduce.remote(*beats, number)
+            for number, actor in enumerate(self._actors.values(), 1)
+            if beats is not None
+        ]
+
+    def nodes(self) -> list[str]:
+        """The ids of the nodes that they are on."""
+        import ray
+
+        return list(ray.get(self._nodes))
 
     def ask(self, member: str, method: str, *arguments: Any) -> Callable[[], Any]:
         """Start a member's method; what waits for its result, and raises what it has raised."""

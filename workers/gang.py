@@ -54,13 +54,24 @@ class GangLeader(EvaluationWorker):
         super().__init__(spec)
         self._places = places
         self._members: Members | None = None
+        self._beats: tuple[str, float, int] | None = None
+
+    def introduce(self, beats: str, seconds: float, serial: int, member: int = 0) -> str:
+        """See `Actor.introduce`; for the members, too."""
+        self._beats = beats, seconds, serial
+        return super().introduce(beats, seconds, serial, member)
+
+    def member_nodes(self) -> list[str]:
+        """The ids of the nodes that members are on. `describe` comes first."""
+        assert self._members is not None, "describe comes first"
+        return self._members.nodes()
 
     def make_engine(self) -> Engine:
         """Open the parents where they lie, start the members, and spread the model's experts over all."""
         from workers.evaluation.engines.sharded_engine import ShardedEngine
 
         self.open(lambda checkpoint: checkpoint)
-        self._members = members = Members(GangWorker, self.spec, self._places)
+        self._members = members = Members(GangWorker, self.spec, self._places, self._beats)
         return ShardedEngine(
             self.parents, self.base, members.names, members.ask, **self.spec.engine
         )

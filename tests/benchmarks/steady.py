@@ -14,7 +14,6 @@ import argparse
 import random
 import statistics
 import tempfile
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,8 @@ from typing import Any, Self
 
 from orchestrator.config import load_config
 from orchestrator.crew import Worker
-from orchestrator.pool import Job, Pool, Progress
+from orchestrator.pool import Pool, Progress
+from orchestrator.waiting import Waiting
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import ScriptedCampaign, Stages, run_search
 from workers.actors import Scored
@@ -76,7 +76,7 @@ class SimulatedWorker:
         finished: dict[str, list[str]],
         seconds: float,
         chosen: None,
-    ) -> str:
+    ) -> object:
         left = [
             (task.name, item.id)
             for task in self.tasks
@@ -94,17 +94,17 @@ class SimulatedWorker:
         self.ends = self.clock.now + each * len(now)
         self.clock.work.append((self.clock.now, self.ends))
         self.result = Scored(items, len(now) == len(left), 0.0, each * len(now))
-        return "a call"
+        return object()
 
 
 class SimulatedPool(Pool):
     """The real pool over simulated workers: only waiting for them is another."""
 
     def __init__(self, tasks: tuple[Task, ...], clock: Clock) -> None:
-        self.idle_seconds = 0.0
+        self.idle_seconds = self._collected = 0.0
         self.clock = clock
         places = [Worker(n, n, SimulatedWorker(tasks, clock)) for n in range(WORKERS)]
-        self._crew: Any = SimpleNamespace(workers=places)
+        self._crew: Any = SimpleNamespace(workers=places, must_move=lambda worker: False)
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +112,9 @@ class SimulatedPool(Pool):
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def _collect(self, waiting: deque[Job]) -> list[Progress]:
+    def _collect(self, waiting: Waiting, seconds: float) -> list[Progress]:
+        if not seconds:
+            return []
         worker = min(
             (worker for worker in self._workers if worker.job is not None),
             key=lambda worker: worker.actor.ends,
