@@ -51,7 +51,7 @@ class S3Server:
 
 @contextmanager
 def seaweedfs_server(host: Host | None = None) -> Iterator[S3Server]:
-    """A SeaweedFS server with a fresh folder and random credentials, here or on a host; gone after the block."""
+    """A SeaweedFS server, here or on a host, with a fresh folder and credentials; gone after the block."""
     address = "127.0.0.1" if host is None else host.address
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     for start in range(1, _STARTS + 1):

@@ -248,7 +248,7 @@ def node_cut_off(run: Run) -> None:
 
 
 def disk_full_on_node(run: Run) -> None:
-    """A node's worker dies, and there is no room any more for the parents' copies that its successor wants."""
+    """A node's worker dies, and there is no room any more for the copies that its successor wants."""
     with HostCluster(run, s3=True) as cluster:
         cache = run.file.parent / "cache"
         cache.mkdir()
