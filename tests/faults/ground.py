@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.ledger import Ledger, Record
+from orchestrator.ledger import FOLDER, Ledger, Record
 from tests.campaigns import digests, records, scored_items, write_campaign
 from tests.hosts import Host
 from tests.ray_cluster import ENVIRONMENT, RayCluster
@@ -98,6 +98,7 @@ class Run:
     breaks: int = 0
     drivers: list[subprocess.Popen[str]] = field(default_factory=list)
     _judged: Verdict | None = None
+    _store: Store | None = None
 
     def broke(self) -> None:
         """Count a break that came to pass."""
@@ -122,6 +123,12 @@ class Run:
                 )
         self.drivers.append(driver)
         return driver
+
+    def cache(self) -> str:
+        """A folder for nodes' copies of the parents that no other run has used."""
+        folder = self.file.parent / "cache"
+        folder.mkdir(exist_ok=True)
+        return str(folder)
 
     def _log(self, number: int) -> Path:
         return self.file.parent / f"driver-{number}.log"
@@ -164,9 +171,14 @@ class Run:
         with self._looking() as store:
             return records(store)
 
+    def written(self) -> int:
+        """How many records there are: of so few each is an object."""
+        with self._looking() as store:
+            return sum(1 for _ in store.list_objects(f"{FOLDER}/"))
+
     def reach(self, number: int, driver: subprocess.Popen[str]) -> bool:
         """Wait until the ledger has so many records, and a moment longer; whether the driver still runs."""
-        if not self.await_that(lambda: len(self.records()) >= number, driver):
+        if not self.await_that(lambda: self.written() >= number, driver):
             return False
         time.sleep(self.dice.uniform(0.0, 0.3))
         return driver.poll() is None
@@ -201,12 +213,20 @@ class Run:
         """Keep the campaign, which has not begun, in another store, and read the parents from there."""
         campaign = yaml.safe_load(self.file.read_text()) | {"store": location, "parents": parents}
         self.file.write_text(yaml.safe_dump(campaign))
-        self.location, self.eyes = f"{location}/small", eyes
+        self.look_at(f"{location}/small", eyes)
+
+    def look_at(
+        self, location: str, eyes: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """Say where the campaign is from now on, and in which network."""
+        self.location, self.eyes, self._store = location, eyes, None
 
     @contextmanager
     def _looking(self) -> Iterator[Store]:
         with self.eyes():
-            yield open_store(self.location)
+            if self._store is None:
+                self._store = open_store(self.location)
+            yield self._store
 
     def judge_early(self) -> None:
         """Judge the campaign as it is now, if it has ended: nobody can reach its store later."""

@@ -31,7 +31,7 @@ ZOMBIE_SECONDS = 9.0
 
 SKEW_DAYS = 2
 CLOCK_LIBRARIES = "/usr/lib/*/faketime/libfaketime.so.1"
-ROOM = "64M"
+ROOM, NO_ROOM = "64M", "64K"
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats")
 REAPED = ("raylet", "gcs_server")
 
@@ -154,7 +154,7 @@ class HostCluster:
                 os.environ.clear()
                 os.environ.update(before)
 
-        self.environment["DARWIN_CACHE"] = str(self._run.file.parent / "cache")
+        self.environment["DARWIN_CACHE"] = self._run.cache()
         with eyes():
             import boto3
 
@@ -247,23 +247,27 @@ def node_cut_off(run: Run) -> None:
         run.end(driver)
 
 
-def disk_full_on_node(run: Run) -> None:
+def disk_full_at_start(run: Run) -> None:
+    """A node has no room for the copies of the parents that its worker wants."""
+    with HostCluster(run, s3=True) as cluster:
+        mount(cluster.hosts[NODES[0]], run.cache(), ROOM)
+        mount(cluster.hosts[NODES[1]], run.cache(), NO_ROOM)
+        run.broke()
+        run.end(cluster.driver())
+
+
+def disk_full_later(run: Run) -> None:
     """A node's worker dies, and there is no room any more for the copies that its successor wants."""
     with HostCluster(run, s3=True) as cluster:
-        cache = run.file.parent / "cache"
-        cache.mkdir()
-        bad = cluster.hosts["node2"]
         for name in NODES:
-            mount(cluster.hosts[name], str(cache), ROOM)
+            mount(cluster.hosts[name], run.cache(), ROOM)
         driver = cluster.driver()
         (point,) = run.points(1)
         if run.reach(point, driver):
-            bad.run(
-                "bash",
-                "-c",
-                f"rm -r {cache}/*; head -c {ROOM.upper()} /dev/zero > {cache}/full || true",
-            )
-            for worker in bad.processes("ray::EvaluationWorker"):
+            lost = cluster.hosts[run.dice.choice(NODES)]
+            fill = f"rm -rf {run.cache()}/*; head -c {ROOM} /dev/zero > {run.cache()}/full"
+            lost.run("bash", "-c", f"{fill} 2> /dev/null || true")
+            for worker in lost.processes("ray::EvaluationWorker"):
                 os.kill(worker, signal.SIGKILL)
             run.broke()
         run.end(driver)
@@ -279,7 +283,7 @@ def store_full(run: Run) -> None:
     store.mkdir()
     with Hosts(["machine"]) as hosts:
         machine = hosts["machine"]
-        size = run.dice.randint(100, 4000)
+        size = run.dice.randint(60, 1800)
         mount(machine, str(store), f"{size}k")
         driver = run.start(host=machine)
         code = run.end(driver, None)
@@ -291,7 +295,7 @@ def store_full(run: Run) -> None:
             run.end(run.start(host=machine))
         keep = run.file.parent / "kept"
         machine.run("cp", "-a", str(store), str(keep))
-    run.location = f"{keep}/small"
+    run.look_at(f"{keep}/small")
 
 
 def clocks_wrong(run: Run) -> None:

@@ -49,7 +49,7 @@ class Soak:
     def play(self) -> None:
         """Break it until the time is over, and bring it to its end."""
         while time.monotonic() < self.until:
-            wanted = len(self.run.records()) + self.run.dice.randint(0, MOST_RECORDS)
+            wanted = self.run.written() + self.run.dice.randint(0, MOST_RECORDS)
             if not self._reach(wanted):
                 break
             kind = self.run.dice.choice(self.kinds)
@@ -62,7 +62,7 @@ class Soak:
         """Whether it happens in time and while the driver runs."""
 
         def reached() -> bool:
-            return len(self.run.records()) >= wanted or time.monotonic() > self.until
+            return self.run.written() >= wanted or time.monotonic() > self.until
 
         return self.run.await_that(reached, self.driver) and time.monotonic() <= self.until
 

@@ -40,13 +40,8 @@ def store_troubled(run: Run) -> None:
     with FaultProxy(server.endpoint) as proxy:
         proxy.trouble(SHARE, *FAULTS)
         proxy.inject(delay(TIMEOUT_SECONDS), only="GET")
-        driver = run.start(environment=server.at(proxy.endpoint) | own_cache(run))
+        driver = run.start(environment=server.at(proxy.endpoint) | {"DARWIN_CACHE": run.cache()})
         run.end(driver)
         if proxy.faults_left or not proxy.troubled:
             raise LostError("the proxy was passed by")
         run.breaks += proxy.troubled + 1
-
-
-def own_cache(run: Run) -> dict[str, str]:
-    """No copies of the parents from another run."""
-    return {"DARWIN_CACHE": str(run.file.parent / "cache")}

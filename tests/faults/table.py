@@ -47,7 +47,12 @@ SCENARIOS = {
     "node-cut-off": Scenario(
         "a node is cut off, works on, and comes back", machines.node_cut_off, 2, alone=True
     ),
-    "disk-full": Scenario("a node's disk is full", machines.disk_full_on_node, 2, alone=True),
+    "disk-full": Scenario(
+        "a node's disk is full from the start", machines.disk_full_at_start, 2, alone=True
+    ),
+    "disk-full-later": Scenario(
+        "a node's disk fills up, and its worker dies", machines.disk_full_later, 2, alone=True
+    ),
     "clocks-wrong": Scenario("clocks differ by days", machines.clocks_wrong, 2, alone=True),
 }
 
