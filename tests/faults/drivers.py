@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from tests.faults.ground import LostError, Run
+from tests.faults.run import LostError, Run
 
 KILLS = 4
 RACERS = 3

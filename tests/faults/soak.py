@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from tests.faults.ground import Ground, LostError, Run, Verdict
+from tests.faults.ground import Ground
+from tests.faults.run import LostError, Run, Verdict
 from tests.faults.table import HEAD, row
 from tests.faults.workers import engines
 

@@ -11,8 +11,8 @@ from tests.fault_proxy import (
     reset,
     wrong_length,
 )
-from tests.faults.ground import LostError, Run
-from tests.faults.machines import put_parents
+from tests.faults.host_cluster import put_parents
+from tests.faults.run import LostError, Run
 
 SHARE = 0.2
 TIMEOUT_SECONDS = 61.0

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import drivers, machines, stores, workers
-from tests.faults.ground import CannotError, Ground, LostError, Run, Verdict
+from tests.faults import disks, drivers, machines, stores, workers
+from tests.faults.ground import Ground
+from tests.faults.run import CannotError, LostError, Run, Verdict
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ SCENARIOS = {
     "driver-overtaken": Scenario(
         "a frozen driver is overtaken, and wakes", drivers.driver_overtaken, 2, alone=True
     ),
-    "store-full": Scenario("the store's disk is full", machines.store_full, 3, alone=True),
+    "store-full": Scenario("the store's disk is full", disks.store_full, 3, alone=True),
     "raylet-killed": Scenario("raylet SIGKILL", machines.raylet_killed, 2, alone=True),
     "power-lost": Scenario("a node loses its power", machines.power_lost, 2, alone=True),
     "head-lost": Scenario(
@@ -48,10 +49,10 @@ SCENARIOS = {
         "a node is cut off, works on, and comes back", machines.node_cut_off, 2, alone=True
     ),
     "disk-full": Scenario(
-        "a node's disk is full from the start", machines.disk_full_at_start, 2, alone=True
+        "a node's disk is full from the start", disks.disk_full_at_start, 2, alone=True
     ),
     "disk-full-later": Scenario(
-        "a node's disk fills up, and its worker dies", machines.disk_full_later, 2, alone=True
+        "a node's disk fills up, and its worker dies", disks.disk_full_later, 2, alone=True
     ),
     "clocks-wrong": Scenario("clocks differ by days", machines.clocks_wrong, 2, alone=True),
 }

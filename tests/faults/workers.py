@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tests.campaigns import ray_processes
-from tests.faults.ground import CannotError, Run
+from tests.faults.run import CannotError, Run
 
 KILLS = 2
 """For each campaign: a candidate that fails three times is given up, and the search is another one then."""
@@ -64,13 +65,17 @@ def out_of_memory(run: Run) -> None:
                 victim = run.dice.choice(alive)
                 with suppress(OSError):
                     (group / "cgroup.procs").write_text(str(victim))
-                    run.await_that(lambda victim=victim: victim not in engines(run), driver)
+                    run.await_that(partial(_is_gone, run, victim), driver)
                     run.broke()
         run.end(driver)
     finally:
         for left in (group / "cgroup.procs").read_text().split():
             (CGROUPS / "cgroup.procs").write_text(left)
         group.rmdir()
+
+
+def _is_gone(run: Run, worker: int) -> bool:
+    return worker not in engines(run)
 
 
 def _signal_one(run: Run, number: int) -> int | None:

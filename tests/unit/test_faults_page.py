@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults.ground import Verdict
+from tests.faults.run import Verdict
 from tests.faults.table import HEAD, SCENARIOS, row
 
 PAGE = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
