@@ -94,7 +94,9 @@ class HostCluster:
         head = ("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
         if not _has_started(self._start_ray("head", *head)):
             return False
-        return all([_has_started(node) for node in [self._join(name) for name in NODES]])
+        starting = [self._join(name) for name in NODES]
+        started = [_has_started(node) for node in starting]  # all of them, also after a failure
+        return all(started)
 
     def join(self, name: str) -> None:
         """Make a host a node of the cluster. The campaign has to go on also if that fails."""

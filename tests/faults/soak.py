@@ -16,8 +16,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from tests.fault_proxy import FaultProxy
 from tests.faults.ground import Ground
+from tests.faults.host_cluster import put_parents
 from tests.faults.run import LostError, Run, Verdict
+from tests.faults.stores import FAULTS
 from tests.faults.table import HEAD, row
 from tests.faults.workers import engines
 
@@ -29,6 +32,10 @@ MOST_DEATHS = 2
 another one from there on."""
 
 LONGEST_PAUSE_SECONDS = 3.0
+TROUBLED_SHARE = 0.05
+"""Of the requests to the S3 server."""
+
+DONE, BAD_INPUT = 0, 2
 
 
 class Soak:
@@ -45,6 +52,7 @@ class Soak:
             self.kill_node,
             self.pause_worker,
             self.pause_driver,
+            self.start_second,
         ]
 
     def play(self) -> None:
@@ -96,6 +104,13 @@ class Soak:
     def pause_driver(self) -> bool:
         return self.driver.poll() is None and self._pause(self.driver.pid)
 
+    def start_second(self) -> bool:
+        """Another driver, which has to be refused as long as the first one lives."""
+        second = self.run.start()
+        if self.run.end(second, None) not in (DONE, BAD_INPUT):
+            raise LostError(f"the second driver: {self.run.said(second)}")
+        return True
+
     def _pause(self, process: int) -> bool:
         if not _signal(process, signal.SIGSTOP):
             return False
@@ -103,12 +118,18 @@ class Soak:
         return _signal(process, signal.SIGCONT)
 
 
-def soak(ground: Ground, seconds: float, seed: int) -> list[Verdict]:
-    """One campaign after another, broken as the seed says, for about so long; what became of them."""
+def soak(ground: Ground, seconds: float, seed: int, store: str | None = None) -> list[Verdict]:
+    """One campaign after another, broken as the seed says, for about so long; what became of them.
+
+    `store`: where every second campaign has its parents and its ledger; None: all are in folders.
+    """
     until = time.monotonic() + seconds
     verdicts: list[Verdict] = []
     while not verdicts or time.monotonic() < until:
         run = ground.run(random.Random(f"{seed} {len(verdicts)}"))
+        if store is not None and len(verdicts) % 2:
+            location = f"{store}/{len(verdicts)}"
+            run.move_to(location, put_parents(location))
         lost = None
         try:
             Soak(run, until).play()
@@ -131,9 +152,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with Ground() as ground:
+    with Ground() as ground, FaultProxy(ground.s3.endpoint) as proxy:
+        os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint  # before the cluster starts, which keeps it
+        os.environ["DARWIN_CACHE"] = str(ground.new_folder())
         assert ground.expected  # the time is for what is broken
-        verdicts = soak(ground, 60 * options.minutes, options.seed)
+        store = ground.bucket()
+        proxy.trouble(TROUBLED_SHARE, *FAULTS)
+        verdicts = soak(ground, 60 * options.minutes, options.seed, store)
     print(HEAD)
     print(row(f"{options.minutes:g} minutes of all at once, seed {options.seed}", verdicts))
     sys.exit(not all(verdict.sound for verdict in verdicts))
