@@ -44,7 +44,6 @@ def store_full(run: Run) -> None:
     """The store has no room: the driver says so and ends, and goes on when there is room."""
     if why_not() is not None:
         raise CannotError(str(why_not()))
-    assert run.ground.expected
     run.ground.leave_cluster()
     store = run.file.parent / "store"
     store.mkdir()

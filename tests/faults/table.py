@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tests.faults import disks, drivers, machines, stores, workers
 from tests.faults.ground import Ground
-from tests.faults.run import CannotError, LostError, Run, Verdict
+from tests.faults.run import CannotError, Expected, LostError, Run, Verdict
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ HEAD = """\
 
 def play(ground: Ground, scenario: Scenario, dice: random.Random) -> Verdict:
     """One run of a scenario, judged. Raises `CannotError` if it cannot be played here."""
+    assert ground.expected  # that campaign runs alone
     run = ground.run(dice, alone=scenario.alone)
     lost = None
     try:
@@ -87,11 +88,13 @@ def row(title: str, verdicts: list[Verdict]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def play_all(names: list[str], runs: int | None, seed: int) -> bool:
+def play_all(
+    names: list[str], runs: int | None, seed: int, expected: Expected | None = None
+) -> bool:
     """Play the scenarios and print the table; whether every run was sound."""
     sound = True
     print(HEAD, flush=True)
-    with Ground() as ground:
+    with Ground(expected) as ground:
         for name in names:
             scenario = SCENARIOS[name]
             verdicts = []
