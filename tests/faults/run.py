@@ -24,7 +24,7 @@ from workers.storage import Store, open_store
 if TYPE_CHECKING:
     from tests.faults.ground import Ground
 
-PATIENCE_SECONDS = 400.0
+PATIENCE_SECONDS = 900.0
 """So long a driver may take before its campaign counts as lost: far more than it needs on a busy machine."""
 
 LOOK_SECONDS = 0.01
