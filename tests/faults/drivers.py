@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import time
 
 from tests.faults.run import LostError, Run
 
 KILLS = 4
 RACERS = 3
+LONGEST_SLEEP_SECONDS = 5.0
+"""Of the overtaken driver, counted from the other's first record."""
+
 BAD_INPUT, LOST_LEASE = 2, 1
 
 
@@ -45,7 +49,7 @@ def driver_overtaken(run: Run) -> None:
     before = len(run.records())
     newer = run.start()
     run.await_that(lambda: any(r["epoch"] > 1 for r in run.records()[before:]), newer)
-    run.dice.random()
+    time.sleep(run.dice.uniform(0.0, LONGEST_SLEEP_SECONDS))
     stale.send_signal(signal.SIGCONT)
     code = run.end(stale, None)
     if code != LOST_LEASE or "another driver has taken over" not in run.said(stale):
