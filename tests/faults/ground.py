@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.ledger import Ledger
-from tests.campaigns import digests, scored_items, write_campaign
+from tests.campaigns import digests, records, scored_items, write_campaign
 from tests.faults.run import Expected, Run
 from tests.ray_cluster import ENVIRONMENT, RayCluster
 from tests.servers import S3Server, seaweedfs_server
@@ -100,8 +100,8 @@ class Ground:
 
 def run_to_expect(location: str) -> Expected:
     """What a finished campaign came to."""
-    ledger = Ledger(open_store(location))
-    result = ledger.result()
+    store = open_store(location)
+    result = Ledger(store).result()
     assert result is not None
-    child = digests(result["child"])
-    return Expected(child, sorted(scored_items(ledger.records)), len(ledger.records))
+    ledger = records(store)
+    return Expected(digests(result["child"]), sorted(scored_items(ledger)), len(ledger))

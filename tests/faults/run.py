@@ -241,13 +241,13 @@ class Run:
     def _judge(self) -> Verdict:
         expected = self.ground.expected
         with self._looking() as store:
-            ledger = Ledger(store)
-            result = ledger.result()
+            ledger = records(store)
+            result = Ledger(store).result()
             if result is None:
                 return Verdict(self.breaks, "the ledger has no end")
-            items = scored_items(ledger.records)
+            items = scored_items(ledger)
             child = digests(result["child"])
-        epochs = [record["epoch"] for record in ledger.records]
+        epochs = [record["epoch"] for record in ledger]
         return Verdict(
             self.breaks,
             None,
