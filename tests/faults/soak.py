@@ -41,9 +41,10 @@ DONE, BAD_INPUT = 0, 2
 class Soak:
     """One campaign that is broken in turn by whatever is drawn."""
 
-    def __init__(self, run: Run, until: float) -> None:
+    def __init__(self, run: Run, until: float, least: int) -> None:
         self.run = run
-        self.until = until
+        self._until = until
+        self._least = least
         self.deaths = 0
         self.driver: subprocess.Popen[str] = run.start()
         self.kinds: list[Callable[[], bool]] = [
@@ -57,7 +58,7 @@ class Soak:
 
     def play(self) -> None:
         """Break it until the time is over, and bring it to its end."""
-        while time.monotonic() < self.until:
+        while not self._is_over():
             wanted = self.run.written() + self.run.dice.randint(0, MOST_RECORDS)
             if not self._reach(wanted):
                 break
@@ -71,9 +72,12 @@ class Soak:
         """Whether it happens in time and while the driver runs."""
 
         def reached() -> bool:
-            return self.run.written() >= wanted or time.monotonic() > self.until
+            return self.run.written() >= wanted or self._is_over()
 
-        return self.run.await_that(reached, self.driver) and time.monotonic() <= self.until
+        return self.run.await_that(reached, self.driver) and not self._is_over()
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._until and self.run.breaks >= self._least
 
     def kill_driver(self) -> bool:
         if not self.run.kill(self.driver):
@@ -118,24 +122,29 @@ class Soak:
         return _signal(process, signal.SIGCONT)
 
 
-def soak(ground: Ground, seconds: float, seed: int, store: str | None = None) -> list[Verdict]:
-    """One campaign after another, broken as the seed says, for about so long; what became of them.
+def soak(
+    ground: Ground, seconds: float, seed: int, store: str | None = None, least: int = 0
+) -> list[Verdict]:
+    """One campaign after another, broken as the seed says, for about so long and until there were
+    `least` breaks; what became of them. A lost campaign is the last one.
 
     `store`: where every second campaign has its parents and its ledger; None: all are in folders.
     """
     until = time.monotonic() + seconds
     verdicts: list[Verdict] = []
-    while not verdicts or time.monotonic() < until:
+    left = least
+    while not verdicts or (verdicts[-1].lost is None and (time.monotonic() < until or left > 0)):
         run = ground.run(random.Random(f"{seed} {len(verdicts)}"))
         if store is not None and len(verdicts) % 2:
             location = f"{store}/{len(verdicts)}"
             run.move_to(location, put_parents(location))
         lost = None
         try:
-            Soak(run, until).play()
+            Soak(run, until, left).play()
         except LostError as error:
             lost = str(error)
         verdicts.append(run.judge(lost))
+        left -= run.breaks
         print(verdicts[-1], file=sys.stderr, flush=True)
     return verdicts
 
