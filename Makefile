@@ -7,7 +7,7 @@ MERGEKIT := .venv-mergekit
 VLLM := .venv-vllm
 LM_EVAL := .venv-lm-eval
 
-.PHONY: demo up example-smollm test lint unit integration bench bench-merge bench-genomes parity test-vllm test-lm-eval clean
+.PHONY: demo up example-smollm test lint unit integration faults chaos bench bench-merge bench-genomes parity test-vllm test-lm-eval clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
@@ -44,6 +44,14 @@ unit: $(VENV)/installed-test
 
 integration: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/integration
+
+# Each way to break a campaign, some times; half an hour. SEED and RUNS may be given.
+faults: $(VENV)/installed-test
+	$(BIN)/python -m tests.faults $(if $(RUNS),--runs $(RUNS)) --seed $(or $(SEED),0)
+
+# Broken in many ways, one after the other, for MINUTES; it ends with 1 if a campaign was harmed.
+chaos: $(VENV)/installed-test
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks

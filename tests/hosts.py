@@ -13,19 +13,23 @@ see `why_not`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 NETWORK = "10.77.0"
+NEW_NETWORK = 0x40000000
+"""Of Linux: the namespace to enter is one of networks."""
+
 TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
 
 # The first process of a host, which ends with it. Ray waits for names that no server knows, so there is none
@@ -114,6 +118,33 @@ class Host:
         assert process.returncode == 0, f"{self.name}: {' '.join(command)}\n{out}\n{err}"
         return out
 
+    @contextmanager
+    def network(self) -> Iterator[None]:
+        """Let this thread, and those that it starts meanwhile, reach what the host reaches."""
+        with (
+            open("/proc/thread-self/ns/net") as own,
+            open(f"/proc/{self._init}/ns/net") as there,
+        ):
+            _enter(there.fileno())
+            try:
+                yield
+            finally:
+                _enter(own.fileno())
+
+    def processes(self, name: str) -> list[int]:
+        """The ids, among this machine's processes, of those on the host whose title begins with `name`."""
+        found = []
+        namespace = os.readlink(f"/proc/{self._init}/ns/pid")
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.readlink(entry / "ns/pid") == namespace:
+                    program = (entry / "cmdline").read_text().split("\0")[0]
+                    if program.startswith(name) or Path(program).name == name:
+                        found.append(int(entry.name))
+            except OSError:
+                continue  # it ended while one looked
+        return found
+
     def lose_power(self) -> None:
         """Everything that runs on the host is gone at once, without a word to the others."""
         if self._unshare is not None:
@@ -186,6 +217,11 @@ class Hosts:
         self._switch.run("ip", "link", "set", port, "master", "br0", "up")
         host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
+
+
+def _enter(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, NEW_NETWORK) != 0:
+        raise OSError(ctypes.get_errno(), "this network cannot be entered")
 
 
 def _child_of(process: int) -> int:

@@ -14,9 +14,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tests.hosts import Host
 
 _START_SECONDS = 30.0
 _STARTS = 3
@@ -47,13 +50,14 @@ class S3Server:
 
 
 @contextmanager
-def seaweedfs_server() -> Iterator[S3Server]:
-    """A SeaweedFS server with a fresh folder and random credentials, gone after the block."""
+def seaweedfs_server(host: Host | None = None) -> Iterator[S3Server]:
+    """A SeaweedFS server, here or on a host, with a fresh folder and credentials; gone after the block."""
+    address = "127.0.0.1" if host is None else host.address
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     for start in range(1, _STARTS + 1):
         folder = Path(tempfile.mkdtemp(prefix="seaweedfs-"))
         ports = dict(zip(_PORT_FLAGS, free_ports(len(_PORT_FLAGS)), strict=True))
-        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        endpoint = f"http://{address}:{ports['s3.port']}"
         environment = {
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": key,
@@ -64,10 +68,12 @@ def seaweedfs_server() -> Iterator[S3Server]:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        process = _start_seaweedfs(folder, ports, environment)
+        process = _start_seaweedfs(folder, ports, environment, address, host)
         try:
             try:
-                _await_answer(endpoint, process)
+                network: AbstractContextManager[None] = host.network() if host else nullcontext()
+                with network:
+                    _await_answer(endpoint, process)
             except RuntimeError as error:
                 # A port may have been taken between the choice and the start: choose others.
                 if start == _STARTS:
@@ -101,22 +107,27 @@ def free_ports(count: int) -> list[int]:
 
 
 def _start_seaweedfs(
-    folder: Path, ports: dict[str, int], environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
+    folder: Path,
+    ports: dict[str, int],
+    environment: dict[str, str],
+    address: str,
+    host: Host | None,
+) -> subprocess.Popen[Any]:
+    command = [
+        str(Path(sys.executable).parent / "weed"),
+        "mini",
+        f"-dir={folder / 'data'}",
+        f"-ip={address}",
+        f"-ip.bind={address}",
+        "-admin.ui=false",
+        "-webdav=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        *(f"-{flag}={port}" for flag, port in ports.items()),
+    ]
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
-            [
-                str(Path(sys.executable).parent / "weed"),
-                "mini",
-                f"-dir={folder / 'data'}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                "-admin.ui=false",
-                "-webdav=false",
-                "-s3.port.iceberg=0",
-                "-s3.port.lance=0",
-                *(f"-{flag}={port}" for flag, port in ports.items()),
-            ],
+            command if host is None else host.command(*command),
             cwd=folder,
             env={"PATH": os.environ["PATH"], "HOME": str(folder), **environment},
             stdout=log,
@@ -124,7 +135,7 @@ def _start_seaweedfs(
         )
 
 
-def _await_answer(endpoint: str, process: subprocess.Popen[bytes]) -> None:
+def _await_answer(endpoint: str, process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:

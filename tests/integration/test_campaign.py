@@ -9,11 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 
@@ -31,14 +28,7 @@ from tests.campaigns import (
     write_campaign,
 )
 from workers.checkpoints import open_checkpoint
-from workers.storage import Store, open_store
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The result of the small campaign, run to its end in one go."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return run_darwin("run", str(write_campaign(folder)))
+from workers.storage import open_store
 
 
 def test_the_result_says_what_was_done(undisturbed: dict) -> None:
@@ -118,73 +108,6 @@ def test_a_finished_campaign_is_not_run_again(undisturbed: dict) -> None:
     assert (status["status"], status["evaluations"], status["child"]) == (
         "done", 14, undisturbed["child"],
     )  # fmt: skip
-
-
-def test_killed_at_six_points_the_child_is_the_same(undisturbed: dict, tmp_path: Path) -> None:
-    """SIGKILL the driver at six stages; the same command goes on, and repeats nothing."""
-    campaign = write_campaign(tmp_path)
-    store = open_store(str(tmp_path / "store" / "small"))
-
-    count = partial(count_records, store)
-
-    points: list[Callable[[], bool]] = [
-        lambda: count("scored") >= 1,  # while the parents are scored
-        lambda: count("asked") >= 1 and count("scored") >= 6,  # within a generation
-        lambda: count("asked") >= 3,  # between asking and scoring
-        lambda: count("scored", split="holdout") >= 2,  # in the held-out evaluation
-        lambda: count("examined") >= 1,  # between the health check and the writing
-        lambda: count("child") >= 1,  # while the child is written
-    ]
-    kills = 0
-    for reached in points:
-        if reached():
-            continue  # two stages lay within one look
-        kills += 1
-        process = start_darwin("run", str(campaign))
-        wait_for(reached, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finished = store_has_finished(store)  # the last stage is short: it may be over before the kill
-    result = run_darwin("run", str(campaign))
-
-    assert result["recipe_id"] == undisturbed["recipe_id"]
-    assert digests(result["child"]) == digests(undisturbed["child"])
-    ledger = records(store)
-    items = scored_items(ledger)
-    assert len(items) == len(set(items)), "an item was scored twice"
-    assert sorted(items) == sorted(scored_items(records(open_store(undisturbed["campaign"]))))
-    assert count("epoch") == kills + (not finished) >= 4
-    assert count("examined") == 1
-
-
-def test_killed_workers_cost_nothing_but_time(undisturbed: dict, tmp_path: Path) -> None:
-    """Kill all workers, until one was at work; the others' candidate is tried again."""
-    campaign = write_campaign(tmp_path)
-    store = open_store(str(tmp_path / "store" / "small"))
-
-    def failed() -> list[Record]:
-        return [record for record in records(store) if record["kind"] == "failed"]
-
-    process = start_darwin("run", str(campaign), "--json")
-    wait_for(lambda: sum(r["kind"] == "scored" for r in records(store)) >= 2, process)
-    while not failed():
-        victims = engine_processes(process.pid)
-        for victim in victims:
-            os.kill(victim, signal.SIGKILL)
-        wait_for(
-            lambda victims=victims: (
-                bool(failed()) or bool(set(engine_processes(process.pid)) - set(victims))
-            ),
-            process,
-        )
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert json.loads(out)["recipe_id"] == undisturbed["recipe_id"]  # and nothing else was printed
-    assert not any(record["given_up"] for record in failed())
-    ledger = records(store)
-    assert len(scored_items(ledger)) == len(set(scored_items(ledger)))
-    child = f"{store.uri}/child-{undisturbed['recipe_id'][:12]}"
-    assert digests(child) == digests(undisturbed["child"])
 
 
 ENDLESS = {"optimizer": "cma_es", "evaluations": 5000, "population": 4}
@@ -387,12 +310,7 @@ def is_listening(port: int) -> bool:
         return opened.connect_ex(("127.0.0.1", port)) == 0
 
 
-def store_has_finished(store: Store) -> bool:
-    return any(record["kind"] == "finished" for record in records(store))
-
-
 def _items(file: str) -> dict[str, Record]:
-    import json
 
     lines = open_store("shipped:strings/items").read(file).decode().splitlines()
     return {item["id"]: item for item in map(json.loads, lines)}

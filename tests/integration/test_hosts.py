@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +40,12 @@ def test_hosts_meet_through_their_network_alone() -> None:
         assert one.run("hostname").strip() == "one"
         assert reaches("one")
         assert not reaches("localhost"), "it is another machine"
+        before = os.readlink("/proc/thread-self/ns/net")
+        with two.network(), socket.create_connection((one.address, 80)) as connection:
+            assert connection.getsockname()[0] == two.address
+        assert os.readlink("/proc/thread-self/ns/net") == before
+        (found,) = one.processes(Path(sys.executable).name)
+        assert SERVER in Path(f"/proc/{found}/cmdline").read_text()
         one.run("touch", "/tmp/ray/mine", "/dev/shm/mine")
         two.run("test", "!", "-e", "/tmp/ray/mine", "-a", "!", "-e", "/dev/shm/mine")
         one.cut_off()

@@ -15,36 +15,14 @@ import yaml
 from orchestrator.child_writer import MANIFEST, PROGRESS
 from tests.campaigns import digests, run_darwin
 from tests.checkpoint_files import write_checkpoint
-from tests.fault_proxy import (
-    Exchange,
-    FaultProxy,
-    answer,
-    cut_answer,
-    delay,
-    lose_answer,
-    reset,
-    wrong_length,
-)
+from tests.fault_proxy import Exchange, FaultProxy, answer, delay
+from tests.faults.stores import FAULTS, SHARE
 from tests.servers import S3Server
 from workers.checkpoints import open_checkpoint
 from workers.errors import BadInputError
 from workers.storage import open_store
 
-SHARE = 0.2
 PARTS = 3
-FAULTS = (
-    answer(503, "SlowDown"),
-    answer(500, "InternalError"),
-    reset,
-    lose_answer,
-    cut_answer(after_bytes=0),
-    cut_answer(after_bytes=100),
-    cut_answer(after_bytes=50_000, cleanly=True),
-    wrong_length(7),
-    wrong_length(-7),
-    delay(0.3),
-)
-
 HURRIED = """
 import sys
 from workers.storage.retry import RetryPolicy

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from workers.checkpoints.adapter import WEIGHTS_FILE, open_adapter
 from workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_folder
-from workers.errors import BadInputError
 from workers.storage import StorageError
 from workers.storage.files import check_unchanged, read_errors
 
@@ -108,7 +107,8 @@ def _local_copy(checkpoint: Checkpoint, cache: Path) -> str:
     except StorageError:
         raise  # an OSError too, but of the store that is read, not of this disk
     except OSError as error:
-        raise BadInputError(
+        # Of this machine, and no fault of the input: other machines may have room.
+        raise StorageError(
             f"{checkpoint.location}: cannot keep a local copy in {cache} ({error}); make room "
             "there, or point DARWIN_CACHE to a larger disk"
         ) from error
