@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import WorkersConfig
 from orchestrator.placement import check_placement, what_lacks
 from orchestrator.turns import Turns
+from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 
 NODES = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, {"memory": 1e9}]
@@ -56,7 +56,7 @@ def test_what_a_cluster_lacks(
         ),
         (WorkersConfig(count=2, placement="strict"), None, "give the address of a cluster"),
         (WorkersConfig(gang=2, placement="strict"), None, "strict puts 2 workers on as many nodes"),
-        (WorkersConfig(cpus=0, placement="spread"), "auto", "neither CPUs nor GPUs"),
+        (WorkersConfig(cpus=0, placement="spread"), "auto", "need nothing of a node"),
     ],
 )
 def test_a_spread_that_no_cluster_has_is_refused(
