@@ -8,6 +8,7 @@ forgotten with its note. Nothing here steers a search: which worker scores a can
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ GRACE_SECONDS = 20.0
 
 EXPIRY_SECONDS = 15.0
 """A note that was not renewed for so long is of a driver that is gone."""
+
+NOTHING = (-sys.maxsize, 0)
 
 BOARD = "darwin-board-1"
 NAMESPACE = "darwin"
@@ -51,6 +54,7 @@ class Place:
 
     @property
     def wants(self) -> bool:
+        """Whether it has no room and would have some."""
         return self.state in ("waiting", "away")
 
 
@@ -106,22 +110,23 @@ class _Room:
                 take(self.free[node], bundle, -1.0)
 
     def make(self, place: Place, priority: int) -> list[tuple[Note, Place]] | None:
-        """Give the place room, and say which places of lower priority are given up for it: as few as will do
-        on the node where that is fewest. None if there can be no room, whoever gives up."""
+        """Give the place room, and say which places of lower priority are given up for it: of the lowest, and
+        as few as will do. None if there can be no room, whoever gives up."""
         free = {node: dict(resources) for node, resources in self.free.items()}
         on_node = {node: list(places) for node, places in self.on_node.items()}
         found: list[tuple[Note, Place]] = []
         taken: set[str] = set()
         for bundle in place.bundles:
-            ways = [
-                (len(way), node, way)
+            ways = {
+                node: way
                 for node in self.free
                 if node not in taken and (way := self._way(node, bundle, priority)) is not None
-            ]
+            }
             if not ways:
                 self.free, self.on_node = free, on_node
                 return None
-            _, node, way = min(ways, key=lambda found: found[:2])
+            node = min(ways, key=lambda node: (_cost(ways[node]), node))
+            way = ways[node]
             for other in way:
                 self._give_up(other)
             found += way
@@ -134,12 +139,12 @@ class _Room:
         """Places of lower priority without which the bundle fits on the node."""
         room = dict(self.free[node])
         way: list[tuple[Note, Place]] = []
-        for note, place in self.on_node.get(node, ()):
+        for other in self.on_node.get(node, ()):
             if has_room(room, bundle):
                 break
-            if note.priority < priority:
-                way.append((note, place))
-                _move(room, node, place, -1.0)
+            if other[0].priority < priority:
+                way.append(other)
+                _move(room, node, other[1], -1.0)
         if not has_room(room, bundle):
             return None
         for other in reversed(way):  # what was of no help: it has something else
@@ -154,6 +159,11 @@ class _Room:
         self._free(other[1])
         for node in dict.fromkeys(other[1].nodes or ()):
             self.on_node[node] = [one for one in self.on_node[node] if one is not other]
+
+
+def _cost(way: list[tuple[Note, Place]]) -> tuple[tuple[int, int], int]:
+    """Less for what is better given up."""
+    return max(((note.priority, -note.arrival) for note, _ in way), default=NOTHING), len(way)
 
 
 def _move(room: dict[str, float], node: str, place: Place, times: float) -> None:
@@ -174,10 +184,15 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
     room = _Room(notes, free)
     decision = Decision()
     others_want = False
+    hopeless: list[tuple[list[dict[str, float]], bool]] = []
+    """What found no room: nor does it for those that come after."""
     for note in sorted(notes, key=lambda note: note.rank):
         wanting = [place for place in note.places if place.wants]
         for place in wanting:
-            given = room.make(place, note.priority)
+            needs = (place.bundles, place.apart)
+            given = None if needs in hopeless else room.make(place, note.priority)
+            if given is None and needs not in hopeless:
+                hopeless.append(needs)
             for other, gives in given or ():
                 if other is own:
                     decision.give_up.add(gives.number)
@@ -238,15 +253,15 @@ class Sharing:
 
         try:
             found = ray.get(answer)
-        except ray.exceptions.RayError:
+            free = available_resources_per_node() if _matters(found) else {}
+        except (ray.exceptions.RayError, RuntimeError):
             self._board = None
             return
         notes = {
             name: Note(note["priority"], arrival, [Place(**place) for place in note["places"]])
             for name, (arrival, note) in found.items()
         }
-        if any(place.wants for note in notes.values() for place in note.places):
-            free = available_resources_per_node()
+        if free:
             places.follow(decide(notes[self._name], notes.values(), free))
 
     def leave(self) -> None:
@@ -260,6 +275,12 @@ class Sharing:
                 ray.kill(self._board)
         except ray.exceptions.RayError:
             return  # the note expires
+
+
+def _matters(found: Mapping[str, tuple[int, dict[str, Any]]]) -> bool:
+    """Whether anything can follow from these notes: those who are alone wait in Ray's queue."""
+    states = {place["state"] for _, note in found.values() for place in note["places"]}
+    return "away" in states or ("waiting" in states and len(found) > 1)
 
 
 def _open_board() -> Any:
