@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.room import Resources, has_room, take
@@ -27,6 +27,9 @@ GRACE_SECONDS = 20.0
 
 EXPIRY_SECONDS = 15.0
 """A note that was not renewed for so long is of a driver that is gone."""
+
+LEAVE_SECONDS = 2.0
+"""A driver that ends waits no longer for the board."""
 
 NOTHING = (-sys.maxsize, 0)
 
@@ -181,7 +184,7 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
     campaign that comes before has places without room, one does not queue for what there may be later.
     """
     notes = list(notes)
-    room = _Room(notes, free)
+    room, now = _Room(notes, free), _Room((), free)
     decision = Decision()
     others_want = False
     hopeless: list[tuple[list[dict[str, float]], bool]] = []
@@ -191,6 +194,7 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
         for place in wanting:
             needs = (place.bundles, place.apart)
             given = None if needs in hopeless else room.make(place, note.priority)
+            has_room_now = given == [] and now.make(place, note.priority) is not None
             if given is None and needs not in hopeless:
                 hopeless.append(needs)
             for other, gives in given or ():
@@ -198,7 +202,7 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
                     decision.give_up.add(gives.number)
             if note is not own:
                 continue
-            if place.state == "away" and given == []:
+            if place.state == "away" and has_room_now:
                 decision.take_back.add(place.number)
             elif place.state == "waiting" and given is None and others_want:
                 decision.withdraw.add(place.number)
@@ -239,7 +243,7 @@ class Sharing:
                 self._board = self._answer = None
         elif now - self._posted > POST_SECONDS:
             self._posted = now
-            described = [asdict(place) for place in places.describe_places()]
+            described = [dict(vars(place)) for place in places.describe_places()]
             note = {"priority": self._priority, "places": described}
             try:
                 self._board = self._board or _open_board()
@@ -253,7 +257,7 @@ class Sharing:
 
         try:
             found = ray.get(answer)
-            free = available_resources_per_node() if _matters(found) else {}
+            there_is = available_resources_per_node() if _matters(found) else {}
         except (ray.exceptions.RayError, RuntimeError):
             self._board = None
             return
@@ -261,6 +265,7 @@ class Sharing:
             name: Note(note["priority"], arrival, [Place(**place) for place in note["places"]])
             for name, (arrival, note) in found.items()
         }
+        free = {node: room for node, room in there_is.items() if places.may_use(node)}
         if free:
             places.follow(decide(notes[self._name], notes.values(), free))
 
@@ -271,7 +276,7 @@ class Sharing:
         if self._board is None:
             return
         try:
-            if ray.get(self._board.remove.remote(self._name), timeout=EXPIRY_SECONDS) == 0:
+            if ray.get(self._board.remove.remote(self._name), timeout=LEAVE_SECONDS) == 0:
                 ray.kill(self._board)
         except ray.exceptions.RayError:
             return  # the note expires
