@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.attempts import Failure, unexcused
@@ -44,7 +44,6 @@ class Worker:
     """A place for a worker, and the actor that has it now."""
 
     number: int
-    needs: Needs
     serial: int = 0
     """Counts the actors of the pool: no two have the same."""
     actor: Any = None
@@ -65,6 +64,7 @@ class Worker:
     """Whether the actor is to end after the call that it is in."""
     is_away: bool = False
     """Whether others have its room."""
+    needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, gpus=0.0))
 
     @property
     def in_service(self) -> bool:
@@ -125,7 +125,9 @@ class Crew:
         check_placement(self._config, self._address)
         start_ray(self._address, self._config)
         self.watch.start()
-        self.workers += [Worker(number, needs) for number, needs in enumerate(self._config.places)]
+        self.workers += [
+            Worker(number, needs=own) for number, own in enumerate(self._config.places)
+        ]
         if self._config.gang == 1 and self._config.placement != "none":
             together = Placement(self._config)
             self._placements.update(dict.fromkeys(range(self._config.total), together))
