@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from orchestrator.board import Sharing
 from orchestrator.placement import Placement
-from orchestrator.sharing import GRACE_SECONDS, PATIENCE_SECONDS, Decision, Place, Sharing
+from orchestrator.sharing import GRACE_SECONDS, PATIENCE_SECONDS, Decision, Place
 from orchestrator.workers_config import WorkersConfig
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import json, sys, time
 from pathlib import Path
 import orchestrator.crew as crew
 import orchestrator.shared_places as shared_places
-import orchestrator.sharing as sharing
+import orchestrator.board as board
 import workers.actors
 from orchestrator.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
@@ -34,7 +34,7 @@ class Worker(workers.actors.MergeWorker):
         return workers.actors.Scored({"t": [{"id": str(number)}]}, number == 2, 0.0, 0.0)
 
 address, stop, count, priority = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-crew.FIRST_REST_SECONDS, sharing.POST_SECONDS = 0.1, 0.2
+crew.FIRST_REST_SECONDS, board.POST_SECONDS = 0.1, 0.2
 shared_places.PATIENCE_SECONDS, shared_places.GRACE_SECONDS = 3.0, 5.0
 workers.actors.EvaluationWorker = Worker
 spec = workers.actors.WorkerSpec({}, None, {})
