@@ -15,6 +15,7 @@ from orchestrator.console import JsonFlag, keep_for_json
 from orchestrator.console import print_json as _print_json
 from orchestrator.console import say as _say
 from orchestrator.evaluating.cli import evaluate
+from orchestrator.jobs.cli import register
 
 app = typer.Typer(
     name="darwin",
@@ -120,6 +121,7 @@ def plan(
 
 
 app.command("eval")(evaluate)
+register(app)
 
 
 @app.command()

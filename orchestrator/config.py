@@ -21,6 +21,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.jobs.driver_config import DriverConfig
 from orchestrator.racing_config import RacingConfig
 from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
@@ -31,6 +32,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 OPERATIONAL_KEYS = (
     "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.placement",
     "workers.gang", "workers.memory", "workers.resources", "workers.pools", "priority", "engine.canary",
+    "driver",
 )  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
@@ -208,6 +210,7 @@ class CampaignConfig:
     """The aim: the tasks' `mean`, the `worst` of them, their `weighted` mean, or a `pareto` front."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    driver: DriverConfig = field(default_factory=DriverConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     address: str | None = None
     """A running Ray cluster (`auto` or `host:port`); None starts Ray on this machine."""
@@ -221,9 +224,6 @@ def load_config(path: str, overrides: list[str] | None = None) -> CampaignConfig
 
     Raises `BadInputError` naming the file and the key.
     """
-    # Not above: it checks what is defined here.
-    from orchestrator.config_checks import check_values
-
     file = find_shipped("campaign", path)
     with _naming(str(file)):
         data = OmegaConf.load(file)
@@ -233,15 +233,27 @@ def load_config(path: str, overrides: list[str] | None = None) -> CampaignConfig
     for key in data:
         with _naming(str(file), str(key)):
             merged = OmegaConf.merge(merged, OmegaConf.masked_copy(data, [key]))
-    for override in overrides or []:
+    return _finished(merged, overrides or [], str(file))
+
+
+def override_config(config: CampaignConfig, overrides: list[str], where: str) -> CampaignConfig:
+    """A campaign with `key=value` overrides, checked again; errors name `where` it is from."""
+    return _finished(OmegaConf.structured(config), overrides, where)
+
+
+def _finished(merged: Any, overrides: list[str], where: str) -> CampaignConfig:
+    # Not above: it checks what is defined here.
+    from orchestrator.config_checks import check_values
+
+    for override in overrides:
         merged = _override(merged, override)
-    with _naming(str(file)):
+    with _naming(where):
         missing = sorted(OmegaConf.missing_keys(merged))
         config = None if missing else OmegaConf.to_object(merged)
     if missing:
-        raise BadInputError(f"{file}: the key {missing[0]!r} is missing")
+        raise BadInputError(f"{where}: the key {missing[0]!r} is missing")
     assert isinstance(config, CampaignConfig)
-    check_values(config, str(file))
+    check_values(config, where)
     return config
 
 

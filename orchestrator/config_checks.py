@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from orchestrator.config import GATES, MATCHINGS, OWN_VLLM_ARGUMENTS, CampaignConfig
+from orchestrator.jobs.driver_config import check_driver
 from orchestrator.objectives import check_objective
 from orchestrator.racing_config import check_racing
 from orchestrator.workers_config import check_workers
@@ -68,6 +69,7 @@ def check_values(config: CampaignConfig, file: str) -> None:
         refuse("breeding.rounds", f"{rounds} rounds of so many evaluations cannot have "
                                   f"{config.breeding.survivors} survivors each")  # fmt: skip
     check_racing(config.racing, config.objective, refuse)
+    check_driver(config.driver, refuse)
     if not 0 < config.search.step < math.inf:
         refuse("search.step", f"{config.search.step} must be a number above 0")
     check_workers(config.workers, refuse)

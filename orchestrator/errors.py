@@ -5,6 +5,10 @@ class CampaignError(RuntimeError):
     """The campaign cannot go on, though its input was right."""
 
 
+class ClusterError(CampaignError):
+    """A cluster does not answer, or does not do what it is asked for."""
+
+
 class PoolError(RuntimeError):
     """Workers cannot be started, or keep failing."""
 

@@ -15,9 +15,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.stop_request import interrupt, is_requested
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
 
@@ -28,7 +31,10 @@ POLL_SECONDS = 0.5
 
 
 class Lease:
-    """A campaign's lease, held until `release`. `epoch` counts the owners, from 1."""
+    """A campaign's lease, held until `release`. `epoch` counts the owners, from 1.
+
+    An owner that is asked to stop (`stop_request`) has its main thread interrupted.
+    """
 
     def __init__(self, store: Store, epoch: int, version: str, data: dict[str, Any]) -> None:
         self.store = store
@@ -39,6 +45,8 @@ class Lease:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
         self._thread.start()
+        # In a thread of its own: a store that is slow with this must not keep a heartbeat from coming.
+        threading.Thread(target=self._listen, name="stop requests", daemon=True).start()
 
     @property
     def lost(self) -> bool:
@@ -72,6 +80,15 @@ class Lease:
                 return False
         self._data, self._version = data, version
         return True
+
+    def _listen(self) -> None:
+        """Interrupt the main thread, once, if this owner is asked to stop."""
+        token = self._data["owner"]["token"]
+        while not self._stop.wait(HEARTBEAT_SECONDS) and not self.lost:
+            with suppress(StorageError, BadInputError):
+                if is_requested(self.store, self.epoch, token) and not self._stop.is_set():
+                    interrupt()
+                    return
 
     def release(self) -> None:
         """Let the next driver in at once. The object stays, so that epochs go on counting."""
@@ -121,6 +138,39 @@ def acquire_lease(store: Store, waiting: Callable[[str], None], newest_epoch: in
         if latest["owner"] == owner:
             return Lease(store, data["epoch"], version, data)
         raise BadInputError(_in_use(store, latest)) from None
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A lease as it was seen once, by somebody who does not want it."""
+
+    epoch: int
+    token: str | None
+    """Of its owner; None if nobody owns it."""
+    host: str
+    process: int
+    version: str
+    may_live: bool
+    """False if nobody owns it, or a process of this machine that is gone."""
+
+
+def look_at_lease(store: Store) -> Sighting | None:
+    """The campaign's lease; None if there is none. Raises `BadInputError` if it is damaged."""
+    try:
+        found, version = _read(store)
+    except BadInputError as error:
+        if isinstance(error.__cause__, ObjectNotFoundError):
+            return None
+        raise
+    owner = found["owner"]
+    return Sighting(
+        epoch=found["epoch"],
+        token=None if owner is None else str(owner.get("token", "")),
+        host=str(found["host"]),
+        process=found["pid"],
+        version=version,
+        may_live=_may_be_alive(found),
+    )
 
 
 def _in_use(store: Store, found: dict[str, Any]) -> str:

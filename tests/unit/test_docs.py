@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from orchestrator.calls import open_calls
 from orchestrator.child_writer import ChildWriter
+from orchestrator.cli import app
 from orchestrator.config import GATES, HealthConfig, load_config
 from orchestrator.genomes.build import build_space
 from orchestrator.inputs import open_inputs
+from orchestrator.jobs.driver_config import DriverConfig
 from orchestrator.mri.scan import scan_parents
 from orchestrator.recipe_file import load_recipe_file
 from tests.campaigns import write_campaign
@@ -133,6 +136,36 @@ def test_every_bound_of_the_health_check_is_told_with_its_default() -> None:
             assert float(defaults[place]) == key.default
         elif isinstance(key.default, int):
             assert f"`health.{key.name}` ({key.default})" in page
+
+
+def test_the_driver_of_a_job_is_told_with_its_defaults() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "jobs.md").read_text().splitlines()]
+    told = {row[1].strip(): row[2].strip() for row in rows if row[1:] and "driver." in row[1]}
+    own = DriverConfig()
+    assert told == {
+        f"`driver.{key.name}`": "none"
+        if (value := getattr(own, key.name)) is None
+        else f"`{value}`"
+        for key in fields(own)
+    }
+
+
+def test_commands_of_the_documentation_are_commands() -> None:
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    code = [
+        block
+        for page in pages
+        for block in re.findall(
+            r"```console\n(.*?)```|`(darwin [^`\n]*)`", page.read_text(), re.DOTALL
+        )
+    ]
+    named = {
+        name
+        for text in code
+        for name in re.findall(r"^(?:\$ )?darwin ([a-z]+)", "\n".join(text), re.MULTILINE)
+    }
+    assert {"submit", "list", "logs", "stop", "resume", "run"} <= named <= known
 
 
 TASKS = [

@@ -140,6 +140,14 @@ class StoreConformance(PartsConformance):
         assert [info.key for info in found] == sorted(keys)
         assert [info.size for info in found] == [len(key.encode()) for key in sorted(keys)]
 
+    def test_folders_are_the_first_parts_of_longer_keys(self, store: Store) -> None:
+        assert list(store.list_folders()) == []
+        for key in ("b/1", "a/b/c", "a-b/x", "a/d", "file", "a.b/y/z"):
+            store.write(key, b"x")
+        assert sorted(store.list_folders()) == ["a", "a-b", "a.b", "b"]
+        assert list(store.substore("a").list_folders()) == ["b"]
+        assert list(store.substore("nothing").list_folders()) == []
+
     def test_a_prefix_selects_by_the_first_letters_of_the_key(self, store: Store) -> None:
         for key in ("run/1/a", "run/1/b", "run/10", "run/2", "running", "other"):
             store.write(key, b"x")

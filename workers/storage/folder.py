@@ -92,6 +92,16 @@ class FolderStore(Store):
                 with suppress(ObjectNotFoundError, BadInputError):
                     yield self.info(key)
 
+    def list_folders(self) -> Iterator[str]:
+        try:
+            with read_errors(self._root), os.scandir(self._root) as scan:
+                names = sorted(entry.name for entry in scan if entry.is_dir(follow_symlinks=False))
+        except ObjectNotFoundError:
+            return
+        for name in names:
+            if next(self.list_objects(f"{name}/"), None) is not None:
+                yield name
+
     def write(self, key: str, data: Bytes) -> str:
         return self._put(key, data)
 

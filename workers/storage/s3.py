@@ -299,7 +299,25 @@ class S3Store(Store):
         store._given = self._given
         return store
 
+    def list_folders(self) -> Iterator[str]:
+        # S3 puts together what has the same first part: their objects are not listed.
+        found: set[str] = set()
+        for page in self._list_pages("", Delimiter="/"):
+            for common in page.get("CommonPrefixes", []):
+                folder = common["Prefix"].removeprefix(self._prefix).removesuffix("/")
+                with suppress(BadInputError):
+                    found.add(check_key(folder))
+        yield from sorted(found)
+
     def _list_unordered(self, prefix: str) -> Iterator[ObjectInfo]:
+        for page in self._list_pages(prefix):
+            for found in page.get("Contents", []):
+                key = found["Key"].removeprefix(self._prefix)
+                # Some tools put empty objects in the place of folders: `folder/`, or the prefix's.
+                with suppress(BadInputError):
+                    yield ObjectInfo(check_key(key), found["Size"], found["ETag"])
+
+    def _list_pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         full_prefix = self._prefix + check_prefix(prefix)
         next_page: dict[str, str] = {}
         while True:
@@ -309,14 +327,11 @@ class S3Store(Store):
                 "IsTruncated",
                 Bucket=self._bucket,
                 Prefix=full_prefix,
+                **options,
                 **next_page,
             )
             page = self._attempt("listing", prefix, list_page)
-            for found in page.get("Contents", []):
-                key = found["Key"].removeprefix(self._prefix)
-                # Some tools put empty objects in the place of folders: `folder/`, or the prefix's.
-                with suppress(BadInputError):
-                    yield ObjectInfo(check_key(key), found["Size"], found["ETag"])
+            yield page
             if not page["IsTruncated"]:
                 return
             next_page = {"ContinuationToken": page["NextContinuationToken"]}

@@ -84,6 +84,11 @@ class Store(ABC):
     def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """The finished objects whose key starts with `prefix`, in the order of their keys."""
 
+    def list_folders(self) -> Iterator[str]:
+        """The first part of every key that has more than one, once each."""
+        keys = (info.key.partition("/") for info in self.list_objects())
+        yield from dict.fromkeys(folder for folder, slash, _ in keys if slash)
+
     @abstractmethod
     def write(self, key: str, data: Bytes) -> str:
         """Put the object, whatever was there. Returns its version."""

@@ -1,0 +1,1 @@
+"""Campaigns on a cluster: submit, list, logs, stop, resume, through Ray's Jobs API and the store."""
