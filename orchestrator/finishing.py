@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def judge_child(campaign: Campaign, candidate: Candidate) -> Judgement:
     """Child and parents on the held-out items, all of them the same."""
     campaign.watcher.stage("held-out evaluation")
-    child = campaign.recipes[candidate.recipe_id]
+    child = campaign.recipe_of(candidate)
     campaign.evaluate([child, *campaign.parent_recipes.values()], "holdout")
     results = {
         name: campaign.state.evaluation(recipe.id, "holdout")
@@ -55,7 +55,7 @@ def judge_child(campaign: Campaign, candidate: Candidate) -> Judgement:
 
 def finish(campaign: Campaign, candidate: Candidate, judgement: Judgement) -> dict[str, Any]:
     """Write and publish the child, then the report; the campaign's result."""
-    recipe = campaign.recipes[candidate.recipe_id]
+    recipe = campaign.recipe_of(candidate)
     measured = _examine(campaign, recipe)
     routing = measure_routing(campaign, recipe)
     campaign.watcher.stage("writing the child")

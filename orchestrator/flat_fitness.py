@@ -59,27 +59,40 @@ class FlatFitness:
         }
 
 
-def flat_fitness(
-    state: CampaignState, tasks: Sequence[Task], objective: str, budget: int, told: int
-) -> FlatFitness | None:
-    """What is known if it is flat; None if candidates differ, or too few were scored.
+class FlatWatch:
+    """Looks after each generation whether a search is flat. Of one whose candidates differ it is known for
+    good: what was told does not change."""
 
-    Of the first `told` generations alone: a replay must not know of one that was only asked for.
-    """
-    generations = state.within_budget(budget)[:told]
-    known = {
-        candidate.recipe_id: fitness
-        for generation in generations
-        for candidate in generation
-        if (fitness := state.fitness(candidate.recipe_id)) is not None
-    }
-    if len(generations) < LEAST_GENERATIONS:
-        return None
-    # Of generations that raced only leaders have a fitness; what was told of the others must be alike too.
-    if not all(map(state.races.flat, range(len(generations)))):
-        return None
-    scores = [state.task_scores(recipe_id) for recipe_id in known]
-    return flat_among(list(known.values()), scores, tasks, objective, len(generations))
+    def __init__(self, tasks: Sequence[Task], objective: str, budget: int) -> None:
+        self._tasks = tasks
+        self._objective = objective
+        self._budget = budget
+        self._differ = False
+
+    def after(self, state: CampaignState, told: int) -> FlatFitness | None:
+        """What is known if it is flat; None if candidates differ, or too few were scored.
+
+        Of the first `told` generations alone: a replay must not know of one that was only asked for.
+        """
+        if self._differ:
+            return None
+        generations = state.within_budget(self._budget)[:told]
+        known = {
+            candidate.recipe_id: fitness
+            for generation in generations
+            for candidate in generation
+            if (fitness := state.fitness(candidate.recipe_id)) is not None
+        }
+        scores = [state.task_scores(recipe_id) for recipe_id in known]
+        # Of generations that raced only leaders have a fitness; what was told of others must be alike too.
+        self._differ = not all(map(state.races.flat, range(len(generations)))) or (
+            _differ(list(known.values()), scores, self._objective)
+        )
+        if self._differ or len(generations) < LEAST_GENERATIONS:
+            return None
+        return flat_among(
+            list(known.values()), scores, self._tasks, self._objective, len(generations)
+        )
 
 
 def flat_among(
@@ -93,7 +106,7 @@ def flat_among(
     front all means may be equal."""
     if len(fitness) < LEAST_CANDIDATES:
         return None
-    if len(set(scores if objective == "pareto" else fitness)) > 1:
+    if _differ(fitness, scores, objective):
         return None
     counts = [len(task.items["search"]) for task in tasks]
     items = min(counts) if objective == "worst" else sum(counts)
@@ -105,3 +118,9 @@ def flat_among(
         smallest_difference(items),
         items_needed(STATED_DIFFERENCE),
     )
+
+
+def _differ(
+    fitness: Sequence[float], scores: Sequence[tuple[float, ...] | None], objective: str
+) -> bool:
+    return len(set(scores if objective == "pareto" else fitness)) > 1

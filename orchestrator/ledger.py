@@ -1,29 +1,48 @@
 """The ledger: a campaign's append-only record, and the truth about it.
 
-Each record is one object, `ledger/00000042.json`, created under a number that nobody has used: the
-store lets exactly one writer have it. Records carry the epoch of the lease they were written under. A new
+Each record is created as an object of its own, `ledger/00000042.json`, under a number that nobody has used:
+the store lets exactly one writer have it. Records carry the epoch of the lease they were written under. A new
 owner's first record closes the sequence for every older one: a driver that lost its lease finds its
 next number taken by a later epoch, and stops. Everything else (optimizer state, best candidate, what is
 left to do) is derived by reading the records in order.
+
+Older records are moved into segments (`orchestrator.compaction`), and their numbers become free in the store.
+The order holds all the same:
+
+* *A driver that has written.* Its next number comes right behind a record of its own. If another driver has
+  written since, the record with that number is the other one's first: any driver's records are consecutive,
+  so had it begun earlier, the record before would be its own. A driver's first record is of kind `epoch`, and
+  those are never removed. So the number is taken, for ever.
+* *A driver that has yet to write its first.* Its next number comes behind what it has read, and that may have
+  been taken, compacted and removed meanwhile. So when it got the number it looks for a segment that holds it:
+  that was there before the number became free again. If there is one, the driver removes what it wrote, which
+  no reader has taken for a record, reads on, and tries behind that.
+* *A try whose answer was lost* may be repeated after its record was compacted, and then succeeds once more.
+  The record is in the ledger; its second copy is in a segment's shadow, and goes with the next leftovers.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from workers.errors import BadInputError
-from workers.storage import PreconditionFailedError, Store
+from orchestrator.compaction import Compaction
+from orchestrator.records import (
+    FOLDER,
+    Record,
+    list_segments,
+    loose_key,
+    read_records,
+    read_with_sizes,
+)
+from workers.storage import ObjectNotFoundError, PreconditionFailedError, Store
 
-FOLDER = "ledger"
-READ_THREADS = 16
+__all__ = ["FOLDER", "LeaseLostError", "Ledger", "Record", "read_records"]
 
-Record = dict[str, Any]
-"""`kind` says what happened; `epoch` who wrote it, and `time` when, in seconds since 1970 by that driver's
-clock, for people alone: nothing is decided by it. The rest depends on the kind."""
+BULKY = {"scored": "items", "race": "items", "asked": "candidates"}
+"""Kind -> the key of what makes most of a ledger."""
 
 
 class LeaseLostError(RuntimeError):
@@ -31,12 +50,28 @@ class LeaseLostError(RuntimeError):
 
 
 class Ledger:
-    """The records of one campaign, read once and then appended to by one owner."""
+    """The records of one campaign, read once and then appended to by one owner.
 
-    def __init__(self, store: Store) -> None:
+    A `follower` is given each record, read or appended, and takes of it what it needs; then the ledger keeps
+    nothing `BULKY`, which is too much for one driver's memory.
+    """
+
+    def __init__(self, store: Store, follower: Callable[[Record], None] | None = None) -> None:
         self.store = store
-        self.records: list[Record] = list(read_records(store))
+        self.records: list[Record] = []
         self.epoch: int | None = None
+        self._follower = follower
+        self._last: dict[str, Record] = {}
+        """Kind -> its newest record."""
+        self._begun: int | None = None
+        """Where the newest `campaign` record is."""
+        self._compaction = Compaction(store)
+        self._read_on()
+
+    @property
+    def newest_epoch(self) -> int:
+        """That of the last driver that has written; 0 if none has."""
+        return max((record["epoch"] for record in self.records), default=0)
 
     def open_epoch(self, epoch: int) -> None:
         """Begin to write as the owner of `epoch`; records of older epochs that came late are kept.
@@ -45,17 +80,21 @@ class Ledger:
         """
         record = {"kind": "epoch", "epoch": epoch, "time": _now()}
         while True:
-            newest = max((known["epoch"] for known in self.records), default=0)
-            if newest > epoch:
+            if self.newest_epoch > epoch:
                 raise LeaseLostError(
-                    f"{self.store.uri}: a later driver (epoch {newest}, this one's is {epoch}) has "
-                    "taken over this campaign; this one stops"
+                    f"{self.store.uri}: a later driver (epoch {self.newest_epoch}, this one's is {epoch}) "
+                    "has taken over this campaign; this one stops"
                 )
-            if self._try_append(record):
-                break
+            number, data = len(self.records), _dump(record)
+            if self._create(number, data):
+                if not any(part.first <= number <= part.last for part in list_segments(self.store)):
+                    self._take_in(record, len(data))
+                    break
+                self.store.delete(loose_key(number))
             # A former owner was still writing. What it wrote before our first record counts.
-            self.records.extend(read_records(self.store, start=len(self.records)))
+            self._read_on()
         self.epoch = epoch
+        self._compaction.begin()
 
     def append(self, kind: str, **content: Any) -> Record:
         """Record what happened, durably, before anything is done about it.
@@ -64,9 +103,15 @@ class Ledger:
         """
         assert self.epoch is not None, "open_epoch comes first"
         record = {"kind": kind, "epoch": self.epoch, "time": _now(), **content}
-        if not self._try_append(record):
+        data = _dump(record)
+        if not self._create(len(self.records), data):
             raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
+        self._take_in(record, len(data))
         return record
+
+    def close(self) -> None:
+        """Write no more."""
+        self._compaction.close()
 
     def of_kind(self, kind: str) -> Iterator[Record]:
         """The records of one kind, in order."""
@@ -74,14 +119,11 @@ class Ledger:
 
     def last(self, kind: str) -> Record | None:
         """The newest record of a kind."""
-        return next((r for r in reversed(self.records) if r["kind"] == kind), None)
+        return self._last.get(kind)
 
     def since_begun(self) -> list[Record]:
         """The records from the newest `campaign` record on: those of the present budget."""
-        begun = max(
-            (i for i, r in enumerate(self.records) if r["kind"] == "campaign"), default=None
-        )
-        return [] if begun is None else self.records[begun:]
+        return [] if self._begun is None else self.records[self._begun :]
 
     def result(self) -> dict[str, Any] | None:
         """What the campaign came to, if it has come to its end with its present budget.
@@ -99,49 +141,41 @@ class Ledger:
         places = {key: f"{self.store.uri}/{found[key]}" for key in ("child", "report")}
         return {"status": status, "campaign": self.store.uri, **found, **places}
 
-    def _try_append(self, record: Record) -> bool:
-        key = _key(len(self.records))
-        data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    def _read_on(self) -> None:
+        """Take in what was written behind the last record that is known."""
+        for record, size in read_with_sizes(self.store, len(self.records)):
+            self._take_in(record, size)
+
+    def _take_in(self, record: Record, size: int | None) -> None:
+        number = len(self.records)
+        self._compaction.take_in(number, size, record["kind"] == "epoch")
+        if self._follower is not None:
+            self._follower(record)
+            bulky = BULKY.get(record["kind"])
+            if bulky is not None:
+                record = {key: value for key, value in record.items() if key != bulky}
+        self.records.append(record)
+        self._last[record["kind"]] = record
+        if record["kind"] == "campaign":
+            self._begun = number
+
+    def _create(self, number: int, data: bytes) -> bool:
+        """Whether the number is ours with these bytes."""
+        key = loose_key(number)
         try:
             self.store.create(key, data)
         except PreconditionFailedError:
             # A retried request may meet its own first try: then the record is ours all the same.
-            if self.store.read(key) != data:
-                return False
-        self.records.append(record)
-        return True
-
-
-def read_records(store: Store, start: int = 0) -> Iterator[Record]:
-    """The records from number `start` on, in order. Raises `BadInputError` for a damaged ledger."""
-    keys = [info.key for info in store.list_objects(f"{FOLDER}/")][start:]
-    expected = [_key(start + position) for position in range(len(keys))]
-    if keys != expected:
-        wrong = next(key for key, wanted in zip(keys, expected, strict=True) if key != wanted)
-        raise BadInputError(
-            f"{store.uri}: the ledger has a gap before {wrong}: records were removed, so the campaign "
-            "cannot be resumed"
-        )
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for key, data in zip(keys, threads.map(store.read, keys), strict=True):
             try:
-                yield _parse(data)
-            except (ValueError, RecursionError) as error:
-                raise BadInputError(f"{store.uri}/{key}: not a ledger record ({error})") from error
-
-
-def _parse(data: bytes) -> Record:
-    record = json.loads(data)
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise ValueError("no kind in it")
-    if type(record.get("epoch")) is not int:
-        raise ValueError("no epoch in it")
-    return record
+                return self.store.read(key) == data
+            except ObjectNotFoundError:
+                return False  # another driver has compacted it
+        return True
 
 
 def _now() -> float:
     return round(time.time(), 3)
 
 
-def _key(number: int) -> str:
-    return f"{FOLDER}/{number:08d}.json"
+def _dump(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()

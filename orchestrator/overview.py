@@ -8,12 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from orchestrator.config import CampaignConfig, config_from_dict
-from orchestrator.ledger import Ledger
 from orchestrator.objectives import task_weights
 from orchestrator.pareto_search import front_record
 from orchestrator.places import open_parent
 from orchestrator.racing.record import saved_text
-from orchestrator.state import CampaignState
+from orchestrator.state import CampaignState, read_campaign
 from workers.checkpoints import COMPONENTS, ArchitectureMap
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
@@ -30,12 +29,12 @@ def open_campaign_store(place: str) -> Store:
 def campaign_overview(place: str) -> dict[str, Any]:
     """Where the campaign stands, from its ledger."""
     store = open_campaign_store(place)
-    ledger = Ledger(store)
+    ledger, state = read_campaign(store)
     begun = ledger.last("campaign")
     if begun is None:
         raise BadInputError(f"{store.uri}: the campaign was stopped before it began")
     config = config_from_dict(begun["config"])
-    state = CampaignState(config.objective, ledger.records, task_weights(config))
+    state.judge_by(config.objective, task_weights(config))
     budget = config.search.evaluations
     best = state.best(budget)
     result = ledger.result()

@@ -124,11 +124,7 @@ class ProgressView:
 
     def _remember(self, campaign: Campaign) -> None:
         now = time.monotonic()
-        items = sum(
-            len(results)
-            for evaluation in campaign.state.evaluations.values()
-            for results in evaluation.results.values()
-        )
+        items = campaign.state.items
         done = campaign.state.evaluated(campaign.config.search.evaluations)
         self._history.append((now, items, done))
         while now - self._history[0][0] > RATE_SECONDS:

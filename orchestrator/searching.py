@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.breeding import LEAST_SURVIVORS, Round, begin_round, limit_of, round_record
 from orchestrator.errors import CampaignError, all_failed, not_repeated
-from orchestrator.flat_fitness import FlatFitness, flat_fitness
+from orchestrator.flat_fitness import FlatFitness, FlatWatch
 from orchestrator.genomes.space import Space
 from orchestrator.pareto_search import front_record, pareto_fitness
 from orchestrator.racing.generation import Racing, places_of
@@ -29,11 +29,13 @@ class Search:
         self, campaign: Campaign, space: Space, optimizer: Optimizer | SteadyOptimizer
     ) -> None:
         self.campaign = campaign
-        self.space = space
+        self.space = self._first_space = space
         self.optimizer = optimizer
         self.round = 1
         self.rounds: dict[int, Round] = {}
         """Those after the first, which have spaces and optimizers of their own."""
+        self.survivors: set[str] = set()
+        """Recipes of all candidates that are bred from."""
         self.flat: FlatFitness | None = None
         self.ended = ""
         """Why it came to its end."""
@@ -76,7 +78,8 @@ class Search:
                 return reason
             if len(best) < LEAST_SURVIVORS:
                 return f"round {self.round} had fewer than {LEAST_SURVIVORS} children to breed from"
-            survivors = [(candidate, campaign.recipes[candidate.recipe_id]) for candidate in best]
+            self.survivors.update(candidate.recipe_id for candidate in best)
+            survivors = [(candidate, campaign.recipe_of(candidate)) for candidate in best]
             found = begin_round(campaign.config, campaign.inputs, campaign.plan, number, survivors)
             self._record_round(found.to_record())
             campaign.watcher.stage(f"search, round {number} of {rounds}: {len(best)} parents")
@@ -114,6 +117,7 @@ class Search:
         generation, stagnant = state.generations_through(self.round - 1), 0
         earlier = state.within_budget(budget)[:generation]
         known = {candidate.recipe_id for asked in earlier for candidate in asked}
+        watch = FlatWatch(campaign.inputs.tasks, campaign.config.objective, budget)
         while stagnant < STAGNANT_GENERATIONS:
             stopped = optimizer.stopped()
             if stopped is not None:
@@ -123,19 +127,13 @@ class Search:
                 return "the budget is spent"
             points = optimizer.ask()
             asked = self._asked(generation, points)
-            paid = state.within_budget(budget)[generation:]
-            candidates = paid[0] if paid else []
+            candidates = state.paid_of(generation, budget)
             self._evaluate(generation, candidates)
             if len(candidates) < len(asked):
                 return "the budget is spent"
             optimizer.tell(points, self._fitness_for_tell(generation))
-            self.flat = flat_fitness(
-                state,
-                campaign.inputs.tasks,
-                campaign.config.objective,
-                budget,
-                generation + 1,
-            )
+            campaign.forget(candidate.recipe_id for candidate in asked)
+            self.flat = watch.after(state, generation + 1)
             if self.flat is not None:
                 return self.flat.reason
             new = {c.recipe_id for c in asked} - known
@@ -148,7 +146,9 @@ class Search:
         """Score the candidates of a generation, or have them raced."""
         campaign = self.campaign
         if campaign.config.racing.use == "none":
-            campaign.evaluate((campaign.recipes[c.recipe_id] for c in candidates), "search")
+            # Of those that are scored no recipe is wanted any more.
+            left = [c for c in candidates if not campaign.state.is_settled(c.recipe_id)]
+            campaign.evaluate(map(campaign.recipe_of, left), "search")
         else:
             Racing(campaign).evaluate(number, candidates, places_of(self.optimizer, candidates))
 
@@ -156,8 +156,8 @@ class Search:
         """The generation's candidates: as recorded, or recorded now."""
         campaign = self.campaign
         genomes = [self.space.point(point) for point in points]
-        recipes = [campaign.know(campaign.decode(genome)) for genome in genomes]
         if generation == len(campaign.state.generations):
+            recipes = [campaign.know(campaign.decode(genome)) for genome in genomes]
             campaign.record(
                 "asked",
                 generation=generation,
@@ -168,9 +168,24 @@ class Search:
                 ],
             )
         asked = campaign.state.generations[generation]
-        if [candidate.recipe_id for candidate in asked] != [recipe.id for recipe in recipes]:
-            raise not_repeated(campaign.store.uri, f"generation {generation}")
+        self.check_repeated(asked, genomes, f"generation {generation}")
         return asked
+
+    def check_repeated(
+        self, asked: list[Candidate], genomes: list[dict[str, float]], what: str
+    ) -> None:
+        """Raise `CampaignError` if these candidates are not of these genomes, or the first one's recipe is
+        not what its genome decodes to. The others' recipes are checked when they are wanted."""
+        repeated = [candidate.genome for candidate in asked] == genomes
+        if not repeated or self.campaign.decode(genomes[0]).id != asked[0].recipe_id:
+            raise not_repeated(self.campaign.store.uri, what)
+
+    def space_of(self, candidate: Candidate) -> Space:
+        """The space of the round that asked for the candidate first."""
+        if not self.rounds:
+            return self.space
+        number = self.campaign.state.round_of_recipe(candidate.recipe_id)
+        return self._first_space if number == 1 else self.rounds[number].space
 
     def _fitness_for_tell(self, number: int) -> list[float]:
         """Fitness in ask order; a failed candidate counts as the worst of its generation, or of all

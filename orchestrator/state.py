@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.ledger import Record
+from orchestrator.item_scores import ItemScores
+from orchestrator.ledger import Ledger, Record
 from orchestrator.racing.record import RACE_KINDS, Races
+from orchestrator.standing import Standing
 from orchestrator.statistics import Results, mean_score, objective
+from workers.storage import Store
 
 
 @dataclass
@@ -16,15 +19,43 @@ class Evaluation:
     """All that is known about one recipe on one split."""
 
     results: dict[str, Results] = field(default_factory=dict)
-    """Task -> item id -> result."""
+    """Task -> item id -> result; of candidates that are done with, no more than `ItemScores` has."""
     complete: bool = False
     failed: str | None = None
     """Why it was given up."""
     seconds: float = 0.0
+    repeated: bool = False
+    """Whether an item is recorded more than once."""
+    _scores: dict[str, float] | None = field(default=None, compare=False)
+
+    def take(self, items: Mapping[str, list[dict[str, Any]]]) -> int:
+        """Add these results, task -> results; how many items they are of that were not known."""
+        new = 0
+        for task, given in items.items():
+            known = self.results.get(task, {})
+            own: dict[str, Any] = known if isinstance(known, dict) else dict(known)
+            before = len(own)
+            own.update((item["id"], item) for item in given)
+            self.results[task] = own
+            new += len(own) - before
+            self.repeated |= len(own) - before < len(given)
+        self._scores = None
+        return new
+
+    def settle(self, shared: dict[tuple[str, ...], dict[str, int]]) -> None:
+        """Keep no more than `ItemScores` of each result."""
+        for task, results in self.results.items():
+            if isinstance(results, dict):
+                self.results[task] = ItemScores(list(results.values()), shared)
 
     def scores(self) -> dict[str, float]:
         """Task -> mean score, of a complete evaluation."""
-        return {task: mean_score(results) for task, results in self.results.items()}
+        if self._scores is None:
+            self._scores = {
+                task: results.mean() if isinstance(results, ItemScores) else mean_score(results)
+                for task, results in self.results.items()
+            }
+        return dict(self._scores)
 
     def has(self, chosen: Mapping[str, Iterable[str]] | None) -> bool:
         """Whether the chosen items, task -> item ids, are all finished; None: all there are."""
@@ -70,48 +101,104 @@ class CampaignState:
         self.races = Races()
         self.failures = 0
         """Attempts that failed, whether or not another one succeeded."""
+        self.items = 0
+        """Different items that were scored, over all recipes and splits."""
+        self.endings: list[str] = []
+        """Recipes whose evaluation on search items came to an end, or whose race did, as that happened."""
+        self.rewinds = 0
+        """How often something that had come to an end was opened again."""
+        self._asked: dict[int, int] = {}
+        """Round -> how many generations it has asked for."""
+        self._candidates: set[str] = set()
+        self._gene_names: dict[str, str] = {}
+        """One string for each, however many genomes have the gene."""
+        self._failed: set[tuple[str, str]] = set()
+        """Evaluations that were given up."""
+        self._shared_ids: dict[tuple[str, ...], dict[str, int]] = {}
+        self._standings: dict[int, Standing] = {}
         for record in records:
             self.apply(record)
+
+    def judge_by(self, objective: str, weights: Mapping[str, float] | None) -> None:
+        """Set what fitness is, where that is found in the very ledger that was read."""
+        self.objective, self.weights = objective, weights or {}
+        self._standings.clear()
 
     def apply(self, record: Record) -> None:
         """Take in one record."""
         if record["kind"] == "asked":
-            self.generations.append(
-                [Candidate(c["genome"], c["recipe"]) for c in record["candidates"]]
-            )
-            self.round_of.append(record.get("round", 1))
+            asked = [self._candidate(c) for c in record["candidates"]]
+            self.take_asked(asked, record.get("round", 1))
             self.is_steady = "number" in record
         elif record["kind"] in RACE_KINDS:
             self.races.apply(record, self.generations, self.evaluations)
+            if record["kind"] == "raced":
+                for recipe in record["told"]:
+                    self.evaluation(recipe, "search").settle(self._shared_ids)
+                    self.endings.append(recipe)
         elif record["kind"] == "round":
             self.rounds[record["round"]] = record
+            self.rewinds += 1  # it may change what a budget pays for
         elif record["kind"] == "epoch":
             self._forgive()
         elif record["kind"] == "scored":
-            evaluation = self.evaluation(record["recipe"], record["split"])
-            for task, items in record["items"].items():
-                known = evaluation.results.setdefault(task, {})
-                known.update((item["id"], item) for item in items)
-            evaluation.complete = record["complete"]
-            evaluation.seconds += record["realize_seconds"] + record["score_seconds"]
+            self._take_scored(record)
         elif record["kind"] == "failed":
             self.failures += 1
             if record["given_up"]:
-                evaluation = self.evaluation(record["recipe"], record["split"])
+                key = record["recipe"], record["split"]
+                evaluation = self.evaluation(*key)
+                self.rewinds += evaluation.complete and evaluation.failed is None
                 evaluation.complete, evaluation.failed = True, record["error"]
+                self._failed.add(key)
+                self._note_end(*key)
+
+    def take_asked(self, asked: list[Candidate], number: int) -> None:
+        """Take in one generation, of round `number`."""
+        self.generations.append(asked)
+        self._candidates.update(candidate.recipe_id for candidate in asked)
+        self.round_of.append(number)
+        self._asked[number] = self._asked.get(number, 0) + 1
+
+    def _candidate(self, asked: Mapping[str, Any]) -> Candidate:
+        name = self._gene_names.setdefault
+        genome = {name(gene, gene): value for gene, value in asked["genome"].items()}
+        return Candidate(genome, asked["recipe"])
+
+    def _take_scored(self, record: Record) -> None:
+        recipe, split = record["recipe"], record["split"]
+        evaluation = self.evaluation(recipe, split)
+        self.rewinds += evaluation.complete
+        # A driver that replays what it has read once has no items in its records.
+        self.items += evaluation.take(record.get("items", {}))
+        evaluation.complete = record["complete"]
+        evaluation.seconds += record["realize_seconds"] + record["score_seconds"]
+        if evaluation.complete:
+            if split == "search" and recipe in self._candidates:
+                evaluation.settle(self._shared_ids)
+            self._note_end(recipe, split)
+
+    def _note_end(self, recipe: str, split: str) -> None:
+        if split == "search":
+            self.endings.append(recipe)
 
     def _forgive(self) -> None:
         """A new driver tries again what must not fail for good: parents, held-out items, or everything
         if nothing has worked so far. Failed candidates of a search that went on stay failed, because
         the optimizer was told so."""
-        asked = {candidate.recipe_id for generation in self.generations for candidate in generation}
-        hopeless = not any(self._worked(recipe_id) for recipe_id in asked)
+        hopeless = not any(
+            self._worked(candidate.recipe_id) for asked in self.generations for candidate in asked
+        )
         if hopeless:
             self.races.try_again()
-        for (recipe_id, split), evaluation in self.evaluations.items():
-            settled = split == "search" and recipe_id in asked and not hopeless
-            if evaluation.failed is not None and not settled:
+            self.rewinds += 1
+        for key in list(self._failed):
+            recipe_id, split = key
+            if split != "search" or hopeless or recipe_id not in self._candidates:
+                evaluation = self.evaluations[key]
                 evaluation.complete, evaluation.failed = False, None
+                self._failed.remove(key)
+                self.rewinds += 1
 
     def _worked(self, recipe_id: str) -> bool:
         """Whether the recipe has results on search items, of all of them or, if it raced, of some."""
@@ -119,6 +206,11 @@ class CampaignState:
         if evaluation is None or evaluation.failed is not None:
             return False
         return evaluation.complete or (recipe_id in self.races.runners and bool(evaluation.results))
+
+    def is_settled(self, recipe_id: str) -> bool:
+        """Whether nothing more is asked of it on search items: scored, told apart by a race, or failed."""
+        evaluation = self.evaluations.get((recipe_id, "search"))
+        return (evaluation is not None and evaluation.complete) or recipe_id in self.races.decided
 
     @property
     def has_scores(self) -> bool:
@@ -132,7 +224,10 @@ class CampaignState:
 
     def evaluation(self, recipe_id: str, split: str) -> Evaluation:
         """The evaluation of a recipe on a split, begun or not."""
-        return self.evaluations.setdefault((recipe_id, split), Evaluation())
+        found = self.evaluations.get((recipe_id, split))
+        if found is None:
+            found = self.evaluations[recipe_id, split] = Evaluation()
+        return found
 
     def fitness(self, recipe_id: str) -> float | None:
         """Fitness on the search items; None if the evaluation failed or is not complete."""
@@ -162,27 +257,23 @@ class CampaignState:
         A recipe asked for again costs nothing, because it is not scored again. A round of breeding has
         spent, with those before it, no more than its limit.
         """
-        seen: set[str] = set()
-        paid: list[list[Candidate]] = []
-        spent: set[int] = set()
-        considered = 0
-        for generation, number in zip(self.generations, self.round_of, strict=True):
-            limit = min(budget, self.rounds.get(number, {}).get("limit", budget))
-            paid.append([])
-            if number in spent:
-                continue
-            considered = len(paid)
-            for candidate in generation:
-                if candidate.recipe_id not in seen and len(seen) >= limit:
-                    spent.add(number)
-                    break
-                seen.add(candidate.recipe_id)
-                paid[-1].append(candidate)
-        return paid[:considered]
+        return self._standing(budget).paid()
+
+    def paid_of(self, number: int, budget: int) -> list[Candidate]:
+        """The same of one generation; none if the budget was spent before it."""
+        return self._standing(budget).paid_of(number)
+
+    def _standing(self, budget: int) -> Standing:
+        """How the search stands within a budget, as of now."""
+        standing = self._standings.get(budget)
+        if standing is None or standing.rewinds != self.rewinds:
+            standing = self._standings[budget] = Standing(self, budget)
+        standing.update()
+        return standing
 
     def generations_through(self, number: int) -> int:
         """How many generations were asked for in this round of breeding and those before it."""
-        return sum(own <= number for own in self.round_of)
+        return sum(count for own, count in self._asked.items() if own <= number)
 
     def round_of_recipe(self, recipe_id: str) -> int:
         """The round in which the recipe was asked for first."""
@@ -208,21 +299,17 @@ class CampaignState:
     def evaluated(self, budget: int) -> int:
         """How many different candidates within the budget were scored, told apart by a race, or have
         failed."""
-        candidates = {c.recipe_id for generation in self.within_budget(budget) for c in generation}
-        return sum(
-            self.evaluation(recipe_id, "search").complete or recipe_id in self.races.decided
-            for recipe_id in candidates
-        )
+        return self._standing(budget).settled
 
     def best(self, budget: int) -> tuple[Candidate, float] | None:
         """The fittest candidate, and its fitness; of equals the one that was asked for first."""
-        found: tuple[Candidate, float] | None = None
-        for generation in self.within_budget(budget):
-            for candidate in generation:
-                fitness = self.fitness(candidate.recipe_id)
-                if fitness is not None and (found is None or fitness > found[1]):
-                    found = (candidate, fitness)
-        return found
+        return self._standing(budget).best
+
+
+def read_campaign(store: Store) -> tuple[Ledger, CampaignState]:
+    """The ledger of the campaign in `store`, without items, and what it says by the objective `mean`."""
+    state = CampaignState("mean")
+    return Ledger(store, state.apply), state
 
 
 def scored_record(recipe_id: str, split: str, worker: int, scored: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.resampling import CONFIDENCE, Difference, paired_bootstrap, sign_flip_p_value
 
-Results = dict[str, dict[str, Any]]
+Results = Mapping[str, Mapping[str, Any]]
 """Item id -> its result, as `workers.evaluation.ItemResult.to_dict` gives it."""
 
 POWER = 0.8
@@ -85,7 +85,7 @@ def score(results: Results) -> Score:
 
 def results_by_category(results: Results) -> dict[str, Results]:
     """Category -> the results of its items, in the order of the categories; "" where items have none."""
-    parts: dict[str, Results] = {}
+    parts: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, result in results.items():
         parts.setdefault(result.get("category", ""), {})[name] = result
     return dict(sorted(parts.items()))

@@ -103,9 +103,13 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    """Until the condition holds. Fails if `process` ends first, or after `START_SECONDS`."""
-    deadline = time.monotonic() + START_SECONDS
+def wait_for(
+    condition: Callable[[], bool],
+    process: subprocess.Popen[str] | None = None,
+    seconds: float = START_SECONDS,
+) -> None:
+    """Until the condition holds. Fails if `process` ends first, or after `seconds`."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         if process is not None and process.poll() is not None:

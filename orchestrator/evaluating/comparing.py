@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import differing_keys
@@ -48,7 +49,7 @@ def compare_evaluations(own: Recorded, other: Recorded) -> dict[str, Any]:
     }
 
 
-def _over_all(own: dict[str, Results], other: dict[str, Results]) -> dict[str, Any]:
+def _over_all(own: Mapping[str, Results], other: Mapping[str, Results]) -> dict[str, Any]:
     """Of the mean of the tasks: interval and p-value are both of this one number."""
     given = [differences(own[task], other[task]) for task in own]
     return {

@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.ledger import Ledger, Record
-from orchestrator.statistics import Results
 from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Majority, Protocol, protocol_to_dict
@@ -119,9 +118,9 @@ class Recorded:
     """Of the checkpoint, where it was evaluated."""
     description: dict[str, Any] | None = None
     """What its engine was."""
-    results: dict[str, Results] = field(default_factory=dict)
+    results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Task -> item id -> result."""
-    dev_results: dict[str, Results] = field(default_factory=dict)
+    dev_results: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """The same of search items that thresholds were fixed on."""
     thresholds: dict[str, dict[str, Any]] | None = None
     """Task -> what was fixed on its dev items, see `threshold.fix_threshold`."""

@@ -23,6 +23,8 @@ class Racing:
     def __init__(self, campaign: Campaign) -> None:
         self.campaign = campaign
         self.config = campaign.config.racing
+        self._candidates: dict[str, Candidate] = {}
+        """Those of the generation, by recipe."""
 
     def evaluate(self, number: int, candidates: Sequence[Candidate], places: int) -> None:
         """Have the candidates of generation `number` told apart; the end of it is in `state.races.ended`.
@@ -45,6 +47,7 @@ class Racing:
             campaign.config.objective,
             state.weights,
         )
+        self._candidates = {candidate.recipe_id: candidate for candidate in candidates}
         asked = {recipe: _copy(state.races.known_before(key, recipe)) for recipe in recipes}
         blocks = state.races.blocks[key]
         while not contest.ended:
@@ -125,7 +128,8 @@ class Racing:
             for task, ids in new[recipe].items():
                 known.setdefault(task, set()).update(ids)
         campaign = self.campaign
-        campaign.evaluate((campaign.recipes[recipe] for recipe in new), "search", new)
+        candidates = (self._candidates[recipe] for recipe in new)
+        campaign.evaluate(map(campaign.recipe_of, candidates), "search", new)
 
     def _items(self) -> Chosen:
         """Every search item."""

@@ -33,6 +33,11 @@ class Races:
         self.ended: dict[Key, Record] = {}
         self.decided: set[str] = set()
         """The candidates of races that have ended."""
+        self._told: dict[int, Record] = {}
+        """Generation -> the record of its last race that has ended."""
+        self._estimates: dict[str, float] = {}
+        """Recipe -> what its last race that had an estimate says."""
+        self._asked = self._of = 0
         self._before: dict[Key, dict[str, dict[str, list[str]]]] = {}
         self.runners: set[str] = set()
         """All candidates that ever raced."""
@@ -58,33 +63,40 @@ class Races:
         elif record["kind"] == "block":
             self.blocks[key].append(record)
         else:
-            self.ended[key] = record
+            if key in self.ended:
+                self._asked -= self.ended[key]["asked"]
+                self._of -= self.ended[key]["of"]
+            self.ended[key] = self._told[key[0]] = record
+            self.blocks[key] = []  # they have decided what they were for
             self.decided |= record["told"].keys()
+            known = {r: value for r, value in record["estimates"].items() if value is not None}
+            self._estimates |= known
+            self._asked += record["asked"]
+            self._of += record["of"]
 
     def try_again(self) -> None:
         """Forget what was decided, because no candidate has answered anything; the items remain."""
         self.blocks = {key: [] for key in self.begun}
-        self.ended.clear()
-        self.decided.clear()
+        for known in (self.ended, self.decided, self._told, self._estimates):
+            known.clear()
+        self._asked = self._of = 0
 
     def known_before(self, key: Key, recipe_id: str) -> dict[str, list[str]]:
         """Task -> the items that the recipe had answered when the race began."""
         return self._before[key].get(recipe_id, {})
 
-    def told(self, generation: int) -> dict[str, float] | None:
+    def told(self, generation: int) -> Mapping[str, float] | None:
         """What was told of a generation that raced, all of it; None if none has ended."""
-        ends = [record for (number, _), record in self.ended.items() if number == generation]
-        return dict(ends[-1]["told"]) if ends else None
+        record = self._told.get(generation)
+        return record["told"] if record is not None else None
 
     def estimate(self, recipe_id: str) -> float | None:
         """The fitness that the last race of a candidate has estimated."""
-        found = [r["estimates"].get(recipe_id) for r in self.ended.values()]
-        return next((value for value in reversed(found) if value is not None), None)
+        return self._estimates.get(recipe_id)
 
     def items(self) -> tuple[int, int]:
         """How many items candidates of races that have ended were asked, and how many all would have been."""
-        ends = self.ended.values()
-        return sum(record["asked"] for record in ends), sum(record["of"] for record in ends)
+        return self._asked, self._of
 
     def flat(self, generation: int) -> bool:
         """Whether a generation's race, if there was one, has found its candidates all alike."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from orchestrator.ledger import Ledger
-from orchestrator.state import CampaignState, Evaluation
+from orchestrator.ledger import Ledger, read_records
+from orchestrator.state import CampaignState
 from workers.errors import BadInputError
 from workers.merging import ParentReference, passthrough_recipe
 from workers.storage import Store
@@ -77,59 +77,56 @@ def item_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"item": result["id"], **{name: result.get(name) for name in kept}}
 
 
-def write_campaign_items(store: Store, ledger: Ledger) -> str:
-    """Write the results of every item that the campaign in `store` has scored; their location."""
-    return write_items(store, ITEMS_FILE, campaign_rows(ledger))
+def write_campaign_items(store: Store, ledger: Ledger, state: CampaignState) -> str:
+    """Write the results of every item that the campaign in `store` has scored; their location.
+
+    `ledger` and `state` are of this campaign. The results are read from the store once more: nobody has kept
+    them.
+    """
+    return write_items(store, ITEMS_FILE, campaign_rows(ledger, state))
 
 
-def campaign_rows(ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """One row for each recipe, split and item: parents first, then candidates as they were asked for."""
+def campaign_rows(ledger: Ledger, state: CampaignState) -> Iterator[dict[str, Any]]:
+    """One row for each recipe, split and item, in the order in which they were scored."""
     begun = ledger.last("campaign")
     if begun is None:
         raise BadInputError(f"{ledger.store.uri}: the campaign was stopped before it began")
-    config = begun["config"]
-    state = CampaignState("mean", ledger.records)  # of its results alone, whatever the objective
     chosen = ledger.last("selected")
     roles = {
         recipe: {"role": "candidate", "generation": generation}
-        for recipe, generation in _asked_in(ledger).items()
+        for recipe, generation in _asked_in(state).items()
     }
-    order = {recipe: place for place, recipe in enumerate(roles)}
     if chosen is not None:
         roles.setdefault(chosen["recipe"], {})["role"] = "child"
     names = _parents_by_recipe(begun["identity"].get("parents", ()))
-    for (recipe, split), evaluation in sorted(
-        state.evaluations.items(), key=lambda item: (item[0][1], order.get(item[0][0], -1))
-    ):
-        about = {
-            "campaign": config["name"],
-            "recipe": recipe,
-            "split": split,
-            "protocol": "greedy",
-            **roles.get(recipe, {"role": "parent", "name": names.get(recipe)}),
-        }
-        yield from _rows_of(evaluation, about)
+    about = {"campaign": begun["config"]["name"], "protocol": "greedy"}
+    repeated: dict[tuple[str, str, str], set[str]] = {}
+    for record in read_records(ledger.store):
+        if record["kind"] != "scored":
+            continue
+        recipe, split = record["recipe"], record["split"]
+        evaluation = state.evaluation(recipe, split)
+        # Shared evenly.
+        seconds = evaluation.seconds / sum(map(len, evaluation.results.values()))
+        role = roles.get(recipe, {"role": "parent", "name": names.get(recipe)})
+        for task, results in record["items"].items():
+            known = repeated.setdefault((recipe, split, task), set()) if evaluation.repeated else ()
+            for result in {result["id"]: result for result in results}.values():
+                if result["id"] not in known:
+                    yield {
+                        **about, **role, "recipe": recipe, "split": split, "task": task,
+                        "seconds": seconds, **item_columns(result),
+                    }  # fmt: skip
+            if isinstance(known, set):
+                known.update(result["id"] for result in results)
 
 
-def _rows_of(evaluation: Evaluation, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The items of one evaluation; its seconds are shared evenly among them."""
-    items = sum(map(len, evaluation.results.values()))
-    for task, results in evaluation.results.items():
-        for result in results.values():
-            yield {
-                **about,
-                "task": task,
-                "seconds": evaluation.seconds / items,
-                **item_columns(result),
-            }
-
-
-def _asked_in(ledger: Ledger) -> dict[str, int | None]:
+def _asked_in(state: CampaignState) -> dict[str, int | None]:
     """Recipe -> the generation in which it was first asked for, in that order; None if there are none."""
     found: dict[str, int | None] = {}
-    for record in ledger.of_kind("asked"):
-        for candidate in record["candidates"]:
-            found.setdefault(candidate["recipe"], record.get("generation"))
+    for number, asked in enumerate(state.generations):
+        for candidate in asked:
+            found.setdefault(candidate.recipe_id, None if state.is_steady else number)
     return found
 
 

@@ -48,7 +48,7 @@ from orchestrator.reporting.expert_map import expert_chart, expert_map, expert_r
 from orchestrator.reporting.front import draw_front, front_note
 from orchestrator.reporting.items import write_campaign_items
 from orchestrator.reporting.making import breeding, racing, what_was_searched
-from orchestrator.state import CampaignState, Candidate
+from orchestrator.state import CampaignState, Candidate, read_campaign
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, Store
 
@@ -64,19 +64,19 @@ def write_report(store: Store) -> str:
 
     Raises `BadInputError` if the campaign is not finished.
     """
-    ledger = Ledger(store)
-    page = _page(ledger)
-    write_campaign_items(store, ledger)
+    ledger, state = read_campaign(store)
+    page = _page(ledger, state)
+    write_campaign_items(store, ledger, state)
     store.write(REPORT_FILE, page.encode())
     return f"{store.uri}/{REPORT_FILE}"
 
 
 def build_report(store: Store) -> str:
     """The page of the campaign in `store`. Raises `BadInputError` if it is not finished."""
-    return _page(Ledger(store))
+    return _page(*read_campaign(store))
 
 
-def _page(ledger: Ledger) -> str:
+def _page(ledger: Ledger, state: CampaignState) -> str:
     from jinja2 import Environment, StrictUndefined
 
     from orchestrator.reporting import charts
@@ -89,7 +89,7 @@ def _page(ledger: Ledger) -> str:
     config = begun["config"]
     target = store.substore(child["folder"])
     lineage = json.loads(target.read(LINEAGE_FILE))
-    state = CampaignState(config["objective"], ledger.records, lineage["search"].get("weights"))
+    state.judge_by(config["objective"], lineage["search"].get("weights"))
     budget = config["search"]["evaluations"]
     generations = _evaluated(state, budget)
     parents = [parent["name"] for parent in lineage["parents"]]

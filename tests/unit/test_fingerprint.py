@@ -15,7 +15,6 @@ from orchestrator.config import load_config
 from orchestrator.engine_description import engine_changes
 from orchestrator.errors import EngineMismatchError
 from orchestrator.lease import acquire_lease
-from orchestrator.ledger import Ledger
 from tests.campaigns import write_campaign
 from tests.families import write_tokenizer
 from tests.unit.test_breeding import Silent
@@ -107,7 +106,7 @@ def test_workers_must_treat_prompts_alike(tmp_path: Path) -> None:
 def test_a_resumed_campaign_keeps_what_it_recorded(tmp_path: Path) -> None:
     campaign = Campaign(load_config(str(write_campaign(tmp_path))), Silent())
     campaign._lease = acquire_lease(campaign.store, print, 0)
-    campaign._open_ledger(Ledger(campaign.store))
+    campaign._open_ledger(campaign._read_ledger())
     now = describe_prompts(make_tokenizer(tmp_path / "tokenizer", TEMPLATE), "ab")
     campaign._check_engine(now)
     campaign._check_engine(now)

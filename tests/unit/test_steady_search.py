@@ -104,7 +104,7 @@ def test_killed_at_any_record_it_ends_with_the_same_asks_and_child(
         resumed = search(tmp_path)
         again = records(resumed.store)
         assert of_search(again) == [
-            r | {"epoch": other["epoch"]}
+            r | {"epoch": other["epoch"], "time": other["time"]}
             for r, other in zip(of_search(ledger), of_search(again), strict=True)
         ]
         assert winner(resumed) == best

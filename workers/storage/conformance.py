@@ -186,6 +186,11 @@ class StoreConformance(PartsConformance):
         store.delete("folder/object")
         store.delete("never/was")
         assert keys_of(store) == []
+        for key in ("folder/a", "folder/b", "folder/c", "other/a"):
+            store.write(key, b"bytes")
+        store.delete_many(key for key in ("folder/a", "never/was", "folder/c", "other/a"))
+        assert keys_of(store) == ["folder/b"]
+        store.delete("folder/b")
         store.create("folder/object", b"again")
 
     def test_a_folder_is_deleted_with_all_that_is_in_it(self, store: Store) -> None:

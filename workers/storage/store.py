@@ -13,7 +13,7 @@ Three promises make the rest of Darwin safe, and `workers.storage.conformance` t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,11 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; one that is not there is no error."""
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Remove the objects. All are tried in their order; a failure leaves the rest."""
+        for key in keys:
+            self.delete(key)
 
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
