@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, Protocol
 
-from orchestrator.config import WorkersConfig
 from orchestrator.pool import Pool
+from orchestrator.workers_config import WorkersConfig
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import Checkpoint
 from workers.merging.plan import BASE

@@ -258,7 +258,8 @@ class Campaign:
             block_items=BLOCK_BATCHES * engine.batch_size,
             engine=engine_settings(engine),
         )
-        return Pool(spec, self.config.workers, self.config.address, self._check_engine)
+        config = self.config
+        return Pool(spec, config.workers, config.address, self._check_engine, config.priority)
 
     def _check_engine(self, description: dict[str, Any]) -> None:
         """All scores of a campaign come from engines that are alike, today's and last week's."""

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.jobs.driver_config import DriverConfig
 from orchestrator.racing_config import RacingConfig
+from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, open_store
 
@@ -30,12 +31,10 @@ SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 
 OPERATIONAL_KEYS = (
     "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.placement",
-    "workers.gang", "engine.canary", "driver",
+    "workers.gang", "workers.memory", "workers.resources", "workers.pools", "priority", "engine.canary",
+    "driver",
 )  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
-
-
-PLACEMENTS = ("none", "pack", "spread", "strict")
 
 GATES = ("finite", "different", "changed", "perplexity", "repetition", "endings", "layers")
 """What is checked before a child is published."""
@@ -165,21 +164,6 @@ class EngineConfig:
 
 
 @dataclass
-class WorkersConfig:
-    """How many workers there are, and what Ray reserves for each."""
-
-    count: int = 1
-    """Places of workers; or of gangs."""
-    gang: int = 1
-    """Workers that share one model, each with experts of its own; 1: every worker has a whole one."""
-    cpus: float = 1
-    gpus: float = 0
-    placement: str = "none"
-    """How they lie on the nodes: as Ray likes (`none`), together on few (`pack`), apart where there is room
-    (`spread`), or each on a node of its own (`strict`)."""
-
-
-@dataclass
 class HealthConfig:
     """What a child must be like to be published; all of it may change when a campaign is resumed."""
 
@@ -230,6 +214,8 @@ class CampaignConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     address: str | None = None
     """A running Ray cluster (`auto` or `host:port`); None starts Ray on this machine."""
+    priority: int = 0
+    """Where workers wait for room in a cluster that campaigns share, those with lower ones make room."""
     seed: int = 0
 
 

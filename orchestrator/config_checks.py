@@ -6,10 +6,11 @@ import math
 import re
 from pathlib import Path
 
-from orchestrator.config import GATES, MATCHINGS, OWN_VLLM_ARGUMENTS, PLACEMENTS, CampaignConfig
+from orchestrator.config import GATES, MATCHINGS, OWN_VLLM_ARGUMENTS, CampaignConfig
 from orchestrator.jobs.driver_config import check_driver
 from orchestrator.objectives import check_objective
 from orchestrator.racing_config import check_racing
+from orchestrator.workers_config import check_workers
 from workers.devices import is_device
 from workers.errors import BadInputError
 
@@ -44,8 +45,6 @@ def check_values(config: CampaignConfig, file: str) -> None:
         "breeding.rounds": config.breeding.rounds,
         "engine.threads": config.engine.threads,
         "engine.batch_size": config.engine.batch_size,
-        "workers.count": config.workers.count,
-        "workers.gang": config.workers.gang,
         "health.prompts": config.health.prompts,
         "health.new_tokens": config.health.new_tokens,
     }
@@ -73,17 +72,7 @@ def check_values(config: CampaignConfig, file: str) -> None:
     check_driver(config.driver, refuse)
     if not 0 < config.search.step < math.inf:
         refuse("search.step", f"{config.search.step} must be a number above 0")
-    for key, share in (("cpus", config.workers.cpus), ("gpus", config.workers.gpus)):
-        if not 0 <= share < math.inf:
-            refuse(f"workers.{key}", f"{share} must be a number from 0 on")
-    if config.workers.gpus > 1 and config.workers.gpus % 1:
-        refuse("workers.gpus", f"{config.workers.gpus} must be a part of one GPU, or whole ones")
-    if config.workers.gang > 1 and config.workers.cpus == 0 and config.workers.gpus == 0:
-        refuse("workers.gang", "workers that need neither CPUs nor GPUs have no places to reserve")
-    if config.workers.placement not in PLACEMENTS:
-        refuse(
-            "workers.placement", f"{config.workers.placement!r} is none of {', '.join(PLACEMENTS)}"
-        )
+    check_workers(config.workers, refuse)
     for key in ("repetition", "endings", "difference", "function_loss"):
         if not 0 <= (value := getattr(config.health, key)) <= 1:
             refuse(f"health.{key}", f"{value} must be a share from 0 to 1")

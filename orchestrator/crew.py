@@ -1,19 +1,22 @@
-"""The pool's places, and the Ray actors in them: started, replaced, and left to rest after bad starts."""
+"""The pool's places, and the Ray actors in them: started, replaced, left to rest after bad starts, and ended
+where others are to have their room."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.attempts import Failure, unexcused
-from orchestrator.config import WorkersConfig
 from orchestrator.errors import EngineMismatchError, PoolError
 from orchestrator.heartbeat import BEAT_SECONDS, Heartbeat
 from orchestrator.node_watch import NodeWatch
-from orchestrator.placement import Placement, check_placement
+from orchestrator.placement import Placement, check_placement, no_room_at_all
 from orchestrator.ray_session import cause_of, start_ray
+from orchestrator.shared_places import SharedPlaces
+from orchestrator.workers_config import Needs, WorkersConfig
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ START_ATTEMPTS = 3
 START_SECONDS = 1800.0
 """With no worker in service for this long, the cluster will not give any: long enough for machines that
 must be started first, and for parents that must be copied to them."""
+
+WARNING_SECONDS = 30.0
+"""After so long without any worker in service it is said why."""
 
 FIRST_REST_SECONDS = 1.0
 
@@ -41,7 +47,7 @@ class Worker:
     serial: int = 0
     """Counts the actors of the pool: no two have the same."""
     actor: Any = None
-    """None while the place rests after a failed start."""
+    """None while the place rests after a failed start, or others have its room."""
     ready: Any = None
     """The pending `describe` call of an actor that is starting."""
     introduction: Any = None
@@ -54,6 +60,11 @@ class Worker:
     call: Any = None
     since: float = 0.0
     """When the actor was started, or called, or when the rest began."""
+    makes_room: bool = False
+    """Whether the actor is to end after the call that it is in."""
+    is_away: bool = False
+    """Whether others have its room."""
+    needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, gpus=0.0))
 
     @property
     def in_service(self) -> bool:
@@ -73,11 +84,11 @@ class Worker:
     def is_expected(self) -> bool:
         """Whether it is in service, or will soon be: a place of a lost node may wait for ever."""
         starting = self.ready is not None and time.monotonic() - self.since < START_SECONDS
-        return self.in_service or starting
+        return (self.in_service or starting) and not self.makes_room
 
 
 class Crew:
-    """`workers.count` places, each with a worker that is replaced when it dies. A context manager."""
+    """The places of `workers`, each with a worker that is replaced when it dies. A context manager."""
 
     def __init__(
         self,
@@ -85,7 +96,9 @@ class Crew:
         config: WorkersConfig,
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
+        priority: int = 0,
     ) -> None:
+        """`priority`: among those who share the cluster at `address`."""
         self.workers: list[Worker] = []
         self.watch = NodeWatch()
         self.heartbeat = Heartbeat()
@@ -93,13 +106,15 @@ class Crew:
         self._config = config
         self._address = address
         self._check_engine = check_engine
-        self._placements: list[Placement] = []
-        """One for each gang, the leader's place first; or one for all workers; or none."""
+        self._placements: dict[int, Placement] = {}
+        """By place that of its gang, the leader's place first; or one for all workers, the same for each."""
+        self._shared = SharedPlaces(self, self._placements, config, priority)
         self._serial = 0
         self._failed_starts: list[str] = []
         self._was_in_service = False
         """Whether any worker ever was: from then on, a bad start is the fault of its machine."""
         self._last_service = time.monotonic()
+        self._warned = False
 
     @property
     def gang(self) -> int:
@@ -107,15 +122,15 @@ class Crew:
         return self._config.gang
 
     def __enter__(self) -> Crew:
-        gangs = self._config.gang > 1
-        together = replace(self._config, count=self._config.gang) if gangs else self._config
         check_placement(self._config, self._address)
         start_ray(self._address, self._config)
-        if gangs or self._config.placement != "none":
-            groups = self._config.count if gangs else 1
-            self._placements = [Placement(together) for _ in range(groups)]
         self.watch.start()
-        self.workers = [Worker(number) for number in range(self._config.count)]
+        self.workers += [
+            Worker(number, needs=own) for number, own in enumerate(self._config.places)
+        ]
+        if self._config.gang == 1 and self._config.placement != "none":
+            together = Placement(self._config)
+            self._placements.update(dict.fromkeys(range(self._config.total), together))
         for worker in self.workers:
             self.start(worker)
         return self
@@ -128,9 +143,10 @@ class Crew:
         for worker in self.workers:
             if worker.actor is not None:
                 ray.kill(worker.actor)
-        self.workers = []
-        for placement in self._placements:
+        self.workers.clear()
+        for placement in set(self._placements.values()):
             placement.release()
+        self._shared.leave()
         ray.shutdown()
 
     def forgive(self) -> None:
@@ -141,31 +157,38 @@ class Crew:
         """Put a new actor into the place, instead of the one it may have."""
         import ray
 
+        if worker.makes_room:
+            self._shared.send_away(worker)
+            return
         if worker.actor is not None:
             ray.kill(worker.actor)
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
-        worker.node, worker.member_nodes = None, ()
-        worker.actor = self._new_actor(worker.number)
+        worker.node, worker.member_nodes, worker.is_away = None, (), False
+        worker.actor = self._new_actor(worker)
         worker.introduction = worker.actor.introduce.remote(
             self.heartbeat.name, BEAT_SECONDS, self._serial
         )
         worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
 
-    def _new_actor(self, number: int) -> Any:
+    def _new_actor(self, worker: Worker) -> Any:
         import ray
 
         from workers import actors, gang
 
-        needs = {"num_cpus": self._config.cpus, "num_gpus": self._config.gpus, "max_restarts": 0}
+        number, placements = worker.number, self._placements
+        needs = worker.needs.options | {"max_restarts": 0}
+        spec = replace(self._spec, threads=worker.needs.threads)
         if self._config.gang > 1:
+            if number not in placements:
+                placements[number] = Placement(self._config.gang_in(worker.needs))
             bundles = range(self._config.gang)
-            own, *others = [needs | self._placements[number].options(n) for n in bundles]
-            return ray.remote(gang.GangLeader).options(**own).remote(self._spec, others)
-        evaluates = isinstance(self._spec, actors.WorkerSpec)
+            own, *others = [needs | placements[number].options(n) for n in bundles]
+            return ray.remote(gang.GangLeader).options(**own).remote(spec, others)
+        evaluates = isinstance(spec, actors.WorkerSpec)
         kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
-        place = self._placements[0].options(number) if self._placements else {}
-        return ray.remote(kind).options(**needs, **place).remote(self._spec)
+        place = placements[number].options(number) if placements else {}
+        return ray.remote(kind).options(**needs, **place).remote(spec)
 
     def enter_service(self, worker: Worker) -> None:
         import ray
@@ -197,26 +220,34 @@ class Crew:
 
     def must_move(self, worker: Worker) -> bool:
         """Whether it shall take no more calls where it is."""
-        return self.watch.is_leaving(worker.nodes)
+        return worker.makes_room or self.watch.is_leaving(worker.nodes)
 
     def wake(self) -> None:
-        """Start actors in places that have rested; give up if none has been in service for long."""
+        """Start actors in places that have rested; end those that make room; give up if none has been in
+        service for long, though there is or cannot be room for one."""
         now = time.monotonic()
         rest = min(FIRST_REST_SECONDS * 2 ** len(self._failed_starts), LONGEST_REST_SECONDS)
         for worker in self.workers:
-            if worker.actor is None and now - worker.since > rest:
+            if worker.actor is None and not worker.is_away and now - worker.since > rest:
                 self.start(worker)
+        if self._address is not None:
+            self._shared.turn()
         if any(worker.in_service for worker in self.workers):
             self._last_service = now
         elif now - self._last_service > START_SECONDS:
-            reason = self._failed_starts[-1] if self._failed_starts else self._problem()
+            lacking = no_room_at_all(self._config)
+            if lacking is None and not self._failed_starts and self._waits():
+                self._last_service = now  # others use the cluster: it is a queue
+                return
+            reason = (
+                self._failed_starts[-1] if self._failed_starts else lacking or "all are starting"
+            )
             raise PoolError(f"no worker has been in service for {START_SECONDS:.0f} s: {reason}")
+        elif now - self._last_service > WARNING_SECONDS and not self._warned and self._waits():
+            self._warned = True
+            reason = no_room_at_all(self._config) or "others use the cluster"
+            print(f"darwin: warning: workers wait for room: {reason}", file=sys.stderr)
 
-    def _problem(self) -> str:
-        """Why there may be no room for any worker."""
-        if self._placements:
-            return self._placements[0].problem()
-        return (
-            f"does the cluster have a node with {self._config.cpus:g} free CPUs and "
-            f"{self._config.gpus:g} GPUs?"
-        )
+    def _waits(self) -> bool:
+        """Whether no worker has room now."""
+        return all(worker.is_away or worker.node is None for worker in self.workers)

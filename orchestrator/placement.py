@@ -1,22 +1,27 @@
 """On which nodes workers run: places that are reserved together, in one of Ray's placement groups.
 
-Each worker has a bundle of the group, and is started again in it. When a node is lost, Ray looks for
-another one for its bundles; until there is one, the actors that are to run in them wait, and the others
-go on.
+A gang has a group of its own; of other workers all have one. Each worker has a bundle of the group, and is
+started again in it. When a node is lost, Ray looks for another one for its bundles; until there is one, the
+actors that are to run in them wait, and the others go on.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.config import PLACEMENTS, WorkersConfig
+from orchestrator.room import Resources, fit
+from orchestrator.workers_config import PLACEMENTS, Needs, WorkersConfig
 from workers.errors import BadInputError
 
 STRATEGIES = {"none": "PACK", "pack": "PACK", "spread": "SPREAD", "strict": "STRICT_SPREAD"}
 """Values of `workers.placement`, and what Ray calls them."""
+
+
+MOST_WORKERS = 1 << 16
+"""Of a node, if they need nothing of it."""
 
 
 class Placement:
@@ -27,9 +32,10 @@ class Placement:
 
         self._config = config
         self._group = placement_group(
-            [_bundle(config)] * config.count, strategy=STRATEGIES[config.placement]
+            [needs.bundle for needs in config.places], strategy=STRATEGIES[config.placement]
         )
-        lacking = what_lacks(config, _nodes())
+        self.bundles = [needs.bundle for needs in config.places]
+        lacking = what_lacks(config, node_resources())
         if lacking is not None and not self._group.wait(0):
             print(f"darwin: warning: waiting for nodes: {lacking}", file=sys.stderr)
 
@@ -42,12 +48,15 @@ class Placement:
         )
         return {"scheduling_strategy": strategy}
 
-    def problem(self) -> str:
-        """Why workers may have no places."""
-        return what_lacks(self._config, _nodes()) or (
-            f"workers.placement: {self._config.placement} needs room for {self._config.count} workers with "
-            f"{_size(self._config)} each: the cluster is large enough, but others use it"
-        )
+    @property
+    def nodes(self) -> list[str] | None:
+        """Ids of the nodes that the places lie on; None until there is room for all of them."""
+        from ray.util import placement_group_table
+
+        if not self._group.wait(0):
+            return None
+        found: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        return [found[number] for number in sorted(found)]
 
     def release(self) -> None:
         """Give the places back."""
@@ -80,12 +89,10 @@ def check_placement(config: WorkersConfig, address: str | None) -> None:
         raise BadInputError(
             f"workers.placement: {config.placement!r} is none of {', '.join(PLACEMENTS)}"
         )
-    if config.cpus == 0 and config.gpus == 0:
-        raise BadInputError(
-            "workers.placement: workers that need neither CPUs nor GPUs have no places"
-        )
+    if not all(needs.bundle for needs in config.places):
+        raise BadInputError("workers.placement: workers that need nothing of a node have no places")
     # Gangs lie apart from one another as there is room.
-    apart = config.gang if config.gang > 1 else config.count
+    apart = config.gang if config.gang > 1 else config.total
     if config.placement == "strict" and apart > 1 and address is None:
         raise BadInputError(
             f"workers.placement: strict puts {apart} workers on as many nodes, and this machine is one: "
@@ -93,46 +100,65 @@ def check_placement(config: WorkersConfig, address: str | None) -> None:
         )
 
 
-def what_lacks(config: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+def what_lacks(config: WorkersConfig, nodes: Sequence[Resources]) -> str | None:
     """What a cluster of nodes with such resources has too little of, used or not; None if nothing."""
-    rooms = [room_on(config, node) for node in nodes]
     asked = f"workers.placement: {config.placement} needs"
+    if config.pools:
+        everything = {str(number): node for number, node in enumerate(nodes)}
+        bundles = [needs.bundle for needs in config.places]
+        if fit(bundles, everything, apart=config.placement == "strict") is None:
+            apart = " on nodes of their own" if config.placement == "strict" else ""
+            return f"{asked} room for {_all(config)}{apart}, and the cluster's {len(nodes)} nodes have less"
+        return None
+    ((_, needs),) = config.groups
+    rooms = [room_on(needs, node) for node in nodes]
     if config.placement == "strict":
-        fit = sum(room > 0 for room in rooms)
-        if fit < config.count:
+        found = sum(room > 0 for room in rooms)
+        if found < config.count:
             return (
-                f"{asked} {config.count} nodes with {_size(config)} each; the cluster has {fit} such nodes "
+                f"{asked} {config.count} nodes with {needs} each; the cluster has {found} such nodes "
                 f"among {len(nodes)}"
             )
     elif sum(rooms) < config.count:
         return (
-            f"{asked} room for {config.count} workers with {_size(config)} each; the cluster's "
+            f"{asked} room for {config.count} workers with {needs} each; the cluster's "
             f"{len(nodes)} nodes have room for {sum(rooms)}"
         )
     return None
 
 
-def room_on(config: WorkersConfig, node: Mapping[str, float]) -> int:
+def no_room_at_all(config: WorkersConfig) -> str | None:
+    """What the cluster has too little of for any worker, used or not; None if it has enough."""
+    there_are = node_resources()
+    if config.gang > 1:
+        return what_lacks(config.gang_in(config.places[0]), there_are)
+    if config.placement != "none":
+        return what_lacks(config, there_are)
+    groups = [needs for _, needs in config.groups]
+    if any(room_on(needs, node) for needs in groups for node in there_are):
+        return None
+    wanted = ", or with ".join(map(str, groups))
+    return f"none of the cluster's {len(there_are)} nodes has room for a worker with {wanted}"
+
+
+def room_on(needs: Needs, node: Resources) -> int:
     """How many workers a node with such resources has room for. A part of a GPU is all of one GPU."""
     rooms = []
-    for name, size in _bundle(config).items():
+    for name, size in needs.bundle.items():
         there_is = node.get(name, 0.0)
         if name == "GPU" and size < 1:
             rooms.append(int(there_is) * int(1 / size + 1e-9))
         else:
             rooms.append(int(there_is / size + 1e-9))
-    return min(rooms)
+    return min(rooms, default=MOST_WORKERS)
 
 
-def _bundle(config: WorkersConfig) -> dict[str, float]:
-    return {name: size for name, size in (("CPU", config.cpus), ("GPU", config.gpus)) if size}
+def _all(config: WorkersConfig) -> str:
+    return " and ".join(f"{count} workers with {needs} each" for count, needs in config.groups)
 
 
-def _size(config: WorkersConfig) -> str:
-    return f"{config.cpus:g} CPUs and {config.gpus:g} GPUs"
-
-
-def _nodes() -> list[dict[str, float]]:
+def node_resources() -> list[dict[str, float]]:
+    """Resources of the cluster's nodes, used or not."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

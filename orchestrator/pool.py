@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import attempts
 from orchestrator.attempts import Failure, counted, unexcused
 from orchestrator.calling import Calling
-from orchestrator.config import WorkersConfig
 from orchestrator.crew import Crew, Worker
 from orchestrator.ray_session import cause_of
 from orchestrator.tending import Tending
 from orchestrator.waiting import Job, Progress, Waiting
+from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ POLL_SECONDS = 0.02
 
 
 class Pool:
-    """`workers.count` workers, replaced when they die. A context manager.
+    """Workers in the places of `config`, replaced when they die. A context manager.
 
     `check_engine` sees what each new worker's scores depend on, and raises if it does not fit.
     """
@@ -53,10 +53,11 @@ class Pool:
         config: WorkersConfig,
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
+        priority: int = 0,
     ) -> None:
         self.idle_seconds = 0.0
         """Time the driver spent waiting for workers, of all the time in `run`."""
-        self._crew = Crew(spec, config, address, check_engine)
+        self._crew = Crew(spec, config, address, check_engine, priority)
         self._tending = Tending(self._crew)
         self._collected = 0.0
         """When it was last looked for results."""

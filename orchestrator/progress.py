@@ -170,7 +170,7 @@ class ProgressView:
             f"[bold]{self.stage_name}[/bold]",
             _begun(campaign),
             f"{items_per_second:.0f} items/s",
-            f"{campaign.busy_workers}/{campaign.config.workers.count} workers busy",
+            f"{campaign.busy_workers}/{campaign.config.workers.total} workers busy",
             f"{campaign.state.failures} failures",
             f"{self._clock()} elapsed",
             saved_text(raced) if (raced := campaign.state.races.to_dict()) else "",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+from collections import defaultdict
 
-from orchestrator.config import WorkersConfig
 from orchestrator.errors import PoolError
+from orchestrator.workers_config import OWN_RESOURCES, WorkersConfig
 
 
 def start_ray(address: str | None, workers: WorkersConfig) -> None:
@@ -20,7 +22,12 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
     import ray
 
-    count = workers.count * workers.gang
+    asked: defaultdict[str, float] = defaultdict(float)
+    for needs in workers.places:
+        for name, size in needs.bundle.items():
+            asked[name] += size * workers.gang
+    # What of the machine's memory there is to reserve is Ray's to say.
+    own = {name: math.ceil(size) for name, size in asked.items() if name not in OWN_RESOURCES}
     on_terminate = signal.getsignal(signal.SIGTERM)
     interrupted: list[int] = []
     # An interrupt in the middle of Ray's start leaves it in pieces: it is taken when Ray is up.
@@ -31,8 +38,9 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
         else:
             ray.init(
                 address="local",  # not a cluster that happens to run here
-                num_cpus=max(1, -(-count * workers.cpus // 1)),
-                num_gpus=-(-count * workers.gpus // 1) or None,
+                num_cpus=max(1, math.ceil(asked["CPU"])),
+                num_gpus=math.ceil(asked["GPU"]) or None,
+                resources=own or None,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",

@@ -8,7 +8,6 @@ from typing import Any
 
 from orchestrator.calls import open_calls
 from orchestrator.child_writer import PROGRESS, ChildWriter
-from orchestrator.config import WorkersConfig
 from orchestrator.descent.family_tree import add_ancestry
 from orchestrator.descent.lineage import (
     LINEAGE_FILE,
@@ -22,6 +21,7 @@ from orchestrator.experts.matched_merge import match_recipe
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.reporting.merge_card import build_merge_card
+from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config import WorkersConfig
 from orchestrator.engine_description import engine_changes
 from orchestrator.errors import PoolError
 from orchestrator.evaluating.evaluation import ADDRESS, RECORDS, Evaluation, Recorded, read_recorded
@@ -15,6 +14,7 @@ from orchestrator.evaluating.threshold import fix_threshold
 from orchestrator.lease import acquire_lease
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Job, Pool
+from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Protocol
 from workers.evaluation.protocols.retrying import ConfidenceRetry
@@ -153,7 +153,7 @@ class _Run:
         self, split: str, protocol: Protocol, finished: Finished, machines: Machines
     ) -> Iterator[Scored]:
         assert machines.workers is not None
-        jobs = self._jobs(split, finished, PARTS_PER_WORKER * machines.workers.count)
+        jobs = self._jobs(split, finished, PARTS_PER_WORKER * machines.workers.total)
         spec = self._spec(protocol)
         with Pool(spec, machines.workers, machines.address, self._check_engine) as pool:
             for progress in pool.run(jobs):

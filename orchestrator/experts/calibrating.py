@@ -16,7 +16,6 @@ from importlib.metadata import version
 from typing import Any
 
 from orchestrator.calls import open_calls
-from orchestrator.config import WorkersConfig
 from orchestrator.descent.family_tree import add_ancestry
 from orchestrator.descent.lineage import (
     LINEAGE_FILE,
@@ -29,6 +28,7 @@ from orchestrator.experts.router import AS_EXPERTS, HARC, ROUTERS, Harc, with_ro
 from orchestrator.experts.routing_table import routing_record
 from orchestrator.progress_bar import steps_bar
 from orchestrator.recipe_file import RecipeFile
+from orchestrator.workers_config import WorkersConfig
 from workers.actors import PROBE_THREADS
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, open_checkpoint
 from workers.checkpoints.checkpoint import SINGLE_FILE

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from orchestrator.calls import open_calls
-from orchestrator.config import WorkersConfig
 from orchestrator.experts.matching import Matching, match_experts
 from orchestrator.recipe_file import RecipeFile
+from orchestrator.workers_config import WorkersConfig
 
 
 def match_recipe(

@@ -76,7 +76,7 @@ def scan_and_prescribe(
 
     probe = None
     if config.scan.probe:
-        shards = shards_for(inputs.parents, config.workers.count)
+        shards = shards_for(inputs.parents, config.workers.total)
         probe = ActivationProbe(inputs.calibration, device=config.engine.device, shards=shards)
     scan = scan_parents(inputs.parents, inputs.base, calls, store, probe)
     if campaign is not None:

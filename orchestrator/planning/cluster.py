@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from orchestrator.config import find_shipped, read_yaml
 from workers.errors import BadInputError
 
 GB = 10**9
+
+RESOURCES = "resources"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Cluster:
     """Of parents, that one core scans."""
     core_hash: float
     """Of a file, that one core reads back."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """What else a node has for workers that ask for it by these names; the key may be missing."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,9 +49,14 @@ def load_cluster(name: str, changes: dict[str, float | None]) -> Cluster:
     """
     file = find_shipped("cluster", name)
     data = read_yaml(file)
-    known = {field.name: field.type for field in fields(Cluster)}
+    known = {field.name: field.type for field in fields(Cluster) if field.name != RESOURCES}
     if not isinstance(data, dict):
         raise BadInputError(f"{file}: not a cluster: it has no keys")
+    resources = data.pop(RESOURCES, {})
+    if not isinstance(resources, dict) or not all(_is_number(size) for size in resources.values()):
+        raise BadInputError(
+            f"{file}: {RESOURCES}: {resources!r} does not give a number to each name"
+        )
     for key in [*data, *known]:
         if key not in known:
             raise BadInputError(f"{file}: there is no key {key}")
@@ -62,4 +71,8 @@ def load_cluster(name: str, changes: dict[str, float | None]) -> Cluster:
             kind = "whole number" if whole else "number"
             where = f"--{key.replace('_', '-')}" if key in given else f"{file}: {key}"
             raise BadInputError(f"{where}: {value!r} is not a positive {kind}")
-    return Cluster(**(data | given))
+    return Cluster(**(data | given), resources={str(name): n for name, n in resources.items()})
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")

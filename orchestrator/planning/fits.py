@@ -16,6 +16,7 @@ from orchestrator.planning.placement import (
     Placement,
     place_workers,
     ranks,
+    rooms,
     runs_on_gpu,
     share_out,
 )
@@ -41,6 +42,7 @@ def problems_of(
     found = [
         *_workers(config, cluster, placement, inputs.plan.father.experts > 0),
         *_gpu(config, inputs, cluster, memory),
+        *_reserved(config, memory),
         *_node(config, cluster, placement, members, memory, keeps),
     ]
     if keeps and reads_by_request(inputs, placement.gang):
@@ -66,34 +68,55 @@ def problems_of(
 def _workers(
     config: CampaignConfig, cluster: Cluster, placement: Placement, has_experts: bool
 ) -> Iterator[str]:
-    workers = config.workers
-    each = f"{workers.gpus:g} GPUs and {workers.cpus:g} cores each"
-    if runs_on_gpu(config) and math.ceil(workers.gpus) < ranks(config):
+    groups = config.workers.groups
+    each = " or ".join(f"{needs} each" for _, needs in groups)
+    gpus = min(needs.gpus for _, needs in groups)
+    if runs_on_gpu(config) and math.ceil(gpus) < ranks(config):
         yield (
-            f"workers: an engine runs on {ranks(config)} GPUs, and workers.gpus reserves {workers.gpus:g}: "
+            f"workers: an engine runs on {ranks(config)} GPUs, and workers.gpus reserves {gpus:g}: "
             f"set it to {ranks(config)}"
         )
     if placement.gang > 1 and not has_experts:
         yield "workers.gang: the father has no routed experts to divide: vLLM divides such a model"
-    if not placement.per_node:
+    too_large = [
+        needs for (_, needs), n in zip(groups, rooms(config, cluster), strict=True) if not n
+    ]
+    for needs in too_large:
+        others = "".join(f", {size:g} {name}" for name, size in cluster.resources.items())
         yield (
-            f"workers: no node has room for one with {each}: a node has {cluster.gpus_per_node} GPUs and "
-            f"{cluster.cores_per_node} cores"
+            f"workers: no node has room for one with {needs}: a node has {cluster.gpus_per_node} GPUs, "
+            f"{cluster.cores_per_node} cores and {gigabytes(cluster.node_memory * GB)} of memory{others}"
         )
-    elif placement.needed > cluster.nodes:
+    if not too_large and placement.needed > cluster.nodes:
         fewer = cluster.nodes * placement.per_node // placement.gang
         gangs = f" in gangs of {placement.gang}" if placement.gang > 1 else ""
+        many = f", {placement.per_node} on a node" if len(groups) == 1 else ""
         yield (
-            f"workers: {placement.workers}{gangs} with {each} do not fit on {cluster.nodes} nodes, "
-            f"{placement.per_node} on a node: {placement.needed} nodes would do"
-            + (f", or workers.count: {fewer}" if 0 < fewer < placement.engines else "")
+            f"workers: {placement.workers}{gangs} with {each} do not fit on {cluster.nodes} nodes{many}: "
+            f"{placement.needed} nodes would do"
+            + (
+                f", or workers.count: {fewer}"
+                if 0 < fewer < placement.engines and len(groups) == 1
+                else ""
+            )
+        )
+
+
+def _reserved(config: CampaignConfig, memory: Memory) -> Iterator[str]:
+    """Of a worker's own memory; parents that are kept belong to all of a node."""
+    needed = memory.process + memory.merging + (0 if runs_on_gpu(config) else memory.live)
+    reserved = min((n.memory for _, n in config.workers.groups if n.memory), default=math.inf)
+    if reserved * GB < needed:
+        yield (
+            f"workers.memory: reserves {gigabytes(reserved * GB)}, and a worker needs {gigabytes(needed)}: "
+            f"set it to {math.ceil(needed / GB)}"
         )
 
 
 def _gpu(
     config: CampaignConfig, inputs: PlannedInputs, cluster: Cluster, memory: Memory
 ) -> Iterator[str]:
-    of_gpu = min(config.workers.gpus, 1.0)
+    of_gpu = min(1.0, *(needs.gpus for _, needs in config.workers.groups))
     room = cluster.gpu_memory * GB * of_gpu * (1 - ENGINE_RESERVE)
     if not of_gpu or memory.gpu <= room:
         return

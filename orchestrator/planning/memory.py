@@ -59,7 +59,7 @@ def memory_of(
     tensors = sum(len(found.tensors) for found in inputs.maps)
     tables = tables_of(inputs) * STATISTIC_BYTES // placement.gang
     process = PROCESS_BYTES + tensors * LOGICAL_TENSOR_BYTES + tables
-    merging = max(1, int(config.workers.cpus)) * (part + unit)
+    merging = max(needs.threads for _, needs in config.workers.groups) * (part + unit)
     live = max(member.live for member in members) // ranks(config)
     on_gpu = runs_on_gpu(config)
     # vLLM has a layer's new weights beside the old ones.

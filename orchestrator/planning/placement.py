@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from orchestrator.config import CampaignConfig
 from orchestrator.placement import room_on
-from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.cluster import GB, Cluster
 from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.traffic import Traffic, live_tensors
+from orchestrator.room import has_room, take
+from orchestrator.workers_config import Needs
 from workers.checkpoints import LogicalTensor
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
@@ -27,7 +30,7 @@ class Placement:
     gang: int
     """Workers that hold one live model together."""
     per_node: int
-    """As many workers as a node has room for."""
+    """As many workers as a node has room for; of those that need most."""
     nodes: tuple[int, ...]
     """Workers on each node that has any."""
     leading_nodes: int
@@ -50,26 +53,66 @@ def place_workers(config: CampaignConfig, cluster: Cluster, placement: str = "no
     workers = config.workers
     gang = workers.gang
     placement = workers.placement if workers.placement != "none" else placement
-    count = workers.count * gang
-    per_node = _per_node(config, cluster)
-    needed = math.ceil(count / max(per_node, 1))
-    if placement == "strict":
-        needed = max(needed, gang if gang > 1 else count)
-    nodes: dict[int, int] = {}
-    leading = set()
-    for worker in range(count):
-        apart = max(cluster.nodes, needed)
-        node = worker // max(per_node, 1) if placement in ("none", "pack") else worker % apart
-        nodes[node] = nodes.get(node, 0) + 1
-        if worker % gang == 0:
-            leading.add(node)
-    return Placement(workers.count, gang, per_node, tuple(nodes.values()), len(leading), needed)
+    count = workers.total * gang
+    per_node = min(rooms(config, cluster))
+    apart = placement == "strict" and (gang if gang > 1 else count)
+    if workers.pools and per_node:
+        on_nodes = _pack(config, cluster, placement, cluster.nodes)
+        needed = max(max(on_nodes) + 1, apart)
+        if placement not in ("none", "pack"):
+            needed = max(max(_pack(config, cluster, "none", cluster.nodes)) + 1, apart)
+            on_nodes = _pack(config, cluster, placement, max(cluster.nodes, needed))
+    else:
+        needed = max(math.ceil(count / max(per_node, 1)), apart)
+        wide = max(cluster.nodes, needed)
+        packs = placement in ("none", "pack")
+        on_nodes = [w // max(per_node, 1) if packs else w % wide for w in range(count)]
+    leading = {node for worker, node in enumerate(on_nodes) if worker % gang == 0}
+    nodes = tuple(Counter(on_nodes).values())
+    return Placement(workers.total, gang, per_node, nodes, len(leading), needed)
 
 
-def _per_node(config: CampaignConfig, cluster: Cluster) -> int:
-    if not config.workers.cpus and not config.workers.gpus:
-        return cluster.cores_per_node
-    return room_on(config.workers, {"CPU": cluster.cores_per_node, "GPU": cluster.gpus_per_node})
+def _pack(config: CampaignConfig, cluster: Cluster, placement: str, nodes: int) -> list[int]:
+    """The node of each worker, where they need different things: each on the first node that has room, or
+    (`spread`, `strict`) on that with fewest workers among so many; on further nodes if it must."""
+    left = [node_of(cluster) for _ in range(nodes)]
+    found: list[int] = []
+    there = [0] * nodes
+    for needs in (n for n in config.workers.places for _ in range(config.workers.gang)):
+        bundle = _of_whole_gpus(needs)
+        fitting = [number for number, node in enumerate(left) if has_room(node, bundle)]
+        if not fitting:
+            left.append(node_of(cluster))
+            there.append(0)
+            fitting = [len(left) - 1]
+        packs = placement in ("none", "pack")
+        node = fitting[0] if packs else min(fitting, key=there.__getitem__)
+        take(left[node], bundle)
+        there[node] += 1
+        found.append(node)
+    return found
+
+
+def _of_whole_gpus(needs: Needs) -> dict[str, float]:
+    """What a worker takes: of a GPU as much as makes others that need the same fit on it or not."""
+    bundle = needs.bundle
+    if 0 < needs.gpus < 1:
+        bundle["GPU"] = 1 / int(1 / needs.gpus + 1e-9)
+    return bundle
+
+
+def node_of(cluster: Cluster) -> dict[str, float]:
+    """What a node of the cluster has, by Ray's names."""
+    own = {"CPU": float(cluster.cores_per_node), "GPU": float(cluster.gpus_per_node)}
+    return own | {"memory": cluster.node_memory * GB} | cluster.resources
+
+
+def rooms(config: CampaignConfig, cluster: Cluster) -> list[int]:
+    """For how many workers of each group a node that has no others has room."""
+    return [
+        room_on(needs, node_of(cluster)) if needs.bundle else cluster.cores_per_node
+        for _, needs in config.workers.groups
+    ]
 
 
 def ranks(config: CampaignConfig) -> int:

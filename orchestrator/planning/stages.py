@@ -172,12 +172,12 @@ class Timing:
 
     def _ending(self, read: int, child: Traffic, size: int, parents: int) -> list[Stage]:
         """The child written, read back, and measured beside its parents."""
-        threads = max(1, int(self.config.workers.cpus))
-        workers, engines = self.placement.workers, self.placement.engines
+        threads = sum(needs.threads for needs in self.config.workers.places) * self.placement.gang
+        engines = self.placement.engines
         out = size if self.writes_over_network else 0
         store, rate = ("nic", self.cluster.nic) if out else ("disk", self.cluster.disk)
         writing = {store: size / (self.nodes * rate * GB)}
-        core_seconds = child.made / (workers * threads * self.cluster.core_merge * GB)
+        core_seconds = child.made / (threads * self.cluster.core_merge * GB)
         merging = _sum(self._reading(read, self.nodes), writing) | {"cores": core_seconds}
         measuring = _sum(self._reading(parents, self.nodes), writing) | {"cores": core_seconds}
         # A file is read back by one worker, of a gang by the first.

@@ -27,9 +27,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from orchestrator.config import WorkersConfig, load_config
+from orchestrator.config import load_config
 from orchestrator.crew import Crew
 from orchestrator.pool import Job, Pool
+from orchestrator.workers_config import WorkersConfig
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import ScriptedCampaign, Stages, run_search
 from workers.actors import MergeSpec, Scored

@@ -11,9 +11,9 @@ import pytest
 import orchestrator.attempts as attempts_module
 import orchestrator.crew as crew_module
 import workers.actors
-from orchestrator.config import WorkersConfig
 from orchestrator.errors import PoolError
 from orchestrator.pool import Job, Pool, Progress
+from orchestrator.workers_config import WorkersConfig
 from tests.unreliable_worker import UnreliableWorker
 from workers.actors import WorkerSpec
 from workers.errors import BadInputError

@@ -21,7 +21,7 @@ from pathlib import Path
 import orchestrator.attempts as attempts
 import orchestrator.heartbeat as heartbeat
 import workers.actors
-from orchestrator.config import WorkersConfig
+from orchestrator.workers_config import WorkersConfig
 from orchestrator.pool import Job, Pool
 from tests.unreliable_worker import UnreliableWorker
 from workers.merging import ParentReference, Recipe

@@ -19,7 +19,7 @@ DRIVER = """
 import json, sys
 import orchestrator.crew as crew
 import workers.actors
-from orchestrator.config import WorkersConfig
+from orchestrator.workers_config import WorkersConfig
 from orchestrator.errors import PoolError
 from orchestrator.pool import Pool
 from tests.unreliable_worker import UnreliableWorker

@@ -217,6 +217,13 @@ def test_a_missing_key_inside_a_list_is_named(file: Path) -> None:
         ("workers.cpus", ".nan"),
         ("workers.gpus", ".inf"),
         ("workers.gpus", "1.5"),
+        ("workers.gang", "0"),
+        ("workers.memory", "-1"),
+        ("workers.resources", "{CPU: 1}"),
+        ("workers.resources.tpu", "-1"),
+        ("workers.pools.0.count", "0"),
+        ("workers.pools.0.gpus", "1.5"),
+        ("workers.pools.0.resources", "{memory: 1}"),
         ("objective", "median"),
         ("health.prompts", "0"),
         ("health.new_tokens", "0"),
@@ -239,7 +246,7 @@ def test_a_missing_key_inside_a_list_is_named(file: Path) -> None:
 )
 def test_a_bad_value_is_refused_with_its_key(file: Path, key: str, value: str) -> None:
     named = "parents" if key.startswith("parents") else key
-    message = refusal(file, f"{key}={value}")
+    message = refusal(file, f"{key}={value}", workers={"pools": [{"count": 1}]})
     assert f"{named}: " in message
     assert "\n" not in message
 
@@ -330,6 +337,25 @@ def test_yaml_that_cannot_be_read_is_refused_by_its_file(file: Path, content: by
     assert "\n" not in str(caught.value)
 
 
+# -- workers ---------------------------------------------------------------------------------
+
+
+def test_what_a_further_pool_does_not_say_is_as_for_the_first_workers(file: Path) -> None:
+    first = {"count": 2, "cpus": 3, "gpus": 1, "memory": 1.5, "resources": {"fast": 1}}
+    pools = [{"count": 1, "gpus": 0.5}, {"count": 3, "cpus": 8, "gpus": 0, "resources": {}}]
+    workers = load(file, workers=first | {"pools": pools}).workers
+    assert workers.total == 6
+    needs = [workers.places[number] for number in (0, 1, 2, 3)]
+    one = {"CPU": 3, "GPU": 1, "memory": 1.5e9, "fast": 1}
+    assert [place.bundle for place in needs] == [
+        one, one, one | {"GPU": 0.5}, {"CPU": 8, "memory": 1.5e9},
+    ]  # fmt: skip
+    assert [place.threads for place in needs] == [3, 3, 3, 8]
+    assert str(needs[0]) == "3 CPUs, 1 GPUs, 1.5 GB of memory and 1 fast"
+    own = needs[0].options
+    assert own == {"num_cpus": 3, "num_gpus": 1, "memory": 1_500_000_000, "resources": {"fast": 1}}
+
+
 # -- plain data ------------------------------------------------------------------------------
 
 
@@ -340,6 +366,8 @@ def test_plain_data_makes_the_same_configuration_again(file: Path) -> None:
         "search.population=5",
         "parents.0.hub=me/a",
         "workers.gpus=0.25",
+        "workers.resources={fast: 2}",
+        "workers.pools=[{count: 2, memory: 3, resources: {slow: 0.5}}]",
     )
     data = config_to_dict(config)
     assert data == dataclasses.asdict(config)

@@ -77,6 +77,22 @@ def test_a_genome_of_the_documentation_can_be_searched(text: str, tmp_path: Path
     assert space.genes
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        text
+        for file in ("cluster.md", "evaluation.md")
+        for text in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / file).read_text(), re.DOTALL)
+        if "workers:" in text
+    ],
+)
+def test_workers_of_the_documentation_can_be_asked_for(text: str, tmp_path: Path) -> None:
+    given = yaml.safe_load(text)
+    workers = load_config(str(write_campaign(tmp_path, **given))).workers
+    pools = given["workers"].get("pools", [])
+    assert workers.total == given["workers"]["count"] + sum(pool["count"] for pool in pools)
+
+
 def test_there_are_recipes_in_the_documentation() -> None:
     assert {file for file, _, _ in EXAMPLES} == {"README.md", "recipes.md"}
 

@@ -316,7 +316,17 @@ def test_places_are_not_part_of_the_identity(
 
 @pytest.mark.parametrize(
     "override",
-    ["store=other", "address=auto", "workers.count=7", "workers.cpus=2", "workers.gpus=1"],
+    [
+        "store=other",
+        "address=auto",
+        "priority=-1",
+        "workers.count=7",
+        "workers.cpus=2",
+        "workers.gpus=1",
+        "workers.memory=3",
+        "workers.resources={fast: 1}",
+        "workers.pools=[{count: 2, gpus: 1}]",
+    ],
 )
 def test_what_cannot_change_the_result_is_not_part_of_the_identity(
     project: Project, override: str

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import WorkersConfig
 from orchestrator.placement import check_placement, what_lacks
 from orchestrator.turns import Turns
+from orchestrator.workers_config import PlacesConfig, WorkersConfig
 from workers.errors import BadInputError
 
 NODES = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, {"memory": 1e9}]
@@ -47,6 +47,35 @@ def test_what_a_cluster_lacks(
 
 
 @pytest.mark.parametrize(
+    ("placement", "pools", "fits"),
+    [
+        # 4 CPUs with 2 GPUs, 8 CPUs, 1 CPU with 1 GPU
+        ("pack", [(3, 1, 1), (10, 1, 0)], True),
+        ("pack", [(3, 1, 1), (11, 1, 0)], False),
+        ("spread", [(2, 1, 1), (1, 8, 0), (1, 1, 1)], True),
+        ("spread", [(2, 1, 1), (2, 8, 0)], False),
+        ("strict", [(2, 1, 1), (1, 8, 0)], True),
+        ("strict", [(3, 1, 1)], False),
+        ("strict", [(1, 1, 1), (2, 4, 0)], True),
+        ("strict", [(2, 1, 1), (1, 4, 0), (1, 1, 0)], False),
+    ],
+)
+def test_what_a_cluster_lacks_for_workers_that_differ(
+    placement: str, pools: list[tuple[int, float, float]], fits: bool
+) -> None:
+    first, *others = ({"count": n, "cpus": cpus, "gpus": gpus} for n, cpus, gpus in pools)
+    others = others or [{"count": 1, "cpus": 1, "gpus": 0}]
+    config = WorkersConfig(**first, placement=placement, pools=[PlacesConfig(**o) for o in others])  # type: ignore[arg-type]
+    lacking = what_lacks(config, NODES)
+    if fits:
+        assert lacking is None
+    else:
+        assert lacking is not None
+        for count, cpus, gpus in pools:
+            assert f"{count} workers with {cpus:g} CPUs and {gpus:g} GPUs each" in lacking
+
+
+@pytest.mark.parametrize(
     ("workers", "address", "problem"),
     [
         (
@@ -56,7 +85,7 @@ def test_what_a_cluster_lacks(
         ),
         (WorkersConfig(count=2, placement="strict"), None, "give the address of a cluster"),
         (WorkersConfig(gang=2, placement="strict"), None, "strict puts 2 workers on as many nodes"),
-        (WorkersConfig(cpus=0, placement="spread"), "auto", "neither CPUs nor GPUs"),
+        (WorkersConfig(cpus=0, placement="spread"), "auto", "need nothing of a node"),
     ],
 )
 def test_a_spread_that_no_cluster_has_is_refused(

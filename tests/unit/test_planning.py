@@ -325,6 +325,47 @@ def test_workers_with_parts_of_gpus_and_cores(mixtures: dict[str, Path], tmp_pat
     assert fits(1, small, gpus=1)
 
 
+def test_workers_that_differ(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    """So many nodes as are named hold all of them, and one less does not."""
+    machines = {"gpus_per_node": 4, "cores_per_node": 16}
+    workers = {"count": 6, "pools": [{"count": 3, "cpus": 8}, {"count": 1, "cpus": 12}]}
+    problems = plan(tmp_path, mixtures, machines | {"nodes": 1}, workers=workers)["problems"]
+    nodes = told(problems, r"(\d+) nodes would")
+    found = plan(tmp_path, mixtures, machines | {"nodes": nodes}, workers=workers)
+    assert found["status"] == "fits"
+    assert (found["workers"]["count"], found["workers"]["nodes"]) == (10, nodes)
+    fewer = plan(tmp_path, mixtures, machines | {"nodes": nodes - 1}, workers=workers)
+    assert fewer["status"] != "fits"
+    spread = workers | {"placement": "spread"}
+    wide = plan(tmp_path, mixtures, machines | {"nodes": 12}, workers=spread)["workers"]
+    assert (wide["nodes"], wide["most_on_a_node"]) == (10, 1)
+
+
+def test_memory_and_resources_that_workers_reserve(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    one: dict[str, Any] = {"nodes": 1, "gpus_per_node": 8, "node_memory": 100}
+    for memory, fits in ((25, True), (26, False)):
+        found = plan(tmp_path, mixtures, one, workers={"count": 4, "memory": memory})
+        assert (found["status"] == "fits") == fits
+    least = told(
+        plan(tmp_path, mixtures, one, workers={"memory": 0.5})["problems"], r"set it to (\d+)"
+    )
+    assert plan(tmp_path, mixtures, one, workers={"memory": least})["status"] == "fits"
+    file = write_plan(tmp_path, mixtures, workers={"count": 2, "resources": {"fast": 1}})
+    (problem,) = plan_campaign(file, [], "gpu8_80gb", {}, [])["problems"]
+    assert "1 fast" in problem
+    cluster = read_yaml(SHIPPED / "cluster" / "gpu8_80gb.yaml")
+    own = tmp_path / "cluster.yaml"
+    for there, nodes, fits in ((2, 1, True), (1, 2, True), (1, 1, False)):
+        own.write_text(yaml.safe_dump(cluster | {"resources": {"fast": there}}))
+        found = plan_campaign(file, [], str(own), {"nodes": nodes}, [])
+        assert (found["status"] == "fits") == fits
+    own.write_text(yaml.safe_dump(cluster | {"resources": {"fast": "much"}}))
+    with pytest.raises(BadInputError, match="resources"):
+        plan_campaign(file, [], str(own), {}, [])
+
+
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
 def test_seconds_that_are_none(seconds: float) -> None:
     with pytest.raises(BadInputError, match="is not a number of seconds"):
