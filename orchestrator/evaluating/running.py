@@ -77,6 +77,7 @@ def run_evaluation(
         run.to_the_end(machines)
         return run.recorded
     finally:
+        ledger.close()
         lease.release()
 
 

@@ -124,7 +124,7 @@ def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:
     from orchestrator.overview import open_campaign_store
 
     store = open_campaign_store(place)
-    begun = Ledger(store).last("campaign")
+    begun = Ledger(store, lambda record: None).last("campaign")
     if begun is None:
         raise BadInputError(
             f"{store.uri}: the campaign was stopped before it began: submit it again"
