@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 VLLM := .venv-vllm
 LM_EVAL := .venv-lm-eval
+AUDIT := .venv-audit
 
-.PHONY: demo up example-smollm test lint unit integration faults chaos bench bench-merge bench-genomes parity test-vllm test-lm-eval clean
+.PHONY: demo up example-smollm test lint unit integration faults chaos bench bench-merge bench-genomes parity test-vllm test-lm-eval audit sbom clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
@@ -95,6 +96,20 @@ $(LM_EVAL)-%/installed: pyproject.toml
 	$(LM_EVAL)-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lm-eval]' pytest 'lm-eval[hf]$(LM_EVAL_VERSION)'
 	touch $@
 
+# Known weaknesses of what is installed. --strict: what could not be looked up is a failure, too. A folder and
+# no interpreter is named, so that the tools, which have an environment of their own, are not looked at.
+audit: $(VENV)/installed $(AUDIT)/installed
+	$(AUDIT)/bin/pip-audit --strict --skip-editable --progress-spinner off --path $(VENV)/lib/python3.*/site-packages
+
+# What is installed, as a CycloneDX bill of materials.
+sbom: $(VENV)/installed $(AUDIT)/installed
+	$(AUDIT)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o sbom.json
+
+$(AUDIT)/installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7' 'cyclonedx-bom>=7'
+	touch $@
+
 # Without `make $(MERGEKIT)/installed` before, mergekit's columns stay empty.
 bench-merge: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.merge
@@ -123,4 +138,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MERGEKIT) $(VLLM) $(LM_EVAL)-oldest $(LM_EVAL)-newest runs
+	rm -rf $(VENV) $(MERGEKIT) $(VLLM) $(LM_EVAL)-oldest $(LM_EVAL)-newest $(AUDIT) sbom.json runs

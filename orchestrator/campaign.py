@@ -31,6 +31,7 @@ from orchestrator.mri.prescription import Prescription
 from orchestrator.objectives import item_weights, task_weights
 from orchestrator.pool import Job, Pool, Progress
 from orchestrator.racing.generation import check_can_race
+from orchestrator.record_shapes import campaign_records
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search
@@ -39,7 +40,9 @@ from workers.errors import BadInputError
 from workers.evaluation.task import BLOCK_BATCHES
 from workers.merging import Recipe, passthrough_recipe
 from workers.merging.plan import Plan, form_of
+from workers.secrecy import hide
 from workers.storage import Store, check_store, open_store
+from workers.storage.documents import damage_named
 
 
 class Watcher(Protocol):
@@ -176,7 +179,7 @@ class Campaign:
     def _read_ledger(self) -> Ledger:
         """The campaign's ledger; what it says and will say is in the state."""
         self.state = CampaignState(self.config.objective, (), self.weights)
-        return Ledger(self.store, self.state.apply)
+        return Ledger(self.store, self.state.apply, campaign_records())
 
     def _finished_before(self, ledger: Ledger) -> dict[str, Any] | None:
         """The recorded result, if this very campaign has come to its end."""
@@ -216,7 +219,8 @@ class Campaign:
             for key in differing_keys(recorded, self.identity)
             if not key.startswith("health.")
         ]
-        old, new = recorded["search"]["evaluations"], self.config.search.evaluations
+        with damage_named(f"{self.store.uri}: its record of the campaign"):
+            old, new = recorded["search"]["evaluations"], self.config.search.evaluations
         # With rounds, another budget would end the first one elsewhere.
         if new > old and self.config.breeding.rounds == 1:
             different.remove("search.evaluations")  # a larger budget is welcome
@@ -387,6 +391,6 @@ class Campaign:
                 recipe=job.key,
                 split=job.split,
                 worker=progress.worker,
-                error=progress.error,
+                error=progress.error and hide(progress.error),
                 given_up=progress.given_up,
             )

@@ -22,6 +22,13 @@ from orchestrator.descent.lineage import (
     package_version,
 )
 from orchestrator.descent.shares import recorded_parameters
+from orchestrator.merge_progress import (
+    MANIFEST,
+    PROGRESS,
+    WRITTEN,
+    read_manifest,
+    read_progress,
+)
 from orchestrator.part_groups import group_parts, part_owners
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, publish_companions
 from workers.errors import BadInputError
@@ -34,9 +41,8 @@ from workers.storage import (
     StorageError,
     Store,
 )
+from workers.storage.documents import read_document
 
-PROGRESS = "merge-in-progress"
-MANIFEST = f"{PROGRESS}/manifest.json"
 RECORD_BYTES = 256 << 20
 """So much is written between two records, or a sixteenth of a small child: what a crash may cost."""
 
@@ -163,7 +169,7 @@ class ChildWriter:
     def _written_before(self, calls: Calls) -> ChildReport | None:
         """The report of this very child if it is there already, whole: a campaign may choose it twice."""
         try:
-            lineage = json.loads(self.target.read(LINEAGE_FILE))
+            lineage = read_document(self.target, LINEAGE_FILE, WRITTEN)
             self.target.info("config.json")
         except ObjectNotFoundError:
             return None
@@ -186,7 +192,7 @@ class ChildWriter:
     def _open(self) -> None:
         """Take up what an earlier try has recorded, or begin."""
         try:
-            manifest = json.loads(self.target.read(MANIFEST))
+            manifest = read_manifest(self.target)
         except ObjectNotFoundError:
             self.target.discard_unfinished("")
             try:
@@ -194,7 +200,7 @@ class ChildWriter:
                 return
             except PreconditionFailedError:
                 # Somebody else has just begun the same merge: both go on with it.
-                manifest = json.loads(self.target.read(MANIFEST))
+                manifest = read_manifest(self.target)
         if manifest["recipe"] != self.recipe.id:
             raise BadInputError(
                 f"{self.target.uri}: holds the unfinished merge of another recipe "
@@ -205,13 +211,12 @@ class ChildWriter:
                 f"{self.target.uri}: holds a merge that another version of Darwin began; finish it with "
                 "that one, or remove the folder"
             )
+        if manifest["uploads"].keys() != {file.name for file in self.plan.layout.weight_files}:
+            raise BadInputError(
+                f"{self.target.uri}/{MANIFEST}: names other files than this child has; remove the folder"
+            )
         self._uploads = manifest["uploads"]
-        reports: list[dict[str, Any]] = []
-        for info in list(self.target.list_objects(f"{PROGRESS}/")):
-            if info.key != MANIFEST:
-                record = json.loads(self.target.read(info.key))
-                self._files |= record.get("files", {})
-                reports += record.get("parts", ())
+        self._files, reports = read_progress(self.target, {part.key for part in self.parts})
         lost = [name for name in self._uploads if not self._is_there(name)]
         for name in lost:
             self.target.discard_unfinished(name)  # of a try that was killed before the manifest

@@ -441,7 +441,9 @@ def _is_foreseen(error: Exception) -> bool:
 
 
 def _fail(status: str, message: str, as_json: bool) -> None:
-    message = " ".join(message.split())
+    from workers.secrecy import hide
+
+    message = hide(" ".join(message.split()))
     print(f"darwin: {message}", file=sys.stderr)
     if as_json:
         _print_json({"status": status, "error": message})

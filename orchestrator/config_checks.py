@@ -6,7 +6,14 @@ import math
 import re
 from pathlib import Path
 
-from orchestrator.config import GATES, MATCHINGS, OWN_VLLM_ARGUMENTS, CampaignConfig
+from orchestrator.config import (
+    GATES,
+    MATCHINGS,
+    OWN_VLLM_ARGUMENTS,
+    CampaignConfig,
+    config_to_dict,
+)
+from orchestrator.config_secrets import check_no_secrets
 from orchestrator.jobs.driver_config import check_driver
 from orchestrator.objectives import check_objective
 from orchestrator.racing_config import check_racing
@@ -21,6 +28,7 @@ def check_values(config: CampaignConfig, file: str) -> None:
     def refuse(key: str, problem: str) -> None:
         raise BadInputError(f"{file}: {key}: {problem}")
 
+    check_no_secrets(config_to_dict(config), refuse)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         refuse("name", f"{config.name!r} must be letters, digits, '.', '_' and '-'")
     names = [parent.name for parent in config.parents]

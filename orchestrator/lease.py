@@ -23,8 +23,11 @@ from typing import Any
 from orchestrator.stop_request import interrupt, is_requested
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
+from workers.storage.documents import keys, maybe, parse_json, text, whole
 
 KEY = "lease.json"
+_OWNER = keys({"machine": text, "started": text})
+_LEASE = keys({"owner": maybe(_OWNER), "host": text, "pid": whole, "beat": whole, "epoch": whole})
 HEARTBEAT_SECONDS = 3.0
 LIFETIME_SECONDS = 15.0
 POLL_SECONDS = 0.5
@@ -220,12 +223,11 @@ def _read(store: Store) -> tuple[dict[str, Any], str]:
 
 def _parse(data: bytes) -> dict[str, Any]:
     """The content of a lease. Raises `ValueError` if it is none."""
-    found = json.loads(data)
-    if not isinstance(found, dict) or not {"owner", "host", "pid", "beat", "epoch"} <= found.keys():
-        raise ValueError("not a lease")
-    owner = found["owner"]
-    if not (owner is None or (isinstance(owner, dict) and {"machine", "started"} <= owner.keys())):
-        raise ValueError("not a lease: no owner")
+    try:
+        found: dict[str, Any] = parse_json(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    _LEASE(found)
     return found
 
 

@@ -37,6 +37,7 @@ from orchestrator.records import (
     read_records,
     read_with_sizes,
 )
+from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, Store
 
 __all__ = ["FOLDER", "LeaseLostError", "Ledger", "Record", "read_records"]
@@ -53,14 +54,21 @@ class Ledger:
     """The records of one campaign, read once and then appended to by one owner.
 
     A `follower` is given each record, read or appended, and takes of it what it needs; then the ledger keeps
-    nothing `BULKY`, which is too much for one driver's memory.
+    nothing `BULKY`, which is too much for one driver's memory. `check` is given each record that is read,
+    before, and raises `ValueError` for one that cannot be (`orchestrator.record_shapes`).
     """
 
-    def __init__(self, store: Store, follower: Callable[[Record], None] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        follower: Callable[[Record], None] | None = None,
+        check: Callable[[Record], None] = lambda record: None,
+    ) -> None:
         self.store = store
         self.records: list[Record] = []
         self.epoch: int | None = None
         self._follower = follower
+        self._check = check
         self._last: dict[str, Record] = {}
         """Kind -> its newest record."""
         self._begun: int | None = None
@@ -144,6 +152,11 @@ class Ledger:
     def _read_on(self) -> None:
         """Take in what was written behind the last record that is known."""
         for record, size in read_with_sizes(self.store, len(self.records)):
+            try:
+                self._check(record)
+            except ValueError as error:
+                place = f"{self.store.uri}/{loose_key(len(self.records))}"
+                raise BadInputError(f"{place}: not a ledger record ({error})") from error
             self._take_in(record, size)
 
     def _take_in(self, record: Record, size: int | None) -> None:

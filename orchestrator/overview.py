@@ -16,6 +16,7 @@ from orchestrator.state import CampaignState, read_campaign
 from workers.checkpoints import COMPONENTS, ArchitectureMap
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
+from workers.storage.documents import damage_named
 
 
 def open_campaign_store(place: str) -> Store:
@@ -29,6 +30,12 @@ def open_campaign_store(place: str) -> Store:
 def campaign_overview(place: str) -> dict[str, Any]:
     """Where the campaign stands, from its ledger."""
     store = open_campaign_store(place)
+    with damage_named(f"{store.uri}: its ledger"):
+        return overview_of(store)
+
+
+def overview_of(store: Store) -> dict[str, Any]:
+    """See `campaign_overview`; of the campaign in `store`."""
     ledger, state = read_campaign(store)
     begun = ledger.last("campaign")
     if begun is None:

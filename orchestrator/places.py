@@ -6,6 +6,7 @@ Workers know nothing of campaigns, so a place is resolved here before any of the
 from __future__ import annotations
 
 from orchestrator.ledger import FOLDER, Ledger
+from orchestrator.record_shapes import campaign_records
 from workers.checkpoints import Checkpoint, open_checkpoint
 from workers.checkpoints.opening import split_adapter
 from workers.errors import BadInputError
@@ -35,7 +36,7 @@ def resolve(location: str) -> str:
     store = open_store(found)
     if next(store.list_objects(f"{FOLDER}/"), None) is None:
         return location
-    result = Ledger(store, lambda record: None).result()  # of its items nothing is wanted
+    result = Ledger(store, lambda record: None, campaign_records()).result()  # no items are wanted
     if result is None:
         raise BadInputError(
             f"{location}: this campaign is not finished, so it has no child yet; run `darwin run` with "

@@ -6,13 +6,23 @@ import math
 import os
 import signal
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from orchestrator.errors import PoolError
 from orchestrator.workers_config import OWN_RESOURCES, WorkersConfig
 
+ONLY_THIS_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's servers listen on every interface of a node, unless its address is the loopback. That it is
+by default on desktop systems, where no cluster can be joined, and elsewhere by this switch of theirs.
+`ray.init` has an argument for the address too, but replaces 127.0.0.1 in it."""
+
 
 def start_ray(address: str | None, workers: WorkersConfig) -> None:
-    """Connect to the cluster at `address`, or start Ray on this machine for this process alone."""
+    """Connect to the cluster at `address`, or start Ray on this machine for this process alone.
+
+    What is started here listens on 127.0.0.1 only.
+    """
     # Before ray is imported: it reads these once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -20,6 +30,23 @@ def start_ray(address: str | None, workers: WorkersConfig) -> None:
         # A token of our own, so that nothing is written to the user's home and nobody else gets in.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
+    with _environment(ONLY_THIS_MACHINE if address is None else {}):
+        _start(address, workers)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """These variables too, for as long as Ray is imported and its processes start."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _start(address: str | None, workers: WorkersConfig) -> None:
     import ray
 
     asked: defaultdict[str, float] = defaultdict(float)

@@ -11,7 +11,6 @@ another one, when it is read is found by listing again.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, StorageError, Store
+from workers.storage.documents import parse_json
 
 FOLDER = "ledger"
 SEGMENTS = f"{FOLDER}/segments"
@@ -200,7 +200,7 @@ def _segment(store: Store, part: Part, data: bytes) -> list[Record]:
 
 def parse_record(data: bytes) -> Record:
     """The record. Raises `ValueError`, or `RecursionError`, if it is none."""
-    return _checked(json.loads(data))
+    return _checked(parse_json(data))
 
 
 def _checked(record: Any) -> Record:

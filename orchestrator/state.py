@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.item_scores import ItemScores
 from orchestrator.ledger import Ledger, Record
 from orchestrator.racing.record import RACE_KINDS, Races
+from orchestrator.record_shapes import campaign_records
 from orchestrator.standing import Standing
 from orchestrator.statistics import Results, mean_score, objective
 from workers.storage import Store
@@ -309,7 +310,7 @@ class CampaignState:
 def read_campaign(store: Store) -> tuple[Ledger, CampaignState]:
     """The ledger of the campaign in `store`, without items, and what it says by the objective `mean`."""
     state = CampaignState("mean")
-    return Ledger(store, state.apply), state
+    return Ledger(store, state.apply, campaign_records()), state
 
 
 def scored_record(recipe_id: str, split: str, worker: int, scored: Any) -> dict[str, Any]:

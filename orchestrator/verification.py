@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from workers.checkpoints.health import count_not_finite
 from workers.errors import BadInputError
 from workers.merging.expert_order import ExpertOrders, ExpertPlaces, parse_orders
 from workers.storage import ObjectNotFoundError
+from workers.storage.documents import parse_json
 
 READ_BYTES = 16 << 20
 
@@ -70,12 +70,12 @@ def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
 
 def _read_lineage(child: Checkpoint) -> dict[str, Any]:
     try:
-        lineage = json.loads(child.store.read(LINEAGE_FILE))
+        lineage = parse_json(child.store.read(LINEAGE_FILE))
     except ObjectNotFoundError:
         raise BadInputError(
             f"{child.location}: has no {LINEAGE_FILE}: it was not written by Darwin"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{child.location}/{LINEAGE_FILE}: not valid JSON ({error})") from error
     if not isinstance(lineage, dict) or lineage.get("format") != LINEAGE_FORMAT:
         raise BadInputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,11 +33,14 @@ from workers.merging.expert_order import parse_orders
 from workers.merging.plan import BASE
 from workers.merging.recipe import parse_form, parse_slice
 from workers.storage import ObjectNotFoundError
+from workers.storage.documents import anything, each, keys, read_document, table
 
 ATTRIBUTION_FORMAT = 1
 
 GROUP_BYTES = 32 << 20
 """At least so much of the child is measured in one call."""
+
+MEASURED = keys({}, {"components": each(table(anything)), "cells": each(table(anything))})
 
 NOTHING: dict[str, Any] = {
     "coefficients": {}, "shares": None, "undetermined": [], "explained": None, "uniform": None,
@@ -53,7 +55,7 @@ def attribute_written(writer: ChildWriter, calls: Calls) -> dict[str, Any]:
     The child need not be published yet: it is published with its attribution.
     """
     try:
-        known = json.loads(writer.target.read(ATTRIBUTION_FILE))
+        known = read_document(writer.target, ATTRIBUTION_FILE, MEASURED)
     except ObjectNotFoundError:
         pass
     else:
@@ -248,7 +250,7 @@ def _describe(
 def _read_lineage(child: Checkpoint) -> dict[str, Any]:
     """What a child of Darwin says of itself; nothing, if it is none."""
     try:
-        lineage = json.loads(child.store.read(LINEAGE_FILE))
+        lineage = read_document(child.store, LINEAGE_FILE)
     except (ObjectNotFoundError, ValueError):
         return {}
     good = isinstance(lineage, dict) and isinstance(lineage.get("recipe"), dict)

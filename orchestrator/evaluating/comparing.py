@@ -35,6 +35,12 @@ def compare_evaluations(own: Recorded, other: Recorded) -> dict[str, Any]:
     """
     check_comparable(own.identity, other)
     names = list(own.results)
+    for name, results in own.results.items():
+        if other.results.get(name, {}).keys() != results.keys():
+            raise BadInputError(
+                f"{other.place}: has not the results of all items of task {name}: its records are damaged; "
+                "evaluate that checkpoint again, into another --out"
+            )
     compared = {name: _of_task(own.results[name], other.results[name]) for name in names}
     scores = {name: score(results).score for name, results in other.results.items()}
     if len(names) > 1:

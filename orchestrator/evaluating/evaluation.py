@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.ledger import Ledger, Record
+from orchestrator.record_shapes import evaluation_records
 from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Majority, Protocol, protocol_to_dict
@@ -162,7 +163,7 @@ def find_stored(place: str) -> Recorded | None:
     records = store.substore(RECORDS)
     if next(records.list_objects("ledger/"), None) is None:
         return None
-    recorded = read_recorded(store, Ledger(records).records)
+    recorded = read_recorded(store, Ledger(records, check=evaluation_records()).records)
     if not recorded.complete:
         raise BadInputError(
             f"{place}: this evaluation is not finished: run the command that began it again"

@@ -14,6 +14,7 @@ from orchestrator.evaluating.threshold import fix_threshold
 from orchestrator.lease import acquire_lease
 from orchestrator.ledger import Ledger
 from orchestrator.pool import Job, Pool
+from orchestrator.record_shapes import evaluation_records
 from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Protocol
@@ -59,7 +60,7 @@ def run_evaluation(
     `LeaseLostError` if another process takes over, `PoolError` if workers keep failing.
     """
     store = evaluation.store(out)
-    ledger = Ledger(store.substore(RECORDS))
+    ledger = Ledger(store.substore(RECORDS), check=evaluation_records())
     recorded = read_recorded(store, ledger.records)
     if recorded.complete:
         say("all of it is recorded; nothing is asked again")

@@ -46,6 +46,7 @@ from workers.experts.plain_routers import plain_routers
 from workers.merging import ParentReference, Rule
 from workers.merging.plan import Plan, form_of
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, Store
+from workers.storage.documents import anything, keys, read_document, table, text
 
 ROUTERS_FOLDER = "routers"
 """Of the child's place."""
@@ -258,7 +259,7 @@ def _key(order: CalibrationOrder) -> str:
 def _finished(place: Store, key: str) -> dict[str, Any] | None:
     """What the lineage of routers tells of their calibration; None if they are not complete."""
     try:
-        lineage = json.loads(place.read(LINEAGE_FILE))
+        lineage = read_document(place, LINEAGE_FILE, keys({"routing": table(anything)}))
         place.info("config.json")
     except ObjectNotFoundError:
         return None
@@ -272,7 +273,7 @@ def _records(place: Store, key: str, layers: list[int]) -> dict[int, dict[str, A
     try:
         place.create(MANIFEST, json.dumps({"key": key}).encode())
     except PreconditionFailedError:
-        _check_key(place, json.loads(place.read(MANIFEST))["key"], key)
+        _check_key(place, read_document(place, MANIFEST, keys({"key": text}))["key"], key)
     known: dict[int, dict[str, Any]] = {}
     for layer in layers:
         try:

@@ -15,6 +15,7 @@ from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
 from workers.merging import Recipe
 from workers.merging.expert_order import experts_by_layer
+from workers.storage.documents import damage_named
 
 
 def check_can_match(config: CampaignConfig, father: ArchitectureMap) -> None:
@@ -47,7 +48,8 @@ def recorded_or_matched(
     }
     for known in ledger.of_kind("matching"):
         if known["of"] == of:
-            return Matching.from_dict(known["matching"], list(inputs.parents))
+            with damage_named(f"{ledger.store.uri}: its record of a matching"):
+                return Matching.from_dict(known["matching"], list(inputs.parents))
     stage(f"matching the experts by {by}")
     found = match_experts(inputs.parents, by, inputs.expert_prompts, calls, config.engine.device)
     record("matching", of=of, matching=found.to_dict())

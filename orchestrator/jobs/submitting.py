@@ -122,9 +122,10 @@ def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:
     """
     from orchestrator.ledger import Ledger
     from orchestrator.overview import open_campaign_store
+    from orchestrator.record_shapes import campaign_records
 
     store = open_campaign_store(place)
-    begun = Ledger(store, lambda record: None).last("campaign")
+    begun = Ledger(store, lambda record: None, campaign_records()).last("campaign")
     if begun is None:
         raise BadInputError(
             f"{store.uri}: the campaign was stopped before it began: submit it again"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from workers.storage import ObjectNotFoundError, Store
+from workers.storage.documents import anything, damage_named, read_document, table
 
 ROUTING_FILE = "experts.json"
 """In a campaign's store: `routing_by_layer` of its parents, for the report."""
@@ -140,13 +141,14 @@ def keep_routing(scan: dict[str, Any], store: Store) -> None:
 def kept_routing(store: Store) -> RoutingByLayer:
     """What `keep_routing` has kept; empty if there is nothing."""
     try:
-        found = json.loads(store.read(ROUTING_FILE))
+        found = read_document(store, ROUTING_FILE, table(table(table(anything))))
     except ObjectNotFoundError:
         return {}
-    return {
-        parent: {int(layer): routing for layer, routing in layers.items()}
-        for parent, layers in found.items()
-    }
+    with damage_named(f"{store.uri}/{ROUTING_FILE}"):
+        return {
+            parent: {int(layer): routing for layer, routing in layers.items()}
+            for parent, layers in found.items()
+        }
 
 
 def _shortened(routing: Routing) -> Routing:

@@ -18,6 +18,7 @@ from orchestrator.mri.matched_scan import at_matched_places
 from orchestrator.mri.prescription import Prescription, prescribe
 from workers.merging.expert_order import ExpertOrders, orders_to_dict
 from workers.storage import Store, open_store
+from workers.storage.documents import damage_named
 
 
 class Recorder(Protocol):
@@ -51,7 +52,8 @@ def recorded_or_scanned(
     } | ({"experts": orders_to_dict(orders)} if orders else {})
     for known in ledger.of_kind("prescription"):
         if known["of"] == of:
-            return Prescription.from_dict(known["prescription"])
+            with damage_named(f"{ledger.store.uri}: its record of a prescription"):
+                return Prescription.from_dict(known["prescription"])
     stage("scanning the parents")
     prescription = scan_and_prescribe(
         config, inputs, space, calls, open_store(config.store), orders, ledger.store

@@ -16,11 +16,14 @@ from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.diagnostics.static import scanned_tensors
 from workers.merging.plan import BASE
 from workers.storage import ObjectNotFoundError, Store
+from workers.storage.documents import read_document
 
 FORMAT = 1
 """Of the JSON, and of how its numbers are made: with another one, nothing that was kept is used again."""
 
 FOLDER = "scans"
+DIGEST = "sha256"
+"""Of all else in the JSON."""
 LEAST_GROUP_BYTES = 8 << 20
 GROUP_TENSORS = 256
 """Small tensors are given to a worker together: so many, or of so many bytes."""
@@ -60,7 +63,8 @@ def scan_parents(
     else:
         scan = _scan_static(parents, base, calls, notify)
     if store is not None:
-        store.write(scan_key(parents, base, probe), json.dumps(scan).encode())
+        kept = scan | {DIGEST: _digest(scan)}
+        store.write(scan_key(parents, base, probe), json.dumps(kept).encode())
     return scan
 
 
@@ -74,10 +78,17 @@ def find_scan(
     if store is None:
         return None
     try:
-        scan: dict[str, Any] = json.loads(store.read(scan_key(parents, base, probe)))
+        scan = read_document(store, scan_key(parents, base, probe))
     except (ObjectNotFoundError, ValueError):
         return None  # a damaged one is made again
+    if scan.pop(DIGEST, None) != _digest(scan):
+        return None  # as is one that was changed
     return _renamed(scan, list(parents))
+
+
+def _digest(scan: dict[str, Any]) -> str:
+    text = json.dumps(scan, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def scan_key(

@@ -6,7 +6,6 @@ the rest. The same store gives the same bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -19,7 +18,7 @@ from orchestrator.descent.shares import measured_shares, weighted_shares
 from orchestrator.experts.matching import notes_on_matching
 from orchestrator.experts.routing_table import MEANING, routing_notes, routing_table
 from orchestrator.judgement import SIGNIFICANCE
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, Record
 from orchestrator.mri.dead_experts import dead_expert_notes, dead_of
 from orchestrator.mri.experts import expert_notes, kept_routing, summarize_experts
 from orchestrator.mri.prescribing import notes_on_search
@@ -51,6 +50,7 @@ from orchestrator.reporting.making import breeding, racing, what_was_searched
 from orchestrator.state import CampaignState, Candidate, read_campaign
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, Store
+from workers.storage.documents import damage_named, read_document
 
 REPORT_FILE = "report.html"
 TEMPLATE_FILE = "report.html.jinja"
@@ -62,11 +62,12 @@ ALL_PARENTS = "all parents"
 def write_report(store: Store) -> str:
     """Write the page into the campaign's store, and beside it the results of all items; its location.
 
-    Raises `BadInputError` if the campaign is not finished.
+    Raises `BadInputError` if the campaign is not finished, or what it has left is damaged.
     """
     ledger, state = read_campaign(store)
     page = _page(ledger, state)
-    write_campaign_items(store, ledger, state)
+    with damage_named(f"{store.uri}: its ledger"):
+        write_campaign_items(store, ledger, state)
     store.write(REPORT_FILE, page.encode())
     return f"{store.uri}/{REPORT_FILE}"
 
@@ -77,18 +78,30 @@ def build_report(store: Store) -> str:
 
 
 def _page(ledger: Ledger, state: CampaignState) -> str:
+    store = ledger.store
+    begun, child = ledger.last("campaign"), ledger.last("child")
+    if begun is None or child is None or ledger.result() is None:
+        raise _unfinished(store)
+    target = store.substore(child["folder"])
+    lineage = read_document(target, LINEAGE_FILE)
+    with damage_named(f"{target.uri}/{LINEAGE_FILE}, or {store.uri}: its ledger"):
+        return _render(ledger, state, begun, child["folder"], target, lineage)
+
+
+def _render(
+    ledger: Ledger,
+    state: CampaignState,
+    begun: Record,
+    folder: str,
+    target: Store,
+    lineage: dict[str, Any],
+) -> str:
     from jinja2 import Environment, StrictUndefined
 
     from orchestrator.reporting import charts
     from orchestrator.reporting.ancestry_chart import ancestry_chart
 
-    store = ledger.store
-    begun, child = ledger.last("campaign"), ledger.last("child")
-    if begun is None or child is None or ledger.result() is None:
-        raise _unfinished(store)
-    config = begun["config"]
-    target = store.substore(child["folder"])
-    lineage = json.loads(target.read(LINEAGE_FILE))
+    store, config = ledger.store, begun["config"]
     state.judge_by(config["objective"], lineage["search"].get("weights"))
     budget = config["search"]["evaluations"]
     generations = _evaluated(state, budget)
@@ -137,7 +150,7 @@ def _page(ledger: Ledger, state: CampaignState) -> str:
         reason=searched["reason"] if searched else None,
         notes=[*notes_on_search(lineage["search"]), *notes_on_matching(lineage)],
         child_uri=target.uri,
-        child_folder=child["folder"],
+        child_folder=folder,
         base_remains=any(0 < sum(shares.values()) < 0.999 for shares in by_component.values()),
         largest_share=max(
             (share for shares in by_layer.values() for share in shares.values()), default=0.0
@@ -201,7 +214,7 @@ def _routing(record: dict[str, Any] | None) -> dict[str, Any] | None:
 def _attribution(child: Store) -> dict[str, Any] | None:
     """What was measured of the child; None for one from before that was done."""
     try:
-        found: dict[str, Any] = json.loads(child.read(ATTRIBUTION_FILE))
+        found = read_document(child, ATTRIBUTION_FILE)
     except ObjectNotFoundError:
         return None
     return found

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -27,8 +29,10 @@ from tests.campaigns import (
     wait_for,
     write_campaign,
 )
+from tests.s3_policy import Policy, guarded
+from tests.secrecy import files_under, listening, planted_secrets
 from workers.checkpoints import open_checkpoint
-from workers.storage import open_store
+from workers.storage import StorageError, open_store
 
 
 def test_the_result_says_what_was_done(undisturbed: dict) -> None:
@@ -160,8 +164,12 @@ def test_a_larger_budget_continues_the_search(undisturbed: dict, tmp_path: Path)
     assert "search.evaluations" in smaller["error"]
 
 
-def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path) -> None:
-    """Store, parents, tasks and genome space in a bucket: the same child, byte for byte."""
+def test_on_a_real_s3_server(
+    undisturbed: dict, s3_location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Store, parents, tasks and genome space in a bucket, with no more rights than the shipped policy gives
+    and secrets in the environment: the same child, byte for byte, nothing open to the network, and no
+    secret in anything that was written."""
     parents = []
     for name in ("reverse", "sort", "shift"):
         source, target = (
@@ -171,7 +179,7 @@ def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path
         for info in source.list_objects():
             target.write(info.key, source.read(info.key))
         parents.append({"name": name, "path": target.uri})
-    definitions = open_store(f"{s3_location}/conf")
+    definitions = open_store(f"{s3_location}/models/conf")
     for kind, name in [
         ("genome", "components"),
         ("task", "reverse"),
@@ -190,8 +198,43 @@ def test_on_a_real_s3_server(undisturbed: dict, s3_location: str, tmp_path: Path
         tasks=tasks,
         genome={"space": f"{definitions.uri}/components.yaml", "method": "dare_ties"},
     )
-    result = run_darwin("run", str(campaign))
-    assert result["child"].startswith(s3_location)
+    bucket = s3_location.removeprefix("s3://")
+    policy = Policy.shipped(MODELS_BUCKET=bucket, MODELS_PREFIX="models",
+                            STORE_BUCKET=bucket, STORE_PREFIX="campaigns")  # fmt: skip
+    store = open_store(f"{s3_location}/campaigns/small")
+    with (
+        guarded(os.environ["AWS_ENDPOINT_URL"], policy) as (endpoint, gate),
+        tempfile.TemporaryDirectory(prefix="ray-") as logs,  # sockets lie in it: short
+    ):
+        secrets = planted_secrets()
+        environment = os.environ | secrets | {"AWS_ENDPOINT_URL": endpoint, "RAY_TMPDIR": logs}
+        process = start_darwin("run", str(campaign), "--json", environment=environment)
+        wait_for(lambda: count_records(store, "scored") >= 1, process)
+        addresses = listening(process.pid)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        result = json.loads(out)
+        written = {info.key: store.read(info.key) for info in store.list_objects()}
+        written |= files_under(Path(logs)) | {"out": out.encode(), "err": err.encode()}
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        guarded_store = open_store(store.uri)
+        # What a merge that was interrupted asks before it goes on.
+        upload = guarded_store.begin_parts("upload", 1)
+        assert guarded_store.parts_exist("upload", upload)
+        guarded_store.abandon_parts("upload", upload)
+        assert gate.refused == []
+        for sid, action in policy.rights():
+            fewer = policy.without(sid, action)
+            assert not all(map(fewer.allows, gate.asked)), f"{action} of {sid} is not needed"
+        for forbidden in ("models/reverse", "campaigns-of-others"):
+            with pytest.raises(StorageError, match="access was refused"):
+                open_store(f"{s3_location}/{forbidden}").write("object", b"bytes")
+    assert {kind for kind, _ in addresses} >= {"gcs_server", "raylet", "python"}
+    assert {address for _, address in addresses if not address.is_loopback} == set()
+    assert any("gcs_server" in name for name in written)
+    assert any(name.startswith("ledger/") for name in written)
+    assert [(s, n) for s, v in secrets.items() for n, c in written.items() if v.encode() in c] == []
+    monkeypatch.undo()
     assert digests(result["child"]) == digests(undisturbed["child"])
     assert open_checkpoint(result["child"]).tensors
     assert run_darwin("status", result["campaign"])["status"] == "done"

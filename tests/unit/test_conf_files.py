@@ -33,8 +33,9 @@ CHECKED = {
     "calibration": ".jsonl",
     "health": ".txt",  # tests/unit/test_gates.py
 }
-CHECKED_ELSEWHERE = ("grafana.json", "kuberay.yaml", "secrets.sh", "slurm.sh")
-"""In tests/unit/test_watching.py and tests/unit/test_deployment_files.py."""
+CHECKED_ELSEWHERE = ("grafana.json", "kuberay.yaml", "secrets.sh", "slurm.sh", "s3_policy.json")
+"""In tests/unit/test_watching.py and tests/unit/test_deployment_files.py; the policy in
+tests/integration/test_campaign.py."""
 FATHER = "shipped:strings/base"
 
 

@@ -9,6 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.storage import Store
+from workers.storage.documents import (
+    anything,
+    damage_named,
+    each,
+    keys,
+    read_document,
+    table,
+    text,
+    whole,
+)
 
 SHRINK = 0.9
 ITERATIONS = 1000
@@ -17,6 +27,20 @@ TOLERANCE = 1e-6
 
 RECORDS = "calibration-in-progress"
 """The folder of what is finished: a record for each layer."""
+
+LAYER = keys(
+    {
+        "name": text,
+        "stored": text,
+        "dtype": text,
+        "shape": each(whole),
+        "values": text,
+        "sha256": text,
+        "tokens": anything,
+        "solution": table(anything),
+        "routing": anything,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +79,14 @@ def write_record(place: Store, layer: int, found: dict[str, Any]) -> dict[str, A
 
 
 def read_record(place: Store, layer: int) -> dict[str, Any]:
-    """See `write_record`. Raises `ObjectNotFoundError`."""
-    record: dict[str, Any] = json.loads(place.read(record_of(layer)))
+    """See `write_record`. Raises `ObjectNotFoundError`, and `BadInputError` for a damaged one."""
+    record = read_document(place, record_of(layer), LAYER)
+    with damage_named(f"{place.uri}/{record_of(layer)}"):
+        if hashlib.sha256(router_bytes(record)).hexdigest() != record["sha256"]:
+            raise ValueError("values have another sha256")
     return record
 
 
 def router_bytes(record: dict[str, Any]) -> bytes:
     """The router of a record, as it is stored."""
-    return base64.b64decode(record["values"])
+    return base64.b64decode(record["values"], validate=True)

@@ -18,7 +18,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from workers.storage.parts import check_part, check_whole, receipt_of
 from workers.storage.retry import RetryPolicy, call_with_retries
 from workers.storage.s3_requests import (
     NOTHING,
+    AccessRefusedError,
     CutAnswerError,
     UploadGoneError,
     as_storage_error,
@@ -103,7 +104,8 @@ class S3Store(Store):
             with closing(answer["Body"]) as body:
                 return body.read(), answer["ETag"]
 
-        return self._attempt("reading", key, read)
+        with self._missing_told_from_refused(key):
+            return self._attempt("reading", key, read)
 
     def read_into(
         self, key: str, start: int, buffer: memoryview, version: str | None = None
@@ -139,7 +141,8 @@ class S3Store(Store):
                     view = view[count:]
 
         try:
-            self._attempt(f"reading {wanted} of", key, partial(fill, buffer.cast("B")))
+            with self._missing_told_from_refused(key):
+                self._attempt(f"reading {wanted} of", key, partial(fill, buffer.cast("B")))
         except PreconditionFailedError:
             self._check_unchanged(key, "another", version)
             raise
@@ -366,7 +369,25 @@ class S3Store(Store):
         return self._attempt(what, key, partial(ask, operation, promised, **where, **arguments))
 
     def _head(self, key: str) -> Any:
-        return self._call("looking up", key, self._client.head_object, "ETag")
+        with self._missing_told_from_refused(key):
+            return self._call("looking up", key, self._client.head_object, "ETag")
+
+    @contextmanager
+    def _missing_told_from_refused(self, key: str) -> Iterator[None]:
+        """AWS says 403 of a missing object to those who may not list the whole bucket. They may be
+        allowed to list a prefix, and a listing tells the two apart."""
+        try:
+            yield
+        except AccessRefusedError as error:
+            try:
+                exists = any(info.key == key for info in self._list_unordered(key))
+            except StorageError:
+                exists = True  # for all that is known
+            if exists:
+                raise
+            raise ObjectNotFoundError(
+                f"looking for {self._uri_of(key)}: there is no such object"
+            ) from error
 
     def _put(self, key: str, data: Bytes, refusal: str, **condition: str) -> str:
         """Put the object under `condition`; `refusal` says what it means when that fails."""

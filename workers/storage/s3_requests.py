@@ -32,6 +32,10 @@ NOTHING = "ResponseMetadata"
 """For `ask`: what boto3 adds to every answer."""
 
 
+class AccessRefusedError(StorageError):
+    """The credentials do not allow it."""
+
+
 class UploadGoneError(StorageError):
     """The server does not know the multipart upload (any more)."""
 
@@ -113,7 +117,7 @@ def as_storage_error(error: Exception, what: str) -> Exception:
             "it is cut short, or its index belongs to another object"
         )
     if status in (401, 403):
-        return StorageError(
+        return AccessRefusedError(
             f"{what}: access was refused ({code}): check the credentials and what they may do "
             "(without the right to list, AWS says this of a missing object too)"
         )
