@@ -34,8 +34,8 @@ TRAINING_SEED = 1_000_003
 
 BATCH_SIZE = 48
 LEARNING_RATE = 1e-4
-"""At first; it falls to 0. Large batches and few steps: specialists that have gone further from their base are
-better at their own skill, but what is between them knows neither."""
+"""At first; it falls to 0. Specialists that have gone further from their base are better at their own skill,
+but what is between them knows neither."""
 
 WARM_UP_STEPS = 5
 
