@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.jobs.driver_config import DriverConfig
 from orchestrator.racing_config import RacingConfig
+from orchestrator.watching_config import CostConfig
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, open_store
 
@@ -30,7 +31,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 
 OPERATIONAL_KEYS = (
     "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.placement",
-    "workers.gang", "engine.canary", "driver",
+    "workers.gang", "engine.canary", "driver", "cost", "log",
 )  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
@@ -230,6 +231,9 @@ class CampaignConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     address: str | None = None
     """A running Ray cluster (`auto` or `host:port`); None starts Ray on this machine."""
+    cost: CostConfig = field(default_factory=CostConfig)
+    log: str = "text"
+    """What `darwin run` writes to standard error: `text`, or `json` lines."""
     seed: int = 0
 
 

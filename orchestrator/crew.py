@@ -14,6 +14,7 @@ from orchestrator.heartbeat import BEAT_SECONDS, Heartbeat
 from orchestrator.node_watch import NodeWatch
 from orchestrator.placement import Placement, check_placement
 from orchestrator.ray_session import cause_of, start_ray
+from workers.actors import PLACE
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Worker:
     call: Any = None
     since: float = 0.0
     """When the actor was started, or called, or when the rest began."""
+    waited: float = 0.0
+    """Seconds for which its job could have run before, had it been free."""
 
     @property
     def in_service(self) -> bool:
@@ -85,6 +88,7 @@ class Crew:
         config: WorkersConfig,
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
+        tell: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
         self.workers: list[Worker] = []
         self.watch = NodeWatch()
@@ -93,6 +97,7 @@ class Crew:
         self._config = config
         self._address = address
         self._check_engine = check_engine
+        self._tell = tell
         self._placements: list[Placement] = []
         """One for each gang, the leader's place first; or one for all workers; or none."""
         self._serial = 0
@@ -143,6 +148,7 @@ class Crew:
 
         if worker.actor is not None:
             ray.kill(worker.actor)
+            self.tell(worker, "replaced")
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
         worker.node, worker.member_nodes = None, ()
@@ -171,7 +177,9 @@ class Crew:
         import ray
 
         try:
-            self._check_engine(ray.get(worker.ready))
+            description = ray.get(worker.ready)
+            place = description.pop(PLACE, {})
+            self._check_engine(description)
         except (ray.exceptions.RayError, EngineMismatchError) as error:
             self.handle_bad_start(worker, cause_of(error))
             return
@@ -179,6 +187,21 @@ class Crew:
         if self._config.gang > 1:
             worker.introduction = worker.actor.member_nodes.remote()
         self._was_in_service = True
+        gang = self._config.gang
+        self.tell(
+            worker,
+            "in service",
+            node=place.get("node"),
+            loading_seconds=place.get("loading_seconds", 0.0),
+            members=gang,
+            cpus=self._config.cpus * gang,
+            gpus=self._config.gpus * gang,
+        )
+
+    def tell(self, worker: Worker, state: str, **content: Any) -> None:
+        """Say what became of a worker: "in service", with what Ray reserves for it; "replaced"; or
+        "not started", and why."""
+        self._tell({"worker": worker.number, "serial": worker.serial, "state": state, **content})
 
     def handle_bad_start(self, worker: Worker, cause: Exception) -> None:
         """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
@@ -188,6 +211,7 @@ class Crew:
             raise cause
         if unexcused([Failure.of(cause, worker.nodes)], self.watch):
             self._failed_starts.append(str(cause))
+        self.tell(worker, "not started", error=str(cause))
         if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
             raise PoolError(
                 f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"

@@ -11,6 +11,7 @@ from orchestrator.ledger import Ledger, Record
 from orchestrator.racing.record import RACE_KINDS, Races
 from orchestrator.standing import Standing
 from orchestrator.statistics import Results, mean_score, objective
+from orchestrator.watching.spending import Spending
 from workers.storage import Store
 
 
@@ -116,6 +117,7 @@ class CampaignState:
         """Evaluations that were given up."""
         self._shared_ids: dict[tuple[str, ...], dict[str, int]] = {}
         self._standings: dict[int, Standing] = {}
+        self.spending = Spending()
         for record in records:
             self.apply(record)
 
@@ -126,6 +128,7 @@ class CampaignState:
 
     def apply(self, record: Record) -> None:
         """Take in one record."""
+        self.spending.apply(record)
         if record["kind"] == "asked":
             asked = [self._candidate(c) for c in record["candidates"]]
             self.take_asked(asked, record.get("round", 1))

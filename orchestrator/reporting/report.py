@@ -31,6 +31,7 @@ from orchestrator.reporting.card import (
     reservations,
     verdict,
 )
+from orchestrator.reporting.cost import cost_section
 from orchestrator.reporting.evidence import (
     better_of,
     category_tables,
@@ -134,6 +135,7 @@ def _page(ledger: Ledger, state: CampaignState) -> str:
         failures=state.failures,
         given_up=sum(evaluation.failed is not None for evaluation in state.evaluations.values()),
         seconds=sum(evaluation.seconds for evaluation in state.evaluations.values()),
+        cost=cost_section(ledger, state),
         reason=searched["reason"] if searched else None,
         notes=[*notes_on_search(lineage["search"]), *notes_on_matching(lineage)],
         child_uri=target.uri,
