@@ -128,8 +128,19 @@ register(app)
 
 
 @app.command()
-def status(place: CampaignPlace, as_json: JsonFlag = False) -> None:
+def status(
+    place: CampaignPlace,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing it until the campaign has ended.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Where a campaign stands, read from its store alone."""
+    if watch:
+        from orchestrator.watching.live_status import watch_status
+
+        watch_status(place, as_json)
+        return
     from orchestrator.overview import campaign_overview, render_overview
 
     overview = campaign_overview(place)

@@ -41,7 +41,7 @@ def complain(message: str) -> None:
 def print_json(data: dict[str, Any]) -> None:
     """Print a command's one JSON object."""
     # All ASCII, whatever the terminal can show.
-    print(json.dumps(data), file=_json_output or sys.stdout)
+    print(json.dumps(data), file=_json_output or sys.stdout, flush=True)
 
 
 def say(text: Any) -> None:

@@ -78,8 +78,8 @@ def _front(state: CampaignState, config: CampaignConfig) -> dict[str, Any]:
     }
 
 
-def render_overview(overview: dict[str, Any]) -> RenderableType:
-    """The overview for a person."""
+def render_overview(overview: dict[str, Any]) -> Table:
+    """The overview for a person, a row for each fact."""
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")  # a place is never cut short
