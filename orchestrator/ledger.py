@@ -114,8 +114,8 @@ class Ledger:
         self._compaction.close()
 
     def has_next(self) -> bool:
-        """Whether another driver has written the next record, as far as one request can tell: it may have been
-        compacted since."""
+        """Whether another driver has written the next record, as far as one request can tell: it may have
+        been compacted since."""
         try:
             self.store.info(loose_key(len(self.records)))
         except ObjectNotFoundError:

@@ -10,8 +10,9 @@ from orchestrator.state import CampaignState
 from orchestrator.watching.spending import HOUR, SHORT, Seconds, hours, money_words, number
 
 ROWS = {
-    "search": "merging and scoring on search items",
-    "holdout": "the same on held-out items",
+    "candidates": "candidates, merged and scored on search items",
+    "parents": "parents on search items",
+    "holdout": "child and parents on held-out items",
     "failed": "attempts that failed",
 }
 IDLE = "loading, waiting, scanning, examining, writing"

@@ -84,7 +84,10 @@ class Follower:
         found = overview_of(self._ledger, self.config, self.state)
         left = max(0, found["budget"] - found["evaluations"])
         driver = None if found["status"] != "unfinished" else self._driver.look()
-        return {**found, **self.pace.to_dict(left), "driver": driver}
+        pace = self.pace.to_dict(left)
+        if driver != "running":
+            pace |= {"items_per_second": None, "candidates_per_hour": None, "seconds_left": None}
+        return {**found, **pace, "driver": driver}
 
 
 def follow(

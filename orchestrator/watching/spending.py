@@ -54,10 +54,11 @@ class Spending:
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.used: dict[str, Seconds] = {}
-        """Split -> seconds of what was scored there; `failed` -> those of attempts that failed."""
+        """Seconds of `candidates` and `parents` on search items, of the `holdout`, and of `failed` attempts."""
         self.reserved = Seconds()
         self.price: tuple[float | None, str] = None, CostConfig.currency
         """Of a worker for an hour, if it is known, and the currency."""
+        self._asked: set[str] = set()
         for record in records:
             self.apply(record)
 
@@ -67,8 +68,14 @@ class Spending:
             self.price = record["per_hour"], record["currency"]
         if "reserved" in record:
             self.reserved.add(Seconds.parse(record["reserved"]))
+        if record["kind"] == "asked":
+            self._asked.update(candidate["recipe"] for candidate in record["candidates"])
         if "used" in record:
-            for_what = "failed" if record["kind"] == "failed" else record["split"]
+            for_what = record["split"]
+            if record["kind"] == "failed":
+                for_what = "failed"
+            elif for_what == "search":
+                for_what = "candidates" if record["recipe"] in self._asked else "parents"
             self.used.setdefault(for_what, Seconds()).add(Seconds.parse(record["used"]))
 
     @property
@@ -92,7 +99,7 @@ class Spending:
         if not self.reserved.worker:
             return None
         unit = self.unit
-        searched = self.used.get("search", Seconds()).of(unit)
+        searched = self.used.get("candidates", Seconds()).of(unit)
         return {
             "unit": unit,
             "used_seconds": round(self.total_used, 3),
