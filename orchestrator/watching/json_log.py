@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -65,7 +66,8 @@ class JsonLog:
             told = {"status": "failed", "error": str(error), "error_type": type(error).__name__}
             self._write("error", "ended", told)
         if self._own:
-            self._stream.close()
+            with suppress(OSError):  # what could not be written is written once more
+                self._stream.close()
 
     def begin(self, campaign: Campaign) -> None:
         """See `Watcher`."""

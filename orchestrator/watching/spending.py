@@ -54,7 +54,8 @@ class Spending:
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.used: dict[str, Seconds] = {}
-        """Seconds of `candidates` and `parents` on search items, of the `holdout`, and of `failed` attempts."""
+        """Seconds of `candidates` and `parents` on search items, of the `holdout`, and of `failed`
+        attempts."""
         self.reserved = Seconds()
         self.price: tuple[float | None, str] = None, CostConfig.currency
         """Of a worker for an hour, if it is known, and the currency."""
