@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -65,8 +65,15 @@ def cluster() -> Iterator[tuple[int, str, str, str]]:
     process.communicate("end\n", timeout=60)
 
 
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Undone after the test, however it ends."""
+    with ExitStack() as stack:
+        yield stack
+
+
 def test_a_campaign_that_loses_a_worker_is_watched(
-    cluster: tuple[int, str, str, str], tmp_path: Path
+    cluster: tuple[int, str, str, str], tmp_path: Path, stack: ExitStack
 ) -> None:
     """Metrics come with Ray's next collection, every ten seconds: the campaign goes on until then."""
     process_id, address, metrics_place, node = cluster
@@ -77,9 +84,11 @@ def test_a_campaign_that_loses_a_worker_is_watched(
         search={"optimizer": "random", "evaluations": 100_000, "population": 8},
         workers={"count": 2, "cpus": 0.5},
         cost={"per_hour": 3600.0},
-        log="json",
     )
-    driver = start_darwin("run", str(file), environment=os.environ | ENVIRONMENT)
+    log = tmp_path / "log.jsonl"
+    environment = os.environ | ENVIRONMENT
+    driver = start_darwin("run", str(file), "--log", str(log), environment=environment)
+    stack.callback(driver.kill)
     store = open_store(str(tmp_path / "store" / "small"))
     wait_for(lambda: count_records(store, "scored") > 6, driver)
     os.kill(ray_processes("EvaluationWorker", process_id)[0], signal.SIGKILL)
@@ -100,11 +109,10 @@ def test_a_campaign_that_loses_a_worker_is_watched(
     dashboard = (SHIPPED / "cluster" / "grafana.json").read_text()
     assert set(re.findall(r"ray_darwin_\w+?(?=\{)", dashboard)) <= served.keys()
     driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=60)
+    driver.communicate(timeout=60)
     lasted = time.monotonic() - began
 
-    lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
-    assert [line for line in err.splitlines() if line.startswith("darwin:")] == []
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert (lines[-1]["event"], lines[-1]["status"]) == ("ended", "interrupted")
     workers = [line for line in lines if line["event"] == "worker"]
     assert [line["state"] for line in workers].count("replaced") == 1

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.config import load_config
 from orchestrator.overview import campaign_overview
 from orchestrator.pool import Progress
 from orchestrator.reporting.card import COST_LINE
 from orchestrator.watching.meter import Meter
 from orchestrator.watching.spending import Seconds, Spending, cost_words, hours
-from tests.campaigns import digests, records
+from tests.campaigns import digests, records, write_campaign
 from tests.scripted_campaign import ScriptedPool, scripted
 from workers.actors import Scored
+from workers.errors import BadInputError
 from workers.storage import open_store
 
 
@@ -160,3 +163,19 @@ def test_the_card_and_the_report_say_what_it_took(
     before = digests(child.uri)
     child.write("README.md", card.replace(line, f"{COST_LINE}more.").encode())
     assert digests(child.uri) == before, "no two runs take the same, and their children are"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("cost.per_hour=-1", "cost.per_hour: -1.0 is not a price"),
+        ("cost.per_hour=.inf", "cost.per_hour: inf is not a price"),
+        ("cost.currency=dollars", "cost.currency: 'dollars' is no code"),
+        ("log=xml", "log: 'xml' is none of text, json"),
+    ],
+)
+def test_prices_and_logs_that_cannot_be_are_refused(
+    tmp_path: Path, override: str, told: str
+) -> None:
+    with pytest.raises(BadInputError, match=re.escape(told)):
+        load_config(str(write_campaign(tmp_path)), [override])

@@ -310,3 +310,15 @@ def test_the_panels_of_the_dashboard_lie_side_by_side() -> None:
     ]
     assert len(set(cells)) == len(cells)
     assert len(cells) == 24 * (1 + max(y for _, y in cells)), "24 columns, without a hole"
+
+
+def test_the_documentation_names_every_metric() -> None:
+    text = (SHIPPED.parent / "docs" / "watching.md").read_text()
+    found = re.search(r"<!-- metrics -->\n(.*)<!-- end -->", text, re.DOTALL)
+    assert found is not None
+    rows = [
+        f"| `{metric.served_as}` | {', '.join(metric.labels)} | {metric.what} |"
+        for metric in METRICS
+    ]
+    heading = "| metric | labels | what |\n| --- | --- | --- |\n"
+    assert found[1] == heading + "".join(f"{row}\n" for row in rows)
