@@ -36,6 +36,7 @@ from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search
 from orchestrator.state import CampaignState, Candidate, scored_record
+from orchestrator.watching.meter import SPENDING_KINDS, Meter
 from workers.errors import BadInputError
 from workers.evaluation.task import BLOCK_BATCHES
 from workers.merging import Recipe, passthrough_recipe
@@ -46,11 +47,16 @@ from workers.storage.documents import damage_named
 
 
 class Watcher(Protocol):
-    """Who is told how a campaign goes. `notify` comes after each thing that happened."""
+    """Who is told how a campaign goes. `notify` comes after each thing that happened.
+
+    `happened` comes with each record of the ledger, when it is written, and with what becomes of workers:
+    events of the kind `worker`, as `Crew.tell` gives them, which are not recorded.
+    """
 
     def begin(self, campaign: Campaign) -> None: ...
     def stage(self, name: str) -> None: ...
     def notify(self, campaign: Campaign) -> None: ...
+    def happened(self, campaign: Campaign, event: Mapping[str, Any]) -> None: ...
 
 
 class Campaign:
@@ -80,6 +86,7 @@ class Campaign:
         self.examination = load_examination(config.health, self.inputs.tasks)
         self.identity = self.inputs.identity(config) | {"genome": self.space.identity}
         self.identity["health"]["text"] = fingerprint(self.examination)
+        self.meter = Meter()
         self._pool: Pool | None = None
         self._ledger: Ledger | None = None
         self._lease: Lease | None = None
@@ -204,6 +211,9 @@ class Campaign:
             self._check_identity(recorded["identity"])
         if recorded is None or recorded["identity"] != self.identity:
             self.record("campaign", identity=self.identity, config=config_to_dict(self.config))
+        price = self.config.cost
+        if self.state.spending.price != (price.per_hour, price.currency):
+            self.record("price", per_hour=price.per_hour, currency=price.currency)
 
     def _check_identity(self, recorded: dict[str, Any]) -> None:
         if recorded.get("scoring", 1) != self.identity["scoring"]:
@@ -235,7 +245,9 @@ class Campaign:
         assert self._ledger is not None and self._lease is not None
         if self._lease.lost:
             raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
-        self._ledger.append(kind, **content)
+        if kind in SPENDING_KINDS and (reserved := self.meter.read()).worker:
+            content["reserved"] = reserved.to_dict()
+        self.watcher.happened(self, self._ledger.append(kind, **content))
 
     def record_once(self, kind: str, **content: Any) -> None:
         """Record a decision, unless it was recorded already since the campaign got its budget."""
@@ -261,9 +273,17 @@ class Campaign:
             tasks=self.inputs.tasks,
             block_items=BLOCK_BATCHES * engine.batch_size,
             engine=engine_settings(engine),
+            campaign=self.config.name,
         )
         config = self.config
-        return Pool(spec, config.workers, config.address, self._check_engine, config.priority)
+        return Pool(
+            spec, config.workers, config.address, self._check_engine, config.priority, self._hear
+        )
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        """Of a worker: see `Crew.tell`."""
+        self.meter.apply(event)
+        self.watcher.happened(self, {"kind": "worker", **event})
 
     def _check_engine(self, description: dict[str, Any]) -> None:
         """All scores of a campaign come from engines that are alike, today's and last week's."""
@@ -378,12 +398,17 @@ class Campaign:
         )
 
     def _record_progress(self, progress: Progress) -> None:
-        job = progress.job
-        if progress.scored is not None:
+        job, scored = progress.job, progress.scored
+        seconds = scored.realize_seconds + scored.score_seconds if scored else progress.seconds
+        spent: dict[str, Any] = {"waited_seconds": round(progress.waited, 3)}
+        if (used := self.meter.used(progress.worker, seconds)).worker:
+            spent["used"] = used.to_dict()
+        if scored is not None:
             self.record(
                 "scored",
-                **scored_record(job.key, job.split, progress.worker, progress.scored)
+                **scored_record(job.key, job.split, progress.worker, scored)
                 | ({"complete": self._is_last(progress)} if job.chosen is not None else {}),
+                **spent,
             )
         else:
             self.record(
@@ -393,4 +418,5 @@ class Campaign:
                 worker=progress.worker,
                 error=progress.error and hide(progress.error),
                 given_up=progress.given_up,
+                **spent,
             )

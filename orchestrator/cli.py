@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from orchestrator.console import JsonFlag, keep_for_json
+from orchestrator.console import JsonFlag, complain, keep_for_json
 from orchestrator.console import print_json as _print_json
 from orchestrator.console import say as _say
 from orchestrator.evaluating.cli import evaluate
@@ -39,6 +39,9 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")
     ] = None,
+    log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Add what happens to it, as JSON lines.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a campaign, or resume it if its store already holds it. Ends with 3 if the child is rejected."""
@@ -46,11 +49,11 @@ def run(
 
     config = load_config(campaign, overrides)
     from orchestrator.campaign import Campaign
-    from orchestrator.progress import ProgressView
+    from orchestrator.watching.watchers import watching
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ProgressView() as view:
-        result = Campaign(config, view).run()
+    with watching(config, log) as watchers:
+        result = Campaign(config, watchers).run()
     if as_json:
         _print_json(result)
     else:
@@ -125,8 +128,19 @@ register(app)
 
 
 @app.command()
-def status(place: CampaignPlace, as_json: JsonFlag = False) -> None:
+def status(
+    place: CampaignPlace,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing it until the campaign has ended.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Where a campaign stands, read from its store alone."""
+    if watch:
+        from orchestrator.watching.live_status import watch_status
+
+        watch_status(place, as_json)
+        return
     from orchestrator.overview import campaign_overview, render_overview
 
     overview = campaign_overview(place)
@@ -444,7 +458,7 @@ def _fail(status: str, message: str, as_json: bool) -> None:
     from workers.secrecy import hide
 
     message = hide(" ".join(message.split()))
-    print(f"darwin: {message}", file=sys.stderr)
+    complain(message)
     if as_json:
         _print_json({"status": status, "error": message})
 

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.jobs.driver_config import DriverConfig
 from orchestrator.racing_config import RacingConfig
+from orchestrator.watching_config import CostConfig
 from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, open_store
@@ -32,7 +33,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "conf"
 OPERATIONAL_KEYS = (
     "store", "address", "workers.count", "workers.cpus", "workers.gpus", "workers.placement",
     "workers.gang", "workers.memory", "workers.resources", "workers.pools", "priority", "engine.canary",
-    "driver",
+    "driver", "cost", "log",
 )  # fmt: skip
 """Keys that may change when a campaign is resumed: they cannot change its result."""
 
@@ -216,6 +217,9 @@ class CampaignConfig:
     """A running Ray cluster (`auto` or `host:port`); None starts Ray on this machine."""
     priority: int = 0
     """Where workers wait for room in a cluster that campaigns share, those with lower ones make room."""
+    cost: CostConfig = field(default_factory=CostConfig)
+    log: str = "text"
+    """What `darwin run` writes to standard error: `text`, or `json` lines."""
     seed: int = 0
 
 

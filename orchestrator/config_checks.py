@@ -17,6 +17,7 @@ from orchestrator.config_secrets import check_no_secrets
 from orchestrator.jobs.driver_config import check_driver
 from orchestrator.objectives import check_objective
 from orchestrator.racing_config import check_racing
+from orchestrator.watching_config import check_watching
 from orchestrator.workers_config import check_workers
 from workers.devices import is_device
 from workers.errors import BadInputError
@@ -46,6 +47,7 @@ def check_values(config: CampaignConfig, file: str) -> None:
     if len(set(tasks)) < len(tasks):
         refuse("tasks", f"the names {tasks} are not all different")
     check_objective(config, refuse)
+    check_watching(config.cost, config.log, refuse)
     whole_numbers = {
         "genome.blocks": config.genome.blocks,
         "search.evaluations": config.search.evaluations,

@@ -22,10 +22,26 @@ def keep_for_json(output: TextIO) -> None:
     _json_output = output
 
 
+_errors_are_logged = False
+"""Whether standard error is a log of JSON lines, in which errors are already."""
+
+
+def leave_errors_to_log() -> None:
+    """From now on `complain` says nothing: standard error is a log, which says it."""
+    global _errors_are_logged
+    _errors_are_logged = True
+
+
+def complain(message: str) -> None:
+    """Say what ended the command, in a line on standard error."""
+    if not _errors_are_logged:
+        print(f"darwin: {message}", file=sys.stderr)
+
+
 def print_json(data: dict[str, Any]) -> None:
     """Print a command's one JSON object."""
     # All ASCII, whatever the terminal can show.
-    print(json.dumps(data), file=_json_output or sys.stdout)
+    print(json.dumps(data), file=_json_output or sys.stdout, flush=True)
 
 
 def say(text: Any) -> None:

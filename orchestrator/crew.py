@@ -17,6 +17,7 @@ from orchestrator.placement import Placement, check_placement, no_room_at_all
 from orchestrator.ray_session import cause_of, start_ray
 from orchestrator.shared_places import SharedPlaces
 from orchestrator.workers_config import Needs, WorkersConfig
+from workers.actors import PLACE
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Worker:
     is_away: bool = False
     """Whether others have its room."""
     needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, gpus=0.0))
+    waited: float = 0.0
+    """Seconds for which its job could have run before, had it been free."""
 
     @property
     def in_service(self) -> bool:
@@ -97,6 +100,7 @@ class Crew:
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
         priority: int = 0,
+        tell: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
         """`priority`: among those who share the cluster at `address`."""
         self.workers: list[Worker] = []
@@ -109,6 +113,7 @@ class Crew:
         self._placements: dict[int, Placement] = {}
         """By place that of its gang, the leader's place first; or one for all workers, the same for each."""
         self._shared = SharedPlaces(self, self._placements, config, priority)
+        self._tell = tell
         self._serial = 0
         self._failed_starts: list[str] = []
         self._was_in_service = False
@@ -162,6 +167,7 @@ class Crew:
             return
         if worker.actor is not None:
             ray.kill(worker.actor)
+            self.tell(worker, "replaced")
         self._serial += 1
         worker.serial, worker.job, worker.call = self._serial, None, None
         worker.node, worker.member_nodes, worker.is_away = None, (), False
@@ -194,7 +200,9 @@ class Crew:
         import ray
 
         try:
-            self._check_engine(ray.get(worker.ready))
+            description = ray.get(worker.ready)
+            place = description.pop(PLACE, {})
+            self._check_engine(description)
         except (ray.exceptions.RayError, EngineMismatchError) as error:
             self.handle_bad_start(worker, cause_of(error))
             return
@@ -202,6 +210,21 @@ class Crew:
         if self._config.gang > 1:
             worker.introduction = worker.actor.member_nodes.remote()
         self._was_in_service = True
+        gang = self._config.gang
+        self.tell(
+            worker,
+            "in service",
+            node=place.get("node"),
+            loading_seconds=place.get("loading_seconds", 0.0),
+            members=gang,
+            cpus=self._config.cpus * gang,
+            gpus=self._config.gpus * gang,
+        )
+
+    def tell(self, worker: Worker, state: str, **content: Any) -> None:
+        """Say what became of a worker: "in service", with what Ray reserves for it; "replaced"; or
+        "not started", and why."""
+        self._tell({"worker": worker.number, "serial": worker.serial, "state": state, **content})
 
     def handle_bad_start(self, worker: Worker, cause: Exception) -> None:
         """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
@@ -211,6 +234,7 @@ class Crew:
             raise cause
         if unexcused([Failure.of(cause, worker.nodes)], self.watch):
             self._failed_starts.append(str(cause))
+        self.tell(worker, "not started", error=str(cause))
         if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
             raise PoolError(
                 f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"

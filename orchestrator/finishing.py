@@ -107,7 +107,7 @@ def finish(campaign: Campaign, candidate: Candidate, judgement: Judgement) -> di
         lineage["search"]["rounds"] = rounds_for_lineage(campaign.state, campaign.config, number)
     add_ancestry(lineage, campaign.inputs.parents, campaign.inputs.base, through=through, bred=bred)
     files = {
-        "README.md": build_card(lineage).encode(),
+        "README.md": build_card(lineage, _cost(campaign)).encode(),
         ATTRIBUTION_FILE: lineage_bytes(attribution),
         LINEAGE_FILE: lineage_bytes(lineage),
     }
@@ -146,6 +146,13 @@ def _winners_curse(campaign: Campaign, recipe: Recipe) -> dict[str, Any]:
     asked = (c.recipe_id for generation in campaign.state.within_budget(budget) for c in generation)
     parents = {name: parent.id for name, parent in campaign.parent_recipes.items()}
     return winners_curse(campaign.state, recipe.id, asked, parents)
+
+
+def _cost(campaign: Campaign) -> dict[str, Any] | None:
+    """What it took to find the child. On the card alone: no two runs take the same time, and all else that
+    belongs to a child is the same however it was found."""
+    evaluated = campaign.state.evaluated(campaign.config.search.evaluations)
+    return campaign.state.spending.to_dict(evaluated)
 
 
 def _examine(campaign: Campaign, recipe: Recipe) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Ledger:
         self._begun: int | None = None
         """Where the newest `campaign` record is."""
         self._compaction = Compaction(store)
-        self._read_on()
+        self.read_on()
 
     @property
     def newest_epoch(self) -> int:
@@ -100,7 +100,7 @@ class Ledger:
                     break
                 self.store.delete(loose_key(number))
             # A former owner was still writing. What it wrote before our first record counts.
-            self._read_on()
+            self.read_on()
         self.epoch = epoch
         self._compaction.begin()
 
@@ -120,6 +120,15 @@ class Ledger:
     def close(self) -> None:
         """Write no more."""
         self._compaction.close()
+
+    def has_next(self) -> bool:
+        """Whether another driver has written the next record, as far as one request can tell: it may have
+        been compacted since."""
+        try:
+            self.store.info(loose_key(len(self.records)))
+        except ObjectNotFoundError:
+            return False
+        return True
 
     def of_kind(self, kind: str) -> Iterator[Record]:
         """The records of one kind, in order."""
@@ -149,7 +158,7 @@ class Ledger:
         places = {key: f"{self.store.uri}/{found[key]}" for key in ("child", "report")}
         return {"status": status, "campaign": self.store.uri, **found, **places}
 
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
         """Take in what was written behind the last record that is known."""
         for record, size in read_with_sizes(self.store, len(self.records)):
             try:

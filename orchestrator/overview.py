@@ -8,11 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from orchestrator.config import CampaignConfig, config_from_dict
+from orchestrator.ledger import Ledger
 from orchestrator.objectives import task_weights
 from orchestrator.pareto_search import front_record
 from orchestrator.places import open_parent
 from orchestrator.racing.record import saved_text
 from orchestrator.state import CampaignState, read_campaign
+from orchestrator.watching.spending import cost_words
 from workers.checkpoints import COMPONENTS, ArchitectureMap
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
@@ -31,30 +33,30 @@ def campaign_overview(place: str) -> dict[str, Any]:
     """Where the campaign stands, from its ledger."""
     store = open_campaign_store(place)
     with damage_named(f"{store.uri}: its ledger"):
-        return overview_of(store)
+        ledger, state = read_campaign(store)
+        begun = ledger.last("campaign")
+        if begun is None:
+            raise BadInputError(f"{store.uri}: the campaign was stopped before it began")
+        config = config_from_dict(begun["config"])
+        state.judge_by(config.objective, task_weights(config))
+        return overview_of(ledger, config, state)
 
 
-def overview_of(store: Store) -> dict[str, Any]:
-    """See `campaign_overview`; of the campaign in `store`."""
-    ledger, state = read_campaign(store)
-    begun = ledger.last("campaign")
-    if begun is None:
-        raise BadInputError(f"{store.uri}: the campaign was stopped before it began")
-    config = config_from_dict(begun["config"])
-    state.judge_by(config.objective, task_weights(config))
-    budget = config.search.evaluations
-    best = state.best(budget)
-    result = ledger.result()
+def overview_of(ledger: Ledger, config: CampaignConfig, state: CampaignState) -> dict[str, Any]:
+    """The same, from what was read of the ledger."""
+    store, budget, result = ledger.store, config.search.evaluations, ledger.result()
+    best, evaluated = state.best(budget), state.evaluated(budget)
     return {
         "status": result["status"] if result else "unfinished",
         "campaign": store.uri,
         "generation": len(state.generations),
         "round": max(state.rounds, default=1),
         "rounds": config.breeding.rounds,
-        "evaluations": state.evaluated(budget),
+        "evaluations": evaluated,
         "budget": budget,
         "racing": state.races.to_dict(),
         "failures": state.failures,
+        "cost": state.spending.to_dict(evaluated),
         "best": {"recipe_id": best[0].recipe_id, "fitness": best[1], "genome": best[0].genome}
         if best
         else None,
@@ -78,8 +80,8 @@ def _front(state: CampaignState, config: CampaignConfig) -> dict[str, Any]:
     }
 
 
-def render_overview(overview: dict[str, Any]) -> RenderableType:
-    """The overview for a person."""
+def render_overview(overview: dict[str, Any]) -> Table:
+    """The overview for a person, a row for each fact."""
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")  # a place is never cut short
@@ -98,6 +100,8 @@ def render_overview(overview: dict[str, Any]) -> RenderableType:
         table.add_row("racing", saved_text(overview["racing"]))
     if overview["rounds"] > 1:
         table.add_row("round", f"{overview['round']} of {overview['rounds']}")
+    if overview["cost"]:
+        table.add_row("cost", cost_words(overview["cost"]))
     table.add_row("best fitness", f"{best['fitness']:.3f}" if best else "none yet")
     if front := overview["front"]:
         size = _count(len(front["members"]), "member")

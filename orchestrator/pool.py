@@ -44,7 +44,8 @@ POLL_SECONDS = 0.02
 class Pool:
     """Workers in the places of `config`, replaced when they die. A context manager.
 
-    `check_engine` sees what each new worker's scores depend on, and raises if it does not fit.
+    `check_engine` sees what each new worker's scores depend on, and raises if it does not fit; `tell` is told
+    what becomes of workers: see `Crew.tell`.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Pool:
         address: str | None,
         check_engine: Callable[[dict[str, Any]], None],
         priority: int = 0,
+        tell: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
         self.idle_seconds = 0.0
         """Time the driver spent waiting for workers, of all the time in `run`."""
-        self._crew = Crew(spec, config, address, check_engine, priority)
+        self._crew = Crew(spec, config, address, check_engine, priority, tell)
         self._tending = Tending(self._crew)
         self._collected = 0.0
         """When it was last looked for results."""
@@ -154,6 +156,7 @@ class Pool:
 
     def _give(self, worker: Worker, job: Job) -> None:
         worker.job, worker.since = job, time.monotonic()
+        worker.waited = max(0.0, worker.since - max(job.waiting_since, job.not_before))
         worker.call = worker.actor.evaluate.remote(
             job.recipe.to_dict(), job.split, job.finished, CALL_SECONDS, job.chosen
         )
@@ -207,6 +210,9 @@ class Pool:
         job, worker.job, worker.call = worker.job, None, None
         for task, items in scored.items.items():
             job.finished.setdefault(task, []).extend(item["id"] for item in items)
+        now = time.monotonic()
+        seconds, waited = now - worker.since, worker.waited
+        job.waiting_since = now
         moves = self._crew.must_move(worker)
         if not scored.complete and not moves:
             self._give(worker, job)  # weights in place
@@ -214,12 +220,14 @@ class Pool:
             waiting.put_back(job)
         if moves:
             self._crew.start(worker)
-        return Progress(job, worker.number, scored)
+        return Progress(job, worker.number, scored, seconds=seconds, waited=waited)
 
     def _fail(self, worker: Worker, waiting: Waiting, cause: Exception) -> Progress:
         """Put the job back, for another worker if there is one; replace a worker that is not sound."""
         job, worker.job, worker.call = worker.job, None, None
         assert job is not None
+        job.waiting_since = time.monotonic()
+        seconds = job.waiting_since - worker.since
         job.failures.append(Failure.of(cause, worker.nodes))
         job.failed_on.add(worker.serial)
         bad_input = isinstance(cause, BadInputError)
@@ -233,4 +241,5 @@ class Pool:
             back_off = 0.0 if bad_input else attempts.BACK_OFF_SECONDS * 2**tries
             job.not_before = time.monotonic() + back_off
             waiting.put_back(job)
-        return Progress(job, worker.number, error=job.failures[-1].error, given_up=given_up)
+        error = job.failures[-1].error
+        return Progress(job, worker.number, None, error, given_up, seconds, worker.waited)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -109,6 +109,9 @@ class ProgressView:
         ):
             self._printed = (generation, time.monotonic())
             self._show(campaign)
+
+    def happened(self, campaign: Campaign, event: Mapping[str, Any]) -> None:
+        """Nothing: what is shown comes from the campaign's state."""
 
     def _print_unprinted(self) -> None:
         """The last figures of a stage, before the next one begins."""

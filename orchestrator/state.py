@@ -12,6 +12,7 @@ from orchestrator.racing.record import RACE_KINDS, Races
 from orchestrator.record_shapes import campaign_records
 from orchestrator.standing import Standing
 from orchestrator.statistics import Results, mean_score, objective
+from orchestrator.watching.spending import Spending
 from workers.storage import Store
 
 
@@ -117,6 +118,7 @@ class CampaignState:
         """Evaluations that were given up."""
         self._shared_ids: dict[tuple[str, ...], dict[str, int]] = {}
         self._standings: dict[int, Standing] = {}
+        self.spending = Spending()
         for record in records:
             self.apply(record)
 
@@ -127,6 +129,7 @@ class CampaignState:
 
     def apply(self, record: Record) -> None:
         """Take in one record."""
+        self.spending.apply(record)
         if record["kind"] == "asked":
             asked = [self._candidate(c) for c in record["candidates"]]
             self.take_asked(asked, record.get("round", 1))

@@ -31,6 +31,7 @@ class Job:
     failed_on: set[int] = field(default_factory=set)
     """Serial numbers of workers that another one is to be preferred to."""
     not_before: float = 0.0
+    waiting_since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Progress:
     error: str | None = None
     """Why an attempt failed; the job is tried again unless `given_up`."""
     given_up: bool = False
+    seconds: float = 0.0
+    """From the call to its end, by the driver's clock."""
+    waited: float = 0.0
+    """Seconds for which the job could have run before, had a worker been free."""
 
 
 class Waiting:

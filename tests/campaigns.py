@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from orchestrator.ledger import Record, read_records
+from orchestrator.reporting.card import COST_LINE
 from workers.storage import Store, open_store
 
 SKILLS = ("reverse", "sort", "shift")
@@ -119,11 +120,15 @@ def wait_for(
 
 
 def digests(location: str) -> dict[str, str]:
-    """SHA-256 of every file of a child."""
+    """SHA-256 of every file of a child; of the card without the line of what it took, which no two runs
+    share."""
     store = open_store(location)
-    return {
-        info.key: hashlib.sha256(store.read(info.key)).hexdigest() for info in store.list_objects()
-    }
+    contents = {info.key: store.read(info.key) for info in store.list_objects()}
+    if "README.md" in contents:
+        lines = contents["README.md"].splitlines(keepends=True)
+        kept = (line for line in lines if not line.startswith(COST_LINE.encode()))
+        contents["README.md"] = b"".join(kept)
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
 
 def scored_items(ledger: list[Record]) -> list[tuple[str, str, str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -139,6 +139,9 @@ class Stages:
         self.names.append(name)
 
     def notify(self, campaign: Campaign) -> None:
+        pass
+
+    def happened(self, campaign: Campaign, event: Mapping[str, Any]) -> None:
         pass
 
 

@@ -32,6 +32,7 @@ from workers.merging import Recipe
 from workers.merging.parts import Part, cut_parts
 from workers.merging.plan import BASE
 from workers.storage import Store, open_store
+from workers.storage.traffic import TRAFFIC, Traffic
 
 if TYPE_CHECKING:
     from workers.diagnostics.attribution import Products
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
     from workers.merging.child import PartReport
     from workers.merging.executor import Run
     from workers.merging.sources import Source
+
+PLACE = "place"
+"""In what a worker describes: where it runs and how long it took to load. The driver takes it out."""
+
+BYTES_READ, BYTES_WRITTEN = "darwin_bytes_read", "darwin_bytes_written"
+EXPORT_SECONDS = 5.0
+"""So often a worker tells what it has read and written; Ray collects every ten seconds."""
 
 PROBE_THREADS = 1
 """CPU threads of a probe. Sums depend on them in the last digits, so `workers.cpus` must not matter: what
@@ -75,6 +83,8 @@ class WorkerSpec(MergeSpec):
     """See `workers.evaluation.engines.build_engine`."""
     protocol: Protocol | None = None
     """How items are asked; None: each once, as its task says."""
+    campaign: str = ""
+    """For an actor: the campaign's name, as a label of its metrics."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,28 @@ class Actor:
 
         keep_beating(beat, seconds)
         return str(ray.get_runtime_context().get_node_id())
+
+
+def export_traffic(campaign: str) -> None:
+    """From now on count what this process reads and writes as metrics of Ray, which serves them."""
+    from ray.util.metrics import Counter
+
+    labels = {"campaign": campaign}
+    read = Counter(BYTES_READ, "Bytes that driver and workers read from stores", tuple(labels))
+    written = Counter(BYTES_WRITTEN, "Bytes that driver and workers wrote to stores", tuple(labels))
+    known = Traffic()
+
+    def export() -> None:
+        while True:
+            now = TRAFFIC.read, TRAFFIC.written
+            if now[0] > known.read:
+                read.inc(now[0] - known.read, labels)
+            if now[1] > known.written:
+                written.inc(now[1] - known.written, labels)
+            known.read, known.written = now
+            time.sleep(EXPORT_SECONDS)
+
+    threading.Thread(target=export, name="traffic", daemon=True).start()
 
 
 class MergeWorker(Actor):
@@ -321,6 +353,7 @@ class EvaluationWorker(MergeWorker):
         super().__init__(spec)
         self.engine: Engine | None = None
         self.realized: str | None = None
+        self.born = time.monotonic()
 
     def describe(self) -> dict[str, Any]:
         """Open the parents and load the engine; what this worker's scores depend on.
@@ -331,7 +364,15 @@ class EvaluationWorker(MergeWorker):
         for task in self.spec.tasks:
             prepare_task(task)
         probe = self.spec.tasks[0].items["search"][0].prompt
-        return self.engine.describe(probe) | {"block_items": self.spec.block_items}
+        described = self.engine.describe(probe) | {"block_items": self.spec.block_items}
+        if not self.spec.campaign:
+            return described
+        import ray
+
+        export_traffic(self.spec.campaign)
+        node = ray.get_runtime_context().get_node_id()
+        loading = round(time.monotonic() - self.born, 3)
+        return described | {PLACE: {"node": node, "loading_seconds": loading}}
 
     def make_engine(self) -> Engine:
         """Open the parents, and an engine over them."""

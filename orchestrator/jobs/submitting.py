@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,7 @@ class Unwatched:
     def begin(self, campaign: object) -> None: ...
     def stage(self, name: str) -> None: ...
     def notify(self, campaign: object) -> None: ...
+    def happened(self, campaign: object, event: Mapping[str, object]) -> None: ...
 
 
 def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:

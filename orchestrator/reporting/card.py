@@ -21,6 +21,7 @@ from orchestrator.reporting.making import making
 from orchestrator.reporting.markdown import join, table
 from orchestrator.reporting.routing_section import routing_section
 from orchestrator.statistics import format_p_value
+from orchestrator.watching.spending import cost_words
 
 MOST_WARNINGS = 10
 """Of the health check, on the card."""
@@ -29,6 +30,9 @@ SHARES_ARE = {
     "measured": "those of this child's parents were measured on its bytes.",
 }
 
+
+COST_LINE = "What it took: "
+"""Begins the one line of a card that differs from run to run."""
 
 BRED_SHARES = "By way of children that were bred and never written, they are those of recipes."
 
@@ -44,8 +48,9 @@ class ComponentChange:
     """Parent -> share of the elements that differ from it."""
 
 
-def build_card(lineage: dict[str, Any]) -> str:
-    """The child's README.md: Hub metadata, what it is made of, and what was measured."""
+def build_card(lineage: dict[str, Any], cost: dict[str, Any] | None = None) -> str:
+    """The child's README.md: Hub metadata, what it is made of, and what was measured; `cost`, if known, is
+    what the search took until then."""
     names = [parent["name"] for parent in lineage["parents"]]
     metadata: dict[str, Any] = {
         "base_model": [parent["hub"] or parent["name"] for parent in lineage["parents"]],
@@ -72,6 +77,7 @@ def build_card(lineage: dict[str, Any]) -> str:
         front_section(lineage),
         "## How it was made\n",
         making(lineage),
+        f"{COST_LINE}{cost_words(cost)}.\n" if cost else "",
         "".join(f"{note}\n" for note in notes_on_search(lineage["search"])),
         "".join(f"{note}\n" for note in notes_on_matching(lineage)),
         _measured(lineage),

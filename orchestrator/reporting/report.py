@@ -30,6 +30,7 @@ from orchestrator.reporting.card import (
     reservations,
     verdict,
 )
+from orchestrator.reporting.cost import cost_section
 from orchestrator.reporting.evidence import (
     better_of,
     category_tables,
@@ -147,6 +148,7 @@ def _render(
         failures=state.failures,
         given_up=sum(evaluation.failed is not None for evaluation in state.evaluations.values()),
         seconds=sum(evaluation.seconds for evaluation in state.evaluations.values()),
+        cost=cost_section(ledger, state),
         reason=searched["reason"] if searched else None,
         notes=[*notes_on_search(lineage["search"]), *notes_on_matching(lineage)],
         child_uri=target.uri,

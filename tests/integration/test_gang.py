@@ -107,7 +107,8 @@ def test_a_gang_ends_with_the_child_of_whole_workers(cluster: RayCluster, tmp_pa
 
 def content(ledger: list[Any], kind: str) -> list[dict[str, Any]]:
     """The records of a kind, but for whose they are."""
-    return [{**record, "epoch": 0, "time": 0} for record in ledger if record["kind"] == kind]
+    same = {"epoch": 0, "time": 0, "reserved": None}
+    return [record | same for record in ledger if record["kind"] == kind]
 
 
 def scores(ledger: list[Any]) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -44,6 +44,7 @@ from workers.storage.store import (
     check_key,
     check_prefix,
 )
+from workers.storage.traffic import TRAFFIC
 
 
 class FolderStore(Store):
@@ -70,7 +71,9 @@ class FolderStore(Store):
         path = self._path(key)
         with read_errors(path), open(path, "rb", buffering=0) as file:
             # A published file is never written to again: these bytes are of this version.
-            return file.read(), version_of(os.fstat(file.fileno()))
+            data, version = file.read(), version_of(os.fstat(file.fileno()))
+        TRAFFIC.count_read(len(data))
+        return data, version
 
     def read_into(
         self, key: str, start: int, buffer: memoryview, version: str | None = None
@@ -80,6 +83,7 @@ class FolderStore(Store):
             check_unchanged(file.fileno(), path, version)
             read_exactly(file.fileno(), path, start, buffer.cast("B"))
             check_unchanged(file.fileno(), path, version)  # Files of others may be written to.
+        TRAFFIC.count_read(buffer.nbytes)
 
     def info(self, key: str) -> ObjectInfo:
         status = status_of(self._path(key))
@@ -110,7 +114,8 @@ class FolderStore(Store):
         with write_errors(path), temporary_file(path, data) as temporary:
             version = version_of(os.stat(temporary))
             publish_new(temporary, path)
-            return version
+        TRAFFIC.count_written(memoryview(data).nbytes)
+        return version
 
     def replace(self, key: str, data: Bytes, version: str) -> str:
         check_version(self._path(key), version)  # Most losers end here and cost the disk nothing.
@@ -163,6 +168,7 @@ class FolderStore(Store):
             if os.path.exists(path):  # Perhaps as this very file, and that must not change now.
                 raise PreconditionFailedError(f"{path} exists already")
             write_durably(file, start, view)
+        TRAFFIC.count_written(len(view))
         return receipt_of(start, len(view))
 
     def finish_parts(self, key: str, upload_id: str, receipts: dict[int, str]) -> None:
@@ -239,7 +245,8 @@ class FolderStore(Store):
                     check_version(path, expected_version)
                 version = rename_as_newer(temporary, path)
             sync_folder(folder)
-            return version
+        TRAFFIC.count_written(memoryview(data).nbytes)
+        return version
 
     def _walk(self, prefix: str) -> Iterator[str]:
         """The files whose key starts with `prefix`, ordered; and all of ours in their folders."""

@@ -55,6 +55,7 @@ from workers.storage.store import (
     check_key,
     check_prefix,
 )
+from workers.storage.traffic import TRAFFIC
 
 READ_CHUNK_BYTES = 2**20
 
@@ -105,7 +106,9 @@ class S3Store(Store):
                 return body.read(), answer["ETag"]
 
         with self._missing_told_from_refused(key):
-            return self._attempt("reading", key, read)
+            data, version = self._attempt("reading", key, read)
+        TRAFFIC.count_read(len(data))
+        return data, version
 
     def read_into(
         self, key: str, start: int, buffer: memoryview, version: str | None = None
@@ -146,6 +149,7 @@ class S3Store(Store):
         except PreconditionFailedError:
             self._check_unchanged(key, "another", version)
             raise
+        TRAFFIC.count_read(buffer.nbytes)
 
     def _check_unchanged(self, key: str, found: str, version: str | None) -> None:
         if version is not None and version != found:
@@ -210,6 +214,7 @@ class S3Store(Store):
             UploadId=upload.s3_id,
             PartNumber=number,
         )
+        TRAFFIC.count_written(len(view))
         return receipt_of(start, len(view), **proof_of(answer))
 
     def finish_parts(self, key: str, upload_id: str, receipts: dict[int, str]) -> None:
@@ -409,6 +414,7 @@ class S3Store(Store):
             if version is None:
                 raise PreconditionFailedError(f"{self._uri_of(key)} {refusal}") from error
             return version
+        TRAFFIC.count_written(len(body))
         return str(answer["ETag"])
 
     def _version_written_by(self, token: str, key: str) -> str | None:
