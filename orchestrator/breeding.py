@@ -20,9 +20,9 @@ from orchestrator.descent.shares import recorded_parameters
 from orchestrator.genomes.build import build_space
 from orchestrator.genomes.space import Gene, RemovedGene, Space
 from orchestrator.inputs import Inputs
+from orchestrator.ledger.state import CampaignState, Candidate
 from orchestrator.objectives import item_weights, task_weights
 from orchestrator.search import Optimizer, SteadyOptimizer, build_optimizer
-from orchestrator.state import CampaignState, Candidate
 from workers.errors import BadInputError
 from workers.merging import MergeMethod, ParentReference, Recipe, get_method
 from workers.merging.plan import Plan

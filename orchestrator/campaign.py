@@ -24,18 +24,18 @@ from orchestrator.finishing import finish, judge_child
 from orchestrator.genomes.build import build_space
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs, absolute_places, open_inputs
-from orchestrator.lease import Lease, acquire_lease
-from orchestrator.ledger import LeaseLostError, Ledger
+from orchestrator.ledger.lease import Lease, acquire_lease
+from orchestrator.ledger.ledger import LeaseLostError, Ledger
+from orchestrator.ledger.record_shapes import campaign_records
+from orchestrator.ledger.state import CampaignState, Candidate, scored_record
 from orchestrator.mri.prescribing import describe_space, notes_on_search, recorded_or_scanned
 from orchestrator.mri.prescription import Prescription
 from orchestrator.objectives import item_weights, task_weights
-from orchestrator.pool import Job, Pool, Progress
+from orchestrator.pool.pool import Job, Pool, Progress
 from orchestrator.racing.generation import check_can_race
-from orchestrator.record_shapes import campaign_records
 from orchestrator.reporting.report import REPORT_FILE, write_report
 from orchestrator.search import build_optimizer
 from orchestrator.searching import Search
-from orchestrator.state import CampaignState, Candidate, scored_record
 from orchestrator.watching.meter import SPENDING_KINDS, Meter
 from workers.errors import BadInputError
 from workers.evaluation.task import BLOCK_BATCHES

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.calls import Calls
 from orchestrator.descent.lineage import (
     ALIGNMENT_FILE,
     ATTRIBUTION_FILE,
@@ -30,6 +29,7 @@ from orchestrator.merge_progress import (
     read_progress,
 )
 from orchestrator.part_groups import group_parts, part_owners
+from orchestrator.pool.calls import Calls
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor, publish_companions
 from workers.errors import BadInputError
 from workers.merging import Recipe

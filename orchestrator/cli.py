@@ -192,7 +192,7 @@ def merge(
     as_json: JsonFlag = False,
 ) -> None:
     """Write one child, without a search; or go on where writing it was interrupted."""
-    from orchestrator.placement import workers_asked_for
+    from orchestrator.pool.placement import workers_asked_for
     from orchestrator.recipe_file import named_places
     from orchestrator.single_merge import merge_recipe
 
@@ -387,7 +387,7 @@ def scan(
     from orchestrator.mri.command import scan_checkpoints
     from orchestrator.mri.page import render_summary, summarize
     from orchestrator.mri.probe import choose_probe, probe_peaks, render_peaks
-    from orchestrator.placement import workers_asked_for
+    from orchestrator.pool.placement import workers_asked_for
 
     pool = workers_asked_for(workers)
     chosen = choose_probe(probe, calibration_sets or [], streamed, spans, shards)
@@ -447,7 +447,7 @@ def _is_foreseen(error: Exception) -> bool:
     """Whether the message says it all; anything else is a bug, and its traceback is wanted."""
     from orchestrator.aligning.alignment import LowCoverageError
     from orchestrator.errors import CampaignError, PoolError
-    from orchestrator.ledger import LeaseLostError
+    from orchestrator.ledger.ledger import LeaseLostError
     from workers.storage import StorageError
 
     foreseen = CampaignError | LeaseLostError | LowCoverageError | PoolError | StorageError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.calls import Calls
 from orchestrator.child_writer import ChildReport, ChildWriter
 from orchestrator.config import HealthConfig
 from orchestrator.gates import Gate, rejecting, weight_gates
+from orchestrator.pool.calls import Calls
 from workers.checkpoints import Checkpoint
 from workers.merging import Recipe
 from workers.storage import Store

@@ -20,11 +20,11 @@ from orchestrator.examination import fingerprint
 from orchestrator.experts.routing_of_child import measure_routing
 from orchestrator.gates import engine_gates, summarize
 from orchestrator.judgement import Judgement, judge
+from orchestrator.ledger.state import Candidate
 from orchestrator.pareto_search import FRONT_KEYS
 from orchestrator.reporting.card import build_card
 from orchestrator.reporting.evidence import warnings_of
 from orchestrator.reporting.report import REPORT_FILE, write_report
-from orchestrator.state import Candidate
 from orchestrator.winners_curse import winners_curse
 from workers.checkpoints import open_checkpoint
 from workers.merging import Recipe

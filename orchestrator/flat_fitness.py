@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.state import CampaignState
+from orchestrator.ledger.state import CampaignState
 from orchestrator.statistics import POWER, items_needed, smallest_difference
 from workers.evaluation.task import Task
 

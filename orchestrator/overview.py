@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from orchestrator.config import CampaignConfig, config_from_dict
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.state import CampaignState, read_campaign
 from orchestrator.objectives import task_weights
 from orchestrator.pareto_search import front_record
 from orchestrator.places import open_parent
 from orchestrator.racing.record import saved_text
-from orchestrator.state import CampaignState, read_campaign
 from orchestrator.watching.spending import cost_words
 from workers.checkpoints import COMPONENTS, ArchitectureMap
 from workers.errors import BadInputError

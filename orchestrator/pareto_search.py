@@ -7,8 +7,8 @@ from typing import Any
 
 from orchestrator.config import CampaignConfig
 from orchestrator.errors import all_failed
+from orchestrator.ledger.state import CampaignState, Candidate
 from orchestrator.pareto import Scores, front_of, hypervolume, rank_fitness
-from orchestrator.state import CampaignState, Candidate
 
 FRONT_KEYS = ("hypervolume", "reference", "members", "parents")
 """What a `front` record has."""

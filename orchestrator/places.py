@@ -5,8 +5,8 @@ Workers know nothing of campaigns, so a place is resolved here before any of the
 
 from __future__ import annotations
 
-from orchestrator.ledger import FOLDER, Ledger
-from orchestrator.record_shapes import campaign_records
+from orchestrator.ledger.ledger import FOLDER, Ledger
+from orchestrator.ledger.record_shapes import campaign_records
 from workers.checkpoints import Checkpoint, open_checkpoint
 from workers.checkpoints.opening import split_adapter
 from workers.errors import BadInputError

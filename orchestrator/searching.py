@@ -9,10 +9,10 @@ from orchestrator.breeding import LEAST_SURVIVORS, Round, begin_round, limit_of,
 from orchestrator.errors import CampaignError, all_failed, not_repeated
 from orchestrator.flat_fitness import FlatFitness, FlatWatch
 from orchestrator.genomes.space import Space
+from orchestrator.ledger.state import Candidate
 from orchestrator.pareto_search import front_record, pareto_fitness
 from orchestrator.racing.generation import Racing, places_of
 from orchestrator.search import STEADY_OPTIMIZERS, Optimizer, SteadyOptimizer
-from orchestrator.state import Candidate
 from orchestrator.steady_search import SteadySearch
 
 if TYPE_CHECKING:

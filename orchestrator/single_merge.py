@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.calls import open_calls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.descent.family_tree import add_ancestry
 from orchestrator.descent.lineage import (
@@ -19,6 +18,7 @@ from orchestrator.descent.lineage import (
 from orchestrator.experts.calibrating import ROUTERS_FOLDER, calibrate_routers
 from orchestrator.experts.matched_merge import match_recipe
 from orchestrator.merge_progress import PROGRESS
+from orchestrator.pool.calls import open_calls
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.reporting.merge_card import build_merge_card

@@ -17,11 +17,11 @@ from orchestrator.breeding import limit_of
 from orchestrator.errors import all_failed, not_repeated
 from orchestrator.flat_fitness import FlatFitness, flat_among
 from orchestrator.genomes.space import Space
-from orchestrator.item_scores import scores_of
+from orchestrator.ledger.item_scores import scores_of
+from orchestrator.ledger.state import CampaignState, Candidate
 from orchestrator.pareto import Scores, rank_fitness
-from orchestrator.pool import Job
+from orchestrator.pool.pool import Job
 from orchestrator.search import SteadyOptimizer
-from orchestrator.state import CampaignState, Candidate
 
 if TYPE_CHECKING:
     from orchestrator.campaign import Campaign

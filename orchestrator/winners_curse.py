@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.state import CampaignState, Evaluation
+from orchestrator.ledger.state import CampaignState, Evaluation
 from orchestrator.statistics import objective
 
 RESAMPLES = 500

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.ledger import Record, read_records
+from orchestrator.ledger.ledger import Record, read_records
 from orchestrator.reporting.card import COST_LINE
 from workers.storage import Store, open_store
 

@@ -16,8 +16,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from orchestrator.calls import LocalCalls
 from orchestrator.child_writer import ChildReport, ChildWriter
+from orchestrator.pool.calls import LocalCalls
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import (
     Checkpoint,

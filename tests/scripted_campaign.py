@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from orchestrator.calls import LocalCalls
 from orchestrator.campaign import Campaign
 from orchestrator.config import GATES, load_config
-from orchestrator.pool import Job, Progress
+from orchestrator.pool.calls import LocalCalls
+from orchestrator.pool.pool import Job, Progress
 from tests.campaigns import write_campaign
 from workers.actors import EvaluationWorker, Scored, WorkerSpec
 from workers.evaluation.task import Item, Task, choose_items

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from orchestrator.campaign import Campaign
-from orchestrator.ledger import Record
+from orchestrator.ledger.ledger import Record
 from orchestrator.search import build_optimizer
 
 

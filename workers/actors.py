@@ -1,6 +1,6 @@
 """The worker process: parents opened once, one live engine, one candidate at a time.
 
-`orchestrator.pool` runs the workers here as Ray actors. A worker decides nothing and keeps nothing
+`orchestrator.pool.pool` runs the workers here as Ray actors. A worker decides nothing and keeps nothing
 that matters: it can die at any point, and another one continues from what was recorded. The driver
 imports this module too, so torch is imported where it is used.
 """

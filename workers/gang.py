@@ -1,7 +1,7 @@
 """The workers of a gang, which share one model: a leader that is called, and members that it starts.
 
-`orchestrator.crew` puts a gang into a place of the pool instead of one worker, and calls its leader as it
-would call that one. If a member dies every call that needs it fails, and the gang is replaced as a whole.
+`orchestrator.pool.crew` puts a gang into a place of the pool instead of one worker, and calls its leader as
+it would call that one. If a member dies every call that needs it fails, and the gang is replaced as a whole.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.calls import Calls, open_calls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.descent.lineage import ATTRIBUTION_FILE, LINEAGE_FILE
 from orchestrator.descent.shares import weighted_shares
 from orchestrator.inputs import check_parents
 from orchestrator.places import open_parent
+from orchestrator.pool.calls import Calls, open_calls
 from workers.actors import MergeWorker
 from workers.checkpoints import (
     COMPONENTS,

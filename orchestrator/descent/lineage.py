@@ -12,7 +12,7 @@ import yaml
 from orchestrator.config import CampaignConfig
 from orchestrator.inputs import Inputs
 from orchestrator.judgement import Judgement
-from orchestrator.state import CampaignState
+from orchestrator.ledger.state import CampaignState
 from workers.checkpoints import Checkpoint
 from workers.merging import Recipe
 from workers.storage import ObjectNotFoundError

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from orchestrator.ledger import Ledger, Record
-from orchestrator.record_shapes import evaluation_records
+from orchestrator.ledger.ledger import Ledger, Record
+from orchestrator.ledger.record_shapes import evaluation_records
 from workers.checkpoints import Checkpoint
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Majority, Protocol, protocol_to_dict

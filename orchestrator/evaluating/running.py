@@ -11,10 +11,10 @@ from orchestrator.engine_description import engine_changes
 from orchestrator.errors import PoolError
 from orchestrator.evaluating.evaluation import ADDRESS, RECORDS, Evaluation, Recorded, read_recorded
 from orchestrator.evaluating.threshold import fix_threshold
-from orchestrator.lease import acquire_lease
-from orchestrator.ledger import Ledger
-from orchestrator.pool import Job, Pool
-from orchestrator.record_shapes import evaluation_records
+from orchestrator.ledger.lease import acquire_lease
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.record_shapes import evaluation_records
+from orchestrator.pool.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Protocol

@@ -8,7 +8,7 @@ from orchestrator.config import EngineConfig, TaskConfig, engine_settings
 from orchestrator.evaluating.evaluation import Wish
 from orchestrator.evaluating.running import Machines
 from orchestrator.inputs import open_tasks
-from orchestrator.placement import workers_asked_for
+from orchestrator.pool.placement import workers_asked_for
 from workers.devices import is_device
 from workers.errors import BadInputError
 from workers.evaluation.protocols import Protocol

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from orchestrator.calls import open_calls
 from orchestrator.descent.family_tree import add_ancestry
 from orchestrator.descent.lineage import (
     LINEAGE_FILE,
@@ -26,6 +25,7 @@ from orchestrator.descent.lineage import (
 )
 from orchestrator.experts.router import AS_EXPERTS, HARC, ROUTERS, Harc, with_routers
 from orchestrator.experts.routing_table import routing_record
+from orchestrator.pool.calls import open_calls
 from orchestrator.progress_bar import steps_bar
 from orchestrator.recipe_file import RecipeFile
 from orchestrator.workers_config import WorkersConfig

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from orchestrator.calls import Calls
 from orchestrator.config import CampaignConfig
 from orchestrator.experts.matching import Matching, match_experts
 from orchestrator.inputs import Inputs
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.prescribing import Recorder
+from orchestrator.pool.calls import Calls
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
 from workers.merging import Recipe

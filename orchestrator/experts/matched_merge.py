@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from orchestrator.calls import open_calls
 from orchestrator.experts.matching import Matching, match_experts
+from orchestrator.pool.calls import open_calls
 from orchestrator.recipe_file import RecipeFile
 from orchestrator.workers_config import WorkersConfig
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.calls import Calls
+from orchestrator.pool.calls import Calls
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.diagnostics.calibration import CalibrationSet
 from workers.errors import BadInputError

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from orchestrator import lease as leases
 from orchestrator.jobs.cluster import Cluster
-from orchestrator.lease import Sighting, look_at_lease
-from orchestrator.ledger import FOLDER
+from orchestrator.ledger import lease as leases
+from orchestrator.ledger.lease import Sighting, look_at_lease
+from orchestrator.ledger.ledger import FOLDER
 from orchestrator.overview import campaign_overview
 from workers.errors import BadInputError
 from workers.storage import Store, open_store

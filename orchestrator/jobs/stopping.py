@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator import lease as leases
 from orchestrator.errors import CampaignError
 from orchestrator.jobs.cluster import STOP_SECONDS, Cluster, Job
-from orchestrator.lease import Sighting, look_at_lease
-from orchestrator.ledger import FOLDER
-from orchestrator.stop_request import request_stop
+from orchestrator.ledger import lease as leases
+from orchestrator.ledger.lease import Sighting, look_at_lease
+from orchestrator.ledger.ledger import FOLDER
+from orchestrator.ledger.stop_request import request_stop
 from workers.errors import BadInputError
 from workers.storage import Store
 

@@ -121,9 +121,9 @@ def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:
 
     Raises `BadInputError` if there is none, or a change cannot be.
     """
-    from orchestrator.ledger import Ledger
+    from orchestrator.ledger.ledger import Ledger
+    from orchestrator.ledger.record_shapes import campaign_records
     from orchestrator.overview import open_campaign_store
-    from orchestrator.record_shapes import campaign_records
 
     store = open_campaign_store(place)
     begun = Ledger(store, lambda record: None, campaign_records()).last("campaign")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.calls import open_calls
 from orchestrator.mri.page import build_page
 from orchestrator.mri.scan import Probe, find_scan, scan_bytes, scan_key, scan_parents
 from orchestrator.places import open_parent
+from orchestrator.pool.calls import open_calls
 from orchestrator.progress_bar import progress_bar
 from orchestrator.workers_config import WorkersConfig
 from workers.checkpoints import Checkpoint

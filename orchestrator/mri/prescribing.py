@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from orchestrator.calls import Calls
 from orchestrator.config import CampaignConfig
 from orchestrator.genomes.expert_space import ExpertSpace
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.expert_prescription import prescribe_experts
 from orchestrator.mri.experts import keep_routing
 from orchestrator.mri.matched_scan import at_matched_places
 from orchestrator.mri.prescription import Prescription, prescribe
+from orchestrator.pool.calls import Calls
 from workers.merging.expert_order import ExpertOrders, orders_to_dict
 from workers.storage import Store, open_store
 from workers.storage.documents import damage_named

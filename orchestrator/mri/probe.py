@@ -14,8 +14,8 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
-from orchestrator.calls import Calls
 from orchestrator.config import find_shipped
+from orchestrator.pool.calls import Calls
 from workers.actors import PROBE_THREADS
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT

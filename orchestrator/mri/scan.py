@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from orchestrator.calls import Calls
+from orchestrator.pool.calls import Calls
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.diagnostics.static import scanned_tensors

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.config import load_config
-from orchestrator.placement import check_placement
 from orchestrator.planning.cluster import GB, load_cluster
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
 from orchestrator.planning.inputs import open_planned
+from orchestrator.pool.placement import check_placement
 from workers.errors import BadInputError
 
 PARENTS = {

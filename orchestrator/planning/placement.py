@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from orchestrator.config import CampaignConfig
-from orchestrator.placement import room_on
 from orchestrator.planning.cluster import GB, Cluster
 from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.traffic import Traffic, live_tensors
-from orchestrator.room import has_room, take
+from orchestrator.pool.placement import room_on
+from orchestrator.pool.room import has_room, take
 from orchestrator.workers_config import Needs
 from workers.checkpoints import LogicalTensor
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT

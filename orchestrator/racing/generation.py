@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from orchestrator.ledger.state import Candidate
 from orchestrator.racing.contest import Known, begin, complete_leaders, prepare, ranked
 from orchestrator.racing.race import Chosen
 from orchestrator.search import STEADY_OPTIMIZERS
-from orchestrator.state import Candidate
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
     from orchestrator.campaign import Campaign
     from orchestrator.config import CampaignConfig
-    from orchestrator.ledger import Record
+    from orchestrator.ledger.ledger import Record
 
 
 class Racing:

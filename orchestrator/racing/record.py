@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from orchestrator.ledger import Record
+from orchestrator.ledger.ledger import Record
 
 RACE_KINDS = ("race", "block", "raced")
 """A race begins; a block of items has been asked and decided on; it has ended, and this is told."""

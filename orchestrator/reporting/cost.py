@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from orchestrator.ledger import Ledger
-from orchestrator.state import CampaignState
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.state import CampaignState
 from orchestrator.watching.spending import HOUR, SHORT, Seconds, hours, money_words, number
 
 ROWS = {

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.ledger.state import CampaignState, Candidate
 from orchestrator.reporting.markdown import table
-from orchestrator.state import CampaignState, Candidate
 
 if TYPE_CHECKING:
     from markupsafe import Markup

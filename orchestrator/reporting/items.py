@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from orchestrator.ledger import Ledger, read_records
-from orchestrator.state import CampaignState
+from orchestrator.ledger.ledger import Ledger, read_records
+from orchestrator.ledger.state import CampaignState
 from workers.errors import BadInputError
 from workers.merging import ParentReference, passthrough_recipe
 from workers.storage import Store

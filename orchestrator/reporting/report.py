@@ -18,7 +18,8 @@ from orchestrator.descent.shares import measured_shares, weighted_shares
 from orchestrator.experts.matching import notes_on_matching
 from orchestrator.experts.routing_table import MEANING, routing_notes, routing_table
 from orchestrator.judgement import SIGNIFICANCE
-from orchestrator.ledger import Ledger, Record
+from orchestrator.ledger.ledger import Ledger, Record
+from orchestrator.ledger.state import CampaignState, Candidate, read_campaign
 from orchestrator.mri.dead_experts import dead_expert_notes, dead_of
 from orchestrator.mri.experts import expert_notes, kept_routing, summarize_experts
 from orchestrator.mri.prescribing import notes_on_search
@@ -48,7 +49,6 @@ from orchestrator.reporting.expert_map import expert_chart, expert_map, expert_r
 from orchestrator.reporting.front import draw_front, front_note
 from orchestrator.reporting.items import write_campaign_items
 from orchestrator.reporting.making import breeding, racing, what_was_searched
-from orchestrator.state import CampaignState, Candidate, read_campaign
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, Store
 from workers.storage.documents import damage_named, read_document

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from orchestrator.config import CampaignConfig, config_from_dict
-from orchestrator.lease import KEY as LEASE_KEY
-from orchestrator.lease import LIFETIME_SECONDS
-from orchestrator.ledger import Ledger, Record
+from orchestrator.ledger.lease import KEY as LEASE_KEY
+from orchestrator.ledger.lease import LIFETIME_SECONDS
+from orchestrator.ledger.ledger import Ledger, Record
+from orchestrator.ledger.record_shapes import campaign_records
+from orchestrator.ledger.state import CampaignState
 from orchestrator.objectives import task_weights
 from orchestrator.overview import open_campaign_store, overview_of
-from orchestrator.record_shapes import campaign_records
-from orchestrator.state import CampaignState
 from orchestrator.watching.pace import Pace
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, Store

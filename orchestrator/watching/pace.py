@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.ledger import Record
+from orchestrator.ledger.ledger import Record
 
 WINDOW_SECONDS = 600.0
 """Rates are those of this last while of the search."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.ledger import Record
+from orchestrator.ledger.ledger import Record
 from orchestrator.watching_config import CostConfig
 
 HOUR = 3600.0

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from orchestrator.config import SHIPPED
-from orchestrator.ledger import Record
+from orchestrator.ledger.ledger import Record
 from tests.campaigns import records, start_darwin
 from workers.storage import Store, open_store
 

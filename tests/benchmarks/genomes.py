@@ -22,12 +22,12 @@ from multiprocessing import get_context
 
 from scipy.stats import wilcoxon
 
-from orchestrator.calls import LocalCalls
 from orchestrator.config import CampaignConfig, config_from_dict
 from orchestrator.genomes.build import build_space
 from orchestrator.genomes.space import Space
 from orchestrator.inputs import Inputs, open_inputs
 from orchestrator.mri.prescribing import scan_and_prescribe
+from orchestrator.pool.calls import LocalCalls
 from orchestrator.search import build_optimizer
 from orchestrator.statistics import objective
 from workers.actors import MergeSpec, MergeWorker

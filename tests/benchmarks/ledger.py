@@ -25,7 +25,7 @@ from typing import Any
 from orchestrator.campaign import Campaign
 from orchestrator.config import load_config
 from orchestrator.overview import campaign_overview
-from orchestrator.pool import Job, Progress
+from orchestrator.pool.pool import Job, Progress
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import Stages
 from tests.servers import seaweedfs_server

@@ -29,13 +29,13 @@ import yaml
 from orchestrator.config import SHIPPED, CampaignConfig, config_from_dict
 from orchestrator.genomes.build import build_space
 from orchestrator.inputs import Inputs, open_inputs
+from orchestrator.ledger.state import Candidate
 from orchestrator.objectives import task_weights
 from orchestrator.racing.contest import Known, begin, complete_leaders, prepare, ranked
 from orchestrator.racing.generation import places_of
 from orchestrator.racing.race import Chosen
 from orchestrator.racing_config import RacingConfig
 from orchestrator.search import Optimizer, build_optimizer
-from orchestrator.state import Candidate
 from orchestrator.statistics import Results, mean_score, objective
 from workers.evaluation import choose_items, make_batches, score_batch
 from workers.merging import Recipe, passthrough_recipe

@@ -23,7 +23,7 @@ from tests.checkpoint_files import weight_files
 
 STAGE = """
 import os, sys, time
-from orchestrator.calls import open_calls
+from orchestrator.pool.calls import open_calls
 from orchestrator.mri.scan import scan_parents
 from workers.checkpoints import open_checkpoint
 parents = {f"parent{number}": open_checkpoint(place) for number, place in enumerate(sys.argv[1:])}

@@ -28,8 +28,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from orchestrator.config import load_config
-from orchestrator.crew import Crew
-from orchestrator.pool import Job, Pool
+from orchestrator.pool.crew import Crew
+from orchestrator.pool.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import ScriptedCampaign, Stages, run_search

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from orchestrator.config import load_config
-from orchestrator.crew import Worker
-from orchestrator.pool import Pool, Progress
-from orchestrator.waiting import Waiting
+from orchestrator.pool.crew import Worker
+from orchestrator.pool.pool import Pool, Progress
+from orchestrator.pool.waiting import Waiting
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import ScriptedCampaign, Stages, run_search
 from workers.actors import Scored

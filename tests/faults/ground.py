@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from tests.campaigns import digests, records, scored_items, write_campaign
 from tests.faults.run import Expected, Run
 from tests.ray_cluster import ENVIRONMENT, RayCluster

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orchestrator.ledger import FOLDER, Ledger, Record
+from orchestrator.ledger.ledger import FOLDER, Ledger, Record
 from tests.campaigns import digests, records, scored_items
 from tests.hosts import Host
 from workers.storage import Store, open_store

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from orchestrator.config import SHIPPED
-from orchestrator.ledger import Record
+from orchestrator.ledger.ledger import Record
 from tests.campaigns import (
     count_records,
     digests,

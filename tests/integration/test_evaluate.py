@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger import read_records
+from orchestrator.ledger.ledger import read_records
 from tests.campaigns import START_SECONDS, run_darwin, start_darwin
 from workers.storage import open_store
 

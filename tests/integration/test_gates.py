@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.calls import LocalCalls
 from orchestrator.config import HealthConfig
 from orchestrator.ending import Ending
 from orchestrator.gates import Gate
+from orchestrator.pool.calls import LocalCalls
 from tests.campaigns import digests, records, run_darwin, write_campaign
 from tests.checkpoint_files import open_merger, recipe_for, rule, write_checkpoint
 from workers.actors import MergeSpec, MergeWorker

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.calls import LocalCalls
 from orchestrator.child_writer import ChildWriter
+from orchestrator.pool.calls import LocalCalls
 from tests.checkpoint_files import files_of, open_merger, rule, write_checkpoint, write_child
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import open_checkpoint

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import orchestrator.attempts as attempts_module
-import orchestrator.crew as crew_module
+import orchestrator.pool.attempts as attempts_module
+import orchestrator.pool.crew as crew_module
 import workers.actors
 from orchestrator.errors import PoolError
-from orchestrator.pool import Job, Pool, Progress
+from orchestrator.pool.pool import Job, Pool, Progress
 from orchestrator.workers_config import WorkersConfig
 from tests.unreliable_worker import UnreliableWorker
 from workers.actors import WorkerSpec
@@ -116,7 +116,7 @@ def test_calls_are_made_by_all_and_again_elsewhere(tmp_path: Path) -> None:
 def test_a_worker_that_hangs_in_a_call_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.attempts.HUNG_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.pool.attempts.HUNG_SECONDS", 1.0)
     with make_pool(tmp_path, count=2) as pool:
         results = dict(pool.each("hung_call", [(value,) for value in range(4)]))
     assert results == {number: number for number in range(4)}
@@ -128,8 +128,8 @@ def test_a_call_that_is_not_cut_to_size_has_more_time(
     seconds: float, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than others may take; but it is not waited for for ever."""
-    monkeypatch.setattr("orchestrator.attempts.HUNG_SECONDS", 0.1)
-    monkeypatch.setattr("orchestrator.attempts.UNCUT_HUNG_SECONDS", 5.0)
+    monkeypatch.setattr("orchestrator.pool.attempts.HUNG_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.pool.attempts.UNCUT_HUNG_SECONDS", 5.0)
     with make_pool(tmp_path, count=1, seconds=seconds) as pool:
         results = dict(pool.each("examine", [(value,) for value in range(4)]))
     assert results == {number: number for number in range(4)}

@@ -18,11 +18,11 @@ PATIENCE_SECONDS = 90.0
 DRIVER = """
 import json, sys, threading, time
 from pathlib import Path
-import orchestrator.attempts as attempts
-import orchestrator.heartbeat as heartbeat
+import orchestrator.pool.attempts as attempts
+import orchestrator.pool.heartbeat as heartbeat
 import workers.actors
 from orchestrator.workers_config import WorkersConfig
-from orchestrator.pool import Job, Pool
+from orchestrator.pool.pool import Job, Pool
 from tests.unreliable_worker import UnreliableWorker
 from workers.merging import ParentReference, Recipe
 

@@ -16,11 +16,11 @@ from tests.ray_cluster import ENVIRONMENT, RayCluster
 DRIVER = """
 import json, sys, time
 from pathlib import Path
-import orchestrator.crew as crew
-import orchestrator.shared_places as shared_places
-import orchestrator.board as board
+import orchestrator.pool.crew as crew
+import orchestrator.pool.shared_places as shared_places
+import orchestrator.pool.board as board
 import workers.actors
-from orchestrator.pool import Job, Pool
+from orchestrator.pool.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
 from workers.merging import ParentReference, Recipe
 

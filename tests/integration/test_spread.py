@@ -17,11 +17,11 @@ NODES = 3
 
 DRIVER = """
 import json, sys
-import orchestrator.crew as crew
+import orchestrator.pool.crew as crew
 import workers.actors
 from orchestrator.workers_config import WorkersConfig
 from orchestrator.errors import PoolError
-from orchestrator.pool import Pool
+from orchestrator.pool.pool import Pool
 from tests.unreliable_worker import UnreliableWorker
 
 address, count, start_seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])

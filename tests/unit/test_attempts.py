@@ -7,11 +7,11 @@ import math
 import pytest
 import ray
 
-from orchestrator import attempts
-from orchestrator.attempts import Failure, SilentError, counted, unexcused
-from orchestrator.crew import Worker
-from orchestrator.node_watch import NodeWatch
-from orchestrator.waiting import Job, Waiting
+from orchestrator.pool import attempts
+from orchestrator.pool.attempts import Failure, SilentError, counted, unexcused
+from orchestrator.pool.crew import Worker
+from orchestrator.pool.node_watch import NodeWatch
+from orchestrator.pool.waiting import Job, Waiting
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe
 

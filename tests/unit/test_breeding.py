@@ -13,8 +13,8 @@ from orchestrator.breeding import begin_round, bred_ancestors, check_breeding, l
 from orchestrator.campaign import Campaign
 from orchestrator.config import load_config
 from orchestrator.inputs import open_inputs
-from orchestrator.ledger import Record
-from orchestrator.state import CampaignState, Candidate
+from orchestrator.ledger.ledger import Record
+from orchestrator.ledger.state import CampaignState, Candidate
 from tests.campaigns import write_campaign
 from workers.errors import BadInputError
 from workers.merging import Recipe

@@ -362,7 +362,7 @@ def test_what_is_told_of_a_child_may_be_told_anew(sharded: list[Path], tmp_path:
 
 DRIVER = """
 import os, pathlib, sys, time
-from orchestrator.calls import LocalCalls
+from orchestrator.pool.calls import LocalCalls
 
 class Worker:
     def work(self, number):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator import cli, single_merge
 from orchestrator.config import config_to_dict, load_config
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.prescription import prescribe
 from tests.families import write_family
 from workers.checkpoints import open_checkpoint

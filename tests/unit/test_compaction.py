@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import compaction
-from orchestrator.ledger import LeaseLostError, Ledger, Record, read_records
-from orchestrator.records import list_records, loose_key
+from orchestrator.ledger import compaction
+from orchestrator.ledger.ledger import LeaseLostError, Ledger, Record, read_records
+from orchestrator.ledger.records import list_records, loose_key
 from tests.duckdb_rows import rows_of
 from workers.errors import BadInputError
 from workers.storage import ObjectInfo, StorageError, Store

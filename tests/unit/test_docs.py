@@ -12,7 +12,6 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from orchestrator.calls import open_calls
 from orchestrator.child_writer import ChildWriter
 from orchestrator.cli import app
 from orchestrator.config import GATES, HealthConfig, load_config
@@ -20,6 +19,7 @@ from orchestrator.genomes.build import build_space
 from orchestrator.inputs import open_inputs
 from orchestrator.jobs.driver_config import DriverConfig
 from orchestrator.mri.scan import scan_parents
+from orchestrator.pool.calls import open_calls
 from orchestrator.recipe_file import load_recipe_file
 from tests.campaigns import write_campaign
 from tests.families import write_family

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.calls import LocalCalls
 from orchestrator.config import HealthConfig
 from orchestrator.ending import Ending, WrittenChild
 from orchestrator.gates import Gate
+from orchestrator.pool.calls import LocalCalls
 from tests.checkpoint_files import open_merger, recipe_for, rule, write_checkpoint
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import open_checkpoint

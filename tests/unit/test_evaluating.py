@@ -19,7 +19,7 @@ from orchestrator.evaluating.comparing import compare_evaluations
 from orchestrator.evaluating.evaluation import RECORDS, Recorded, Wish
 from orchestrator.evaluating.summary import summarize_task, warnings
 from orchestrator.evaluating.threshold import fix_threshold
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from tests.engine_conformance import write_parent
 from tests.openai_server import Manner, serving
 from tests.plain_model import PlainModel

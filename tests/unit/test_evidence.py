@@ -12,7 +12,7 @@ from typing import Any
 import pandas
 import pytest
 
-from orchestrator.ledger import read_records
+from orchestrator.ledger.ledger import read_records
 from orchestrator.reporting.evidence import shrinkage_words, warnings_of
 from orchestrator.reporting.items import COLUMNS
 from orchestrator.reporting.report import write_report

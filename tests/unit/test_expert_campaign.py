@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.genomes.expert_space import ExpertSpace
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.prescription import Prescription
 from tests.campaigns import digests
 from tests.expert_parents import copy_reordered, inverse

@@ -14,7 +14,7 @@ from orchestrator.campaign import Campaign
 from orchestrator.config import load_config
 from orchestrator.engine_description import engine_changes
 from orchestrator.errors import EngineMismatchError
-from orchestrator.lease import acquire_lease
+from orchestrator.ledger.lease import acquire_lease
 from tests.campaigns import write_campaign
 from tests.families import write_tokenizer
 from tests.unit.test_breeding import Silent

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.flat_fitness import LEAST_CANDIDATES, LEAST_GENERATIONS
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.statistics import compare, items_needed, smallest_difference
 from tests.scripted_campaign import scripted
 from workers.evaluation.task import Item

@@ -19,17 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import orchestrator.lease as lease_module
+import orchestrator.ledger.lease as lease_module
 from orchestrator.evaluating.comparing import compare_evaluations
 from orchestrator.evaluating.evaluation import RECORDS, find_stored
-from orchestrator.lease import acquire_lease
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.lease import acquire_lease
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.state import read_campaign
 from orchestrator.merge_progress import MANIFEST, PROGRESS, read_manifest, read_progress
 from orchestrator.mri.scan import find_scan, scan_key, scan_parents
 from orchestrator.overview import campaign_overview, render_overview
 from orchestrator.places import resolve
 from orchestrator.reporting.report import build_report
-from orchestrator.state import read_campaign
 from tests.scripted_campaign import scripted
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
@@ -291,8 +291,8 @@ def test_a_lease_is_read_or_refused_by_name(
 
 
 def test_a_scan_that_was_changed_is_made_again(tmp_path: Path) -> None:
-    from orchestrator.calls import open_calls
     from orchestrator.places import open_parent
+    from orchestrator.pool.calls import open_calls
 
     parents = {name: open_parent(f"shipped:strings/{name}") for name in ("reverse", "sort")}
     store = open_store(str(tmp_path))

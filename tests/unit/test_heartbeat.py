@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-import orchestrator.heartbeat as heartbeat_module
-from orchestrator.crew import Worker
-from orchestrator.heartbeat import Heartbeat
+import orchestrator.pool.heartbeat as heartbeat_module
+from orchestrator.pool.crew import Worker
+from orchestrator.pool.heartbeat import Heartbeat
 from workers.heartbeat import Beats, keep_beating
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import lease as lease_module
-from orchestrator.lease import KEY, Lease, acquire_lease
+from orchestrator.ledger import lease as lease_module
+from orchestrator.ledger.lease import KEY, Lease, acquire_lease
 from workers.errors import BadInputError
 from workers.storage import PreconditionFailedError, StorageError
 from workers.storage.folder import FolderStore
@@ -80,7 +80,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 HOLDER = """
 import sys
-from orchestrator import lease
+from orchestrator.ledger import lease
 from workers.storage.folder import FolderStore
 lease.HEARTBEAT_SECONDS, lease.LIFETIME_SECONDS, lease.POLL_SECONDS = 0.02, 600, 0.02
 print("ready", flush=True)

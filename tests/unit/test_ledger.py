@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ledger import LeaseLostError, Ledger, Record, read_records
+from orchestrator.ledger.ledger import LeaseLostError, Ledger, Record, read_records
 from workers.errors import BadInputError
 from workers.storage import PreconditionFailedError
 from workers.storage.folder import FolderStore

@@ -12,7 +12,7 @@ import yaml
 
 from orchestrator.config import SHIPPED
 from orchestrator.experts.matching import Matching
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.planning.command import plan_campaign
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.recipe_spelling import respell

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.objectives import task_weights
 from orchestrator.overview import campaign_overview
 from orchestrator.pareto import (

@@ -13,7 +13,7 @@ import torch
 import workers.merging.parts as parts_module
 from orchestrator.child_writer import ChildWriter
 from orchestrator.part_groups import group_parts, part_owners
-from orchestrator.turns import Turns
+from orchestrator.pool.turns import Turns
 from tests.checkpoint_files import (
     local_calls,
     open_merger,

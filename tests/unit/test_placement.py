@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.placement import check_placement, what_lacks
-from orchestrator.turns import Turns
+from orchestrator.pool.placement import check_placement, what_lacks
+from orchestrator.pool.turns import Turns
 from orchestrator.workers_config import PlacesConfig, WorkersConfig
 from workers.errors import BadInputError
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from orchestrator.descent.attribution import attribute_checkpoint
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.overview import checkpoint_overview
 from orchestrator.places import open_parent, resolve
 from orchestrator.single_merge import merge_recipe

@@ -18,8 +18,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from orchestrator.calls import LocalCalls
 from orchestrator.mri.probe import ActivationProbe, cut_evenly, load_calibration_sets
+from orchestrator.pool.calls import LocalCalls
 from tests.checkpoint_files import open_remote, recipe_for, rule, write_child
 from tests.families import EXPERTS, LINEAR_ATTENTION, SMALL, configuration, write_tokenizer
 from workers.actors import MergeSpec, MergeWorker

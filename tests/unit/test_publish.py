@@ -15,8 +15,8 @@ from orchestrator.config import config_from_dict, config_to_dict, load_config
 from orchestrator.descent.lineage import build_lineage, licence_of
 from orchestrator.inputs import open_inputs
 from orchestrator.judgement import judge
+from orchestrator.ledger.state import CampaignState
 from orchestrator.reporting.card import build_card, component_changes, verdict
-from orchestrator.state import CampaignState
 from orchestrator.statistics import Results
 from tests.families import write_model
 from workers.checkpoints import open_checkpoint

@@ -11,12 +11,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from orchestrator.errors import CampaignError
-from orchestrator.ledger import Ledger, Record
+from orchestrator.ledger.ledger import Ledger, Record
+from orchestrator.ledger.state import CampaignState
 from orchestrator.overview import campaign_overview
 from orchestrator.reporting import charts
 from orchestrator.reporting.report import build_report
 from orchestrator.search import STEADY_OPTIMIZERS
-from orchestrator.state import CampaignState
 from tests.campaigns import records, scored_items
 from tests.scripted_campaign import CandidateFailedError, ScriptedCampaign, scripted
 from workers.errors import BadInputError

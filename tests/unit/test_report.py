@@ -14,10 +14,10 @@ import pytest
 
 from orchestrator.descent.shares import weighted_shares
 from orchestrator.judgement import judge
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.state import CampaignState
 from orchestrator.mri.experts import keep_routing, kept_routing
 from orchestrator.reporting.report import REPORT_FILE, write_report
-from orchestrator.state import CampaignState
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
 

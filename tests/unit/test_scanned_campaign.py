@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.config import SHIPPED
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.experts import kept_routing
 from orchestrator.mri.prescription import Prescription
 from orchestrator.mri.probe import shards_for

@@ -7,8 +7,8 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.room import Resources, fit, take
-from orchestrator.sharing import Decision, Note, Place, decide
+from orchestrator.pool.room import Resources, fit, take
+from orchestrator.pool.sharing import Decision, Note, Place, decide
 
 ONE = {"CPU": 1.0}
 

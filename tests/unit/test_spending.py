@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.config import load_config
 from orchestrator.overview import campaign_overview
-from orchestrator.pool import Progress
+from orchestrator.pool.pool import Progress
 from orchestrator.reporting.card import COST_LINE
 from orchestrator.watching.meter import Meter
 from orchestrator.watching.spending import Seconds, Spending, cost_words, hours

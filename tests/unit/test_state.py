@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.ledger import Record
-from orchestrator.state import CampaignState, scored_record
+from orchestrator.ledger.ledger import Record
+from orchestrator.ledger.state import CampaignState, scored_record
 
 
 def asked(*recipes: str) -> Record:

@@ -15,10 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from orchestrator.calls import LocalCalls
 from orchestrator.mri import scan as scan_module
 from orchestrator.mri.importance import changed_by, distance_by, importance_by, static_importance
 from orchestrator.mri.scan import find_scan, scan_key, scan_parents
+from orchestrator.pool.calls import LocalCalls
 from tests.checkpoint_files import CONFIG, open_remote, to_float64, write_checkpoint
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import Checkpoint, open_checkpoint

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import CampaignError
-from orchestrator.ledger import Ledger, Record
-from orchestrator.pool import Job
+from orchestrator.ledger.ledger import Ledger, Record
+from orchestrator.pool.pool import Job
 from orchestrator.search.archive import Archive
 from orchestrator.steady_search import HOPELESS_FAILURES, STAGNANT_ASKS
 from tests.benchmarks.steady import WORKERS, Clock, SimulatedPool, measure

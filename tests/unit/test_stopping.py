@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from orchestrator import lease as lease_module
-from orchestrator import stop_request
 from orchestrator.errors import CampaignError
 from orchestrator.jobs import listing, stopping
 from orchestrator.jobs.listing import list_campaigns, render_list
 from orchestrator.jobs.stopping import stop_campaign
-from orchestrator.lease import acquire_lease, look_at_lease
-from orchestrator.ledger import Ledger
-from orchestrator.stop_request import is_requested, request_stop
+from orchestrator.ledger import lease as lease_module
+from orchestrator.ledger import stop_request
+from orchestrator.ledger.lease import acquire_lease, look_at_lease
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.stop_request import is_requested, request_stop
 from tests.campaigns import write_campaign
 from workers.errors import BadInputError
 from workers.storage.folder import FolderStore
 
 DRIVER = """
 import signal, sys, threading
-from orchestrator import lease
+from orchestrator.ledger import lease
 from workers.storage.folder import FolderStore
 lease.HEARTBEAT_SECONDS = 0.02
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell

@@ -15,7 +15,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.jobs.cluster import Cluster
 from orchestrator.jobs.logs import ended_line, exit_code_of, follow_logs
 from orchestrator.jobs.submitting import ENTRYPOINT, recorded_campaign, submit_campaign
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger
 from tests.campaigns import write_campaign
 from tests.jobs_api import JobsApi
 from workers.errors import BadInputError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config import SHIPPED
-from orchestrator.lease import LIFETIME_SECONDS, acquire_lease
+from orchestrator.ledger.lease import LIFETIME_SECONDS, acquire_lease
 from orchestrator.overview import campaign_overview
 from orchestrator.watching.following import LIST_SECONDS, Follower, LeaseSign, follow
 from orchestrator.watching.json_log import JsonLog

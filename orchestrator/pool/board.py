@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from orchestrator.sharing import Decision, Note, Place, decide
+from orchestrator.pool.sharing import Decision, Note, Place, decide
 
 POST_SECONDS = 3.0
 

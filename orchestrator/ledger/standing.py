@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestrator.state import CampaignState, Candidate
+    from orchestrator.ledger.state import CampaignState, Candidate
 
 
 class Standing:

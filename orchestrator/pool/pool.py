@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import attempts
-from orchestrator.attempts import Failure, counted, unexcused
-from orchestrator.calling import Calling
-from orchestrator.crew import Crew, Worker
-from orchestrator.ray_session import cause_of
-from orchestrator.tending import Tending
-from orchestrator.waiting import Job, Progress, Waiting
+from orchestrator.pool import attempts
+from orchestrator.pool.attempts import Failure, counted, unexcused
+from orchestrator.pool.calling import Calling
+from orchestrator.pool.crew import Crew, Worker
+from orchestrator.pool.ray_session import cause_of
+from orchestrator.pool.tending import Tending
+from orchestrator.pool.waiting import Job, Progress, Waiting
 from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 

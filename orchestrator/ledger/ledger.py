@@ -6,8 +6,8 @@ owner's first record closes the sequence for every older one: a driver that lost
 next number taken by a later epoch, and stops. Everything else (optimizer state, best candidate, what is
 left to do) is derived by reading the records in order.
 
-Older records are moved into segments (`orchestrator.compaction`), and their numbers become free in the store.
-The order holds all the same:
+Older records are moved into segments (`orchestrator.ledger.compaction`), and their numbers become free in the
+store. The order holds all the same:
 
 * *A driver that has written.* Its next number comes right behind a record of its own. If another driver has
   written since, the record with that number is the other one's first: any driver's records are consecutive,
@@ -28,8 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from orchestrator.compaction import Compaction
-from orchestrator.records import (
+from orchestrator.ledger.compaction import Compaction
+from orchestrator.ledger.records import (
     FOLDER,
     Record,
     list_segments,
@@ -55,7 +55,7 @@ class Ledger:
 
     A `follower` is given each record, read or appended, and takes of it what it needs; then the ledger keeps
     nothing `BULKY`, which is too much for one driver's memory. `check` is given each record that is read,
-    before, and raises `ValueError` for one that cannot be (`orchestrator.record_shapes`).
+    before, and raises `ValueError` for one that cannot be (`orchestrator.ledger.record_shapes`).
     """
 
     def __init__(

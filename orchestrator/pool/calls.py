@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, Protocol
 
-from orchestrator.pool import Pool
+from orchestrator.pool.pool import Pool
 from orchestrator.workers_config import WorkersConfig
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import Checkpoint

@@ -5,7 +5,7 @@ records alone, so whoever compacts makes the same segments, in any order of even
 
 * a segment is created, never changed, and only with records that are in the ledger for certain;
 * a loose record is removed only when a segment that holds it is there, and never if its kind is `epoch`: why
-  those must stay is told in `orchestrator.ledger`.
+  those must stay is told in `orchestrator.ledger.ledger`.
 
 So a driver may be killed between any two steps, and one that was replaced may compact as well: it can only do
 what the owner would do. What was left undone is done by the next owner.
@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.records import list_records, list_segments, loose_key, segment_key
+from orchestrator.ledger.records import list_records, list_segments, loose_key, segment_key
 from workers.errors import BadInputError
 from workers.storage import PreconditionFailedError, Store
 

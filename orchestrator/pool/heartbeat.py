@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from workers.heartbeat import Beats
 
 if TYPE_CHECKING:
-    from orchestrator.crew import Worker
+    from orchestrator.pool.crew import Worker
 
 BEAT_SECONDS = 10.0
 """Between two signs of life of a process, and between two questions for them."""

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator import attempts
-from orchestrator.attempts import Failure, counted, unexcused
-from orchestrator.crew import Crew, Worker
 from orchestrator.errors import PoolError
-from orchestrator.ray_session import cause_of
-from orchestrator.tending import Tending
-from orchestrator.turns import Turns
+from orchestrator.pool import attempts
+from orchestrator.pool.attempts import Failure, counted, unexcused
+from orchestrator.pool.crew import Crew, Worker
+from orchestrator.pool.ray_session import cause_of
+from orchestrator.pool.tending import Tending
+from orchestrator.pool.turns import Turns
 from workers.errors import BadInputError
 from workers.storage import StorageError
 
@@ -34,7 +34,7 @@ class Calling:
     def each(
         self, arguments: list[tuple[Any, ...]], preferred: Sequence[int] | None
     ) -> Iterator[tuple[int, Any]]:
-        """See `orchestrator.pool.Pool.each`."""
+        """See `orchestrator.pool.pool.Pool.each`."""
         import ray
 
         waiting = Turns(len(arguments), preferred)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.item_scores import ItemScores
-from orchestrator.ledger import Ledger, Record
+from orchestrator.ledger.item_scores import ItemScores
+from orchestrator.ledger.ledger import Ledger, Record
+from orchestrator.ledger.record_shapes import campaign_records
+from orchestrator.ledger.standing import Standing
 from orchestrator.racing.record import RACE_KINDS, Races
-from orchestrator.record_shapes import campaign_records
-from orchestrator.standing import Standing
 from orchestrator.statistics import Results, mean_score, objective
 from orchestrator.watching.spending import Spending
 from workers.storage import Store

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.room import Resources, fit
+from orchestrator.pool.room import Resources, fit
 from orchestrator.workers_config import PLACEMENTS, Needs, WorkersConfig
 from workers.errors import BadInputError
 

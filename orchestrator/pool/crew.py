@@ -9,19 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.attempts import Failure, unexcused
 from orchestrator.errors import EngineMismatchError, PoolError
-from orchestrator.heartbeat import BEAT_SECONDS, Heartbeat
-from orchestrator.node_watch import NodeWatch
-from orchestrator.placement import Placement, check_placement, no_room_at_all
-from orchestrator.ray_session import cause_of, start_ray
-from orchestrator.shared_places import SharedPlaces
+from orchestrator.pool.attempts import Failure, unexcused
+from orchestrator.pool.heartbeat import BEAT_SECONDS, Heartbeat
+from orchestrator.pool.node_watch import NodeWatch
+from orchestrator.pool.placement import Placement, check_placement, no_room_at_all
+from orchestrator.pool.ray_session import cause_of, start_ray
+from orchestrator.pool.shared_places import SharedPlaces
 from orchestrator.workers_config import Needs, WorkersConfig
 from workers.actors import PLACE
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
-    from orchestrator.waiting import Job
+    from orchestrator.pool.waiting import Job
     from workers.actors import MergeSpec
 
 START_ATTEMPTS = 3

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.stop_request import interrupt, is_requested
+from orchestrator.ledger.stop_request import interrupt, is_requested
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, PreconditionFailedError, StorageError, Store
 from workers.storage.documents import keys, maybe, parse_json, text, whole

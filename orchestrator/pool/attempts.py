@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orchestrator.node_watch import NodeWatch
+from orchestrator.pool.node_watch import NodeWatch
 
 ATTEMPTS = 3
 """How often an evaluation may fail before it is recorded as failed."""

@@ -1,8 +1,8 @@
 """How records lie in a store, and how they are read: loose ones, and segments of many.
 
 A loose record is one object, `ledger/00000042.json`. A segment, `ledger/segments/00000000-00000511.jsonl`, is
-the same bytes of many records, one a line; `orchestrator.compaction` makes it, and removes most of the loose
-records that it holds. Where both are there, the segment is the truth.
+the same bytes of many records, one a line; `orchestrator.ledger.compaction` makes it, and removes most of the
+loose records that it holds. Where both are there, the segment is the truth.
 
 A reader never waits for an owner who compacts. It lists loose records first, then segments, and an owner
 makes a segment before it removes anything: what the first listing misses the second one has. What is gone, or

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.attempts import Failure
+from orchestrator.pool.attempts import Failure
 
 if TYPE_CHECKING:
-    from orchestrator.crew import Worker
+    from orchestrator.pool.crew import Worker
     from workers.actors import Scored
     from workers.merging import Recipe
 

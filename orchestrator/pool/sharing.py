@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.room import Resources, has_room, take
+from orchestrator.pool.room import Resources, has_room, take
 
 PATIENCE_SECONDS = 10.0
 """A worker's process takes some seconds to start: until then nobody says that its place waits for room."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from orchestrator.attempts import SilentError
-from orchestrator.crew import Crew, Worker
-from orchestrator.heartbeat import SILENT_SECONDS
+from orchestrator.pool.attempts import SilentError
+from orchestrator.pool.crew import Crew, Worker
+from orchestrator.pool.heartbeat import SILENT_SECONDS
 
 TEND_SECONDS = 0.25
 """The workers are looked at so often."""

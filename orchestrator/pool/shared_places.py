@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from orchestrator.board import Sharing
-from orchestrator.placement import Placement
-from orchestrator.sharing import GRACE_SECONDS, PATIENCE_SECONDS, Decision, Place
+from orchestrator.pool.board import Sharing
+from orchestrator.pool.placement import Placement
+from orchestrator.pool.sharing import GRACE_SECONDS, PATIENCE_SECONDS, Decision, Place
 from orchestrator.workers_config import WorkersConfig
 
 if TYPE_CHECKING:
-    from orchestrator.crew import Crew, Worker
+    from orchestrator.pool.crew import Crew, Worker
 
 
 class SharedPlaces:

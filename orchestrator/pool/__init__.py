@@ -1,0 +1,1 @@
+"""The only place that schedules: workers, where they are placed, their calls, and their failures."""
