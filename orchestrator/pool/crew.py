@@ -217,13 +217,13 @@ class Crew:
             node=place.get("node"),
             loading_seconds=place.get("loading_seconds", 0.0),
             members=gang,
-            cpus=self._config.cpus * gang,
-            gpus=self._config.gpus * gang,
+            cpus=worker.needs.cpus * gang,
+            gpus=worker.needs.gpus * gang,
         )
 
     def tell(self, worker: Worker, state: str, **content: Any) -> None:
-        """Say what became of a worker: "in service", with what Ray reserves for it; "replaced"; or
-        "not started", and why."""
+        """Say what became of a worker: "in service", with what Ray reserves for it; "replaced";
+        "made room" for another campaign's; or "not started", and why."""
         self._tell({"worker": worker.number, "serial": worker.serial, "state": state, **content})
 
     def handle_bad_start(self, worker: Worker, cause: Exception) -> None:

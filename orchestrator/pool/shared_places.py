@@ -113,6 +113,7 @@ class SharedPlaces:
             self._left.pop(worker.number, None)
         if worker.actor is not None:
             ray.kill(worker.actor)
+            self._crew.tell(worker, "made room")
         if self._config.gang > 1 and worker.number in self._placements:
             self._placements.pop(worker.number).release()
         worker.actor = worker.ready = worker.introduction = worker.node = None

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from workers.errors import BadInputError
+from workers.secrecy import hide
 
 if TYPE_CHECKING:
     from orchestrator.campaign import Campaign
@@ -63,7 +64,11 @@ class JsonLog:
         elif isinstance(error, KeyboardInterrupt):
             self._write("warning", "ended", {"status": "interrupted"})
         else:
-            told = {"status": "failed", "error": str(error), "error_type": type(error).__name__}
+            told = {
+                "status": "failed",
+                "error": hide(str(error)),
+                "error_type": type(error).__name__,
+            }
             self._write("error", "ended", told)
         if self._own:
             with suppress(OSError):  # what could not be written is written once more
@@ -77,7 +82,7 @@ class JsonLog:
 
     def stage(self, name: str) -> None:
         """See `Watcher`."""
-        self._write("info", "stage", {"message": name})
+        self._write("info", "stage", {"message": hide(name)})
 
     def notify(self, campaign: Campaign) -> None:
         """Nothing: `happened` has said it."""
@@ -114,7 +119,8 @@ def fields_of(event: Mapping[str, Any]) -> dict[str, Any]:
         if key in ("kind", "time"):
             continue
         if isinstance(value, str):
-            fields[NAMES.get(key, key)] = value[:MOST_TEXT]
+            text = hide(value) if key == "error" else value
+            fields[NAMES.get(key, key)] = text[:MOST_TEXT]
         elif key in KEPT or not isinstance(value, dict | list):
             fields[NAMES.get(key, key)] = value
     if event["kind"] == "scored":
@@ -128,8 +134,6 @@ def level_of(event: Mapping[str, Any]) -> str:
     """How much it should worry whoever reads it."""
     if event["kind"] == "failed":
         return "error" if event["given_up"] else "warning"
-    if event["kind"] == "rejected" or (
-        event["kind"] == "worker" and event["state"] != "in service"
-    ):
+    if event["kind"] == "rejected" or event.get("state") in ("replaced", "not started"):
         return "warning"
     return "info"

@@ -149,6 +149,7 @@ class Metrics:
             self._in_service.add(event["worker"])
         else:
             self._in_service.discard(event["worker"])
+        if event["state"] in ("replaced", "not started"):
             self._add("darwin_worker_restarts", 1)
 
     def _count_scored(self, campaign: Campaign, record: Mapping[str, Any]) -> None:

@@ -101,6 +101,10 @@ def test_a_log_says_why_a_campaign_ended_and_one_that_breaks_ends_none(tmp_path:
             raise error
         line = json.loads(stream.getvalue())
         assert (line["status"], line.get("error")) == told
+    stream = io.StringIO()
+    with JsonLog(stream) as log:
+        log.stage("reads s3://user:password@host/bucket")
+    assert "password" not in stream.getvalue() and "[hidden]@host" in stream.getvalue()
     with JsonLog.to_file("/dev/full") as log:
         log.stage("writes to a disk without room")
         log.stage("and goes on")
