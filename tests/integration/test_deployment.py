@@ -43,7 +43,7 @@ import collections, json, sys
 from orchestrator.ledger.ledger import read_records
 from workers.storage import open_store
 store = open_store(sys.argv[1])
-files = [info.key for info in store.list_objects("child/")]
+files = [info.key for info in store.list_objects("child-")]
 print(json.dumps([collections.Counter(record["kind"] for record in read_records(store)), files]))
 """
 
@@ -77,7 +77,7 @@ def test_a_campaign_outlives_the_head_of_its_cluster(tmp_path: Path) -> None:
     assert ended["status"] == "done"
     assert kinds["epoch"] == 1, "one driver did it all, on a worker's node"
     assert kinds["finished"] == 1
-    assert "child/model.safetensors" in files
+    assert any(name.endswith("/model.safetensors") for name in files)
 
 
 SRUN = """#!{python}
