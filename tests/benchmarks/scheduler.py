@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from orchestrator.config import load_config
-from orchestrator.pool.crew import Crew
+from orchestrator.pool.crew import Crew, Worker
 from orchestrator.pool.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
 from tests.campaigns import write_campaign
@@ -120,9 +120,10 @@ class SeatedCrew(Crew):
     items: dict[str, list[str]]
     actors: list[Any]
 
-    def _new_actor(self, number: int) -> Any:
+    def _new_actor(self, worker: Worker) -> Any:
         import ray
 
+        number = worker.number
         if number == 0:
             seats = -(-self._config.count // PROCESSES)
             kind = ray.remote(num_cpus=0, max_concurrency=seats + 1)(ManyWorkers)
