@@ -70,7 +70,7 @@ class Decision:
     withdraw: set[int] = field(default_factory=set)
     """Workers that leave Ray's queue, which would give them room that is meant for others."""
     take_back: set[int] = field(default_factory=set)
-    """Workers that are started again."""
+    """Workers that are started again, if only to wait in Ray's queue."""
 
     def __bool__(self) -> bool:
         return bool(self.give_up or self.withdraw or self.take_back)
@@ -168,8 +168,10 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
     Places without room get some in the order of their campaigns' priorities, and of their arrival where these
     are equal. Only those of lower priority are given up for one, and only if it gets room by that. Where a
     campaign that comes before has places without room, one does not queue for what there may be later.
+    Where none has, and no room is on its way to anybody, one does: a cluster that grows by demand sees no other.
     """
     notes = list(notes)
+    in_motion = any(place.state == "leaving" for note in notes for place in note.places)
     room, now = _Room(notes, free), _Room((), free)
     decision = Decision()
     others_want = False
@@ -188,7 +190,7 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
                     decision.give_up.add(gives.number)
             if note is not own:
                 continue
-            if place.state == "away" and has_room_now:
+            if place.state == "away" and (has_room_now or not (others_want or in_motion)):
                 decision.take_back.add(place.number)
             elif place.state == "waiting" and given is None and others_want:
                 decision.withdraw.add(place.number)

@@ -91,13 +91,20 @@ def test_a_gang_gets_all_its_room_or_none() -> None:
 
 def test_what_was_given_up_is_taken_back_where_there_is_room() -> None:
     low = Note(0, 1, [away(0), away(1)])
-    assert decisions({"x": ONE}, low)[0] == Decision(take_back={0})
     # Not what others of higher rank wait for.
     high = Note(1, 2, [waiting(0)])
     assert not any(decisions({"x": ONE}, low, high))
     assert decisions({"x": {"CPU": 2.0}}, low, high)[0] == Decision(take_back={0})
     later = Note(0, 2, [away(0)])
     assert decisions({"x": {"CPU": 2.0}}, later, low) == [Decision(), Decision(take_back={0, 1})]
+
+
+def test_what_was_given_up_is_asked_for_again_when_nobody_before_waits() -> None:
+    """In Ray's queue, whose length is what a cluster grows by: there may be no room till somebody asks."""
+    low, high = Note(0, 1, [away(0), away(1)]), Note(1, 2, [held(0, "x")])
+    assert decisions({"x": {}}, low, high)[0] == Decision(take_back={0, 1})
+    later = Note(0, 3, [away(0)])
+    assert decisions({"x": {}}, low, later) == [Decision(take_back={0, 1}), Decision()]
 
 
 def test_what_is_only_promised_is_not_taken_back() -> None:
