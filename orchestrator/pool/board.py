@@ -51,11 +51,11 @@ class Sharing:
         now = time.monotonic()
         if self._answer is not None:
             done, _ = ray.wait([self._answer], timeout=0)
-            if done:
+            if now - self._posted > EXPIRY_SECONDS:  # of notes that may count no more
+                self._answer, self._board = None, self._board if done else None
+            elif done:
                 self._take(self._answer, places)
                 self._answer = None
-            elif now - self._posted > EXPIRY_SECONDS:
-                self._board = self._answer = None
         elif now - self._posted > POST_SECONDS:
             self._posted = now
             described = [dict(vars(place)) for place in places.describe_places()]
