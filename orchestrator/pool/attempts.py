@@ -42,9 +42,12 @@ AFTERMATH_SECONDS = 120.0
 """A node that is lost so long after a failure may have caused it: a machine that is shut down may kill its
 processes one by one."""
 
+LOST_NODES = 10
+"""So many lost nodes, with nothing scored in between, have the work in common that they were lost with."""
+
 # Ray tells these apart in words alone.
 NODE_DIED = "its node has died"
-PROCESS_DIED = "worker process has died"
+ITS_OWN = ("worker process has died", "OutOfMemoryError")
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,17 @@ def unexcused(failures: Iterable[Failure], watch: NodeWatch) -> list[Failure]:
 
 
 def counted(failures: Iterable[Failure], watch: NodeWatch) -> int:
-    """How many attempts the failures are."""
-    now = time.monotonic()
+    """How many attempts the failures are, of which none had anything scored. A lost node costs none, but so
+    many that the work is what ends them."""
+    now, failures = time.monotonic(), list(failures)
+    own = unexcused(failures, watch)
+    if len({failure.nodes for failure in failures if failure not in own}) >= LOST_NODES:
+        return len(failures)
     return sum(
-        not failure.cut_off or PROCESS_DIED in failure.error or now - failure.when > VERDICT_SECONDS
-        for failure in unexcused(failures, watch)
+        not failure.cut_off
+        or any(words in failure.error for words in ITS_OWN)
+        or now - failure.when > VERDICT_SECONDS
+        for failure in own
     )
 
 

@@ -97,7 +97,7 @@ class Calling:
             if isinstance(cause, StorageError):
                 raise cause
             raise PoolError(
-                f"{self._method} failed {attempts.ATTEMPTS} times; the last time: {failures[-1].error}"
+                f"{self._method} failed {len(failures)} times; the last time: {failures[-1].error}"
             )
         if not isinstance(cause, StorageError):
             # Dead, or out of memory: it would fail the next call too.

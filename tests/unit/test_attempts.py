@@ -43,6 +43,17 @@ def test_no_number_of_lost_nodes_counts() -> None:
     assert unexcused(failures, watch(draining=("n1",))) == []
 
 
+def test_work_that_every_node_is_lost_with_is_given_up() -> None:
+    """Else one candidate could take down a cluster for ever, machine by machine."""
+    failures = [
+        Failure(f"{attempts.NODE_DIED} {n}", (f"n{n}",), True, 0.0)
+        for n in range(attempts.LOST_NODES)
+    ]
+    assert counted(failures[:-1], watch()) == 0
+    assert counted([*failures[:-1], failures[0]], watch()) == 0, "one node is lost once"
+    assert counted(failures, watch()) >= attempts.ATTEMPTS
+
+
 def test_a_node_lost_long_after_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = cut_off()
     later = watch(lost={"n1": failure.when + attempts.AFTERMATH_SECONDS + 1})
@@ -57,6 +68,8 @@ def test_a_process_that_ended_alone_counts_at_once() -> None:
     died = Failure("ActorDiedError: its worker process has died. Exit", ("n1",), True, 0.0)
     assert counted([died], watch()) == 1
     assert counted([died], watch(lost={"n1": 1.0})) == 0, "with its machine"
+    evicted = Failure.of(ray.exceptions.OutOfMemoryError("the node's memory was full"), ("n1",))
+    assert counted([evicted], watch()) == 1
     with_node = Failure("ActorDiedError: because its node has died.", (), True, 0.0)
     assert counted([with_node], watch()) == 0
 
