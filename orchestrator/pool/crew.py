@@ -160,22 +160,29 @@ class Crew:
 
     def start(self, worker: Worker) -> None:
         """Put a new actor into the place, instead of the one it may have."""
-        import ray
-
         if worker.makes_room:
             self._shared.send_away(worker)
             return
-        if worker.actor is not None:
-            ray.kill(worker.actor)
-            self.tell(worker, "replaced")
+        self.vacate(worker, "replaced")
         self._serial += 1
-        worker.serial, worker.job, worker.call = self._serial, None, None
-        worker.node, worker.member_nodes, worker.is_away = None, (), False
+        worker.serial, worker.is_away = self._serial, False
         worker.actor = self._new_actor(worker)
         worker.introduction = worker.actor.introduce.remote(
             self.heartbeat.name, BEAT_SECONDS, self._serial
         )
         worker.ready, worker.since = worker.actor.describe.remote(), time.monotonic()
+
+    def vacate(self, worker: Worker, told: str = "") -> None:
+        """End the actor that the place may have, and tell of it, if in a word."""
+        import ray
+
+        if worker.actor is not None:
+            ray.kill(worker.actor)
+            if told:
+                self.tell(worker, told)
+        worker.actor = worker.ready = worker.introduction = worker.node = None
+        worker.member_nodes, worker.job, worker.call = (), None, None
+        worker.since = time.monotonic()
 
     def _new_actor(self, worker: Worker) -> Any:
         import ray
@@ -201,12 +208,14 @@ class Crew:
 
         try:
             description = ray.get(worker.ready)
+            if worker.introduction is not None:  # it came first, so it is there
+                worker.node = ray.get(worker.introduction)
             place = description.pop(PLACE, {})
             self._check_engine(description)
         except (ray.exceptions.RayError, EngineMismatchError) as error:
             self.handle_bad_start(worker, cause_of(error))
             return
-        worker.ready = None
+        worker.ready = worker.introduction = None
         if self._config.gang > 1:
             worker.introduction = worker.actor.member_nodes.remote()
         self._was_in_service = True
@@ -228,8 +237,6 @@ class Crew:
 
     def handle_bad_start(self, worker: Worker, cause: Exception) -> None:
         """Let the place rest; give up at once, or soon, if no worker has ever come into service."""
-        import ray
-
         if not self._was_in_service and isinstance(cause, BadInputError | EngineMismatchError):
             raise cause
         if unexcused([Failure.of(cause, worker.nodes)], self.watch):
@@ -239,8 +246,7 @@ class Crew:
             raise PoolError(
                 f"{START_ATTEMPTS} workers in a row did not start; the last one: {cause}"
             ) from cause
-        ray.kill(worker.actor)
-        worker.actor, worker.ready, worker.since = None, None, time.monotonic()
+        self.vacate(worker)
 
     def must_move(self, worker: Worker) -> bool:
         """Whether it shall take no more calls where it is."""
@@ -273,5 +279,5 @@ class Crew:
             print(f"darwin: warning: workers wait for room: {reason}", file=sys.stderr)
 
     def _waits(self) -> bool:
-        """Whether no worker has room now."""
-        return all(worker.is_away or worker.node is None for worker in self.workers)
+        """Whether no worker has room now, and none rests."""
+        return all(w.is_away or (w.actor is not None and w.node is None) for w in self.workers)

@@ -70,9 +70,11 @@ class SharedPlaces:
 
     def _nodes_of(self, worker: Worker) -> list[str] | None:
         """Of each of its bundles; None while it waits for room."""
+        if len(worker.nodes) == self._config.gang:  # no need to ask the head, which may be away
+            return list(worker.nodes)
         if self._config.gang > 1 and worker.actor is not None:
             return self._placements[worker.number].nodes
-        return None if worker.node is None else [worker.node]
+        return None
 
     def _describe_reserved(self, now: float, apart: bool) -> list[Place]:
         """Places that are reserved together are one, which is never given up."""
@@ -104,18 +106,12 @@ class SharedPlaces:
 
     def send_away(self, worker: Worker) -> None:
         """End the actor, and leave its place to others until it is taken back."""
-        import ray
-
         nodes = self._nodes_of(worker)
         if nodes is not None:
             self._left[worker.number] = nodes
         else:
             self._left.pop(worker.number, None)
-        if worker.actor is not None:
-            ray.kill(worker.actor)
-            self._crew.tell(worker, "made room")
+        self._crew.vacate(worker, "made room")
         if self._config.gang > 1 and worker.number in self._placements:
             self._placements.pop(worker.number).release()
-        worker.actor = worker.ready = worker.introduction = worker.node = None
-        worker.member_nodes, worker.job, worker.call = (), None, None
-        worker.makes_room, worker.is_away, worker.since = False, True, time.monotonic()
+        worker.makes_room, worker.is_away = False, True

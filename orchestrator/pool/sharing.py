@@ -168,7 +168,8 @@ def decide(own: Note, notes: Iterable[Note], free: Mapping[str, Resources]) -> D
     Places without room get some in the order of their campaigns' priorities, and of their arrival where these
     are equal. Only those of lower priority are given up for one, and only if it gets room by that. Where a
     campaign that comes before has places without room, one does not queue for what there may be later.
-    Where none has, and no room is on its way to anybody, one does: a cluster that grows by demand sees no other.
+    Where none has, and no room is on its way to anybody, one does: a cluster that grows by demand sees no
+    other.
     """
     notes = list(notes)
     in_motion = any(place.state == "leaving" for note in notes for place in note.places)

@@ -13,7 +13,7 @@ import orchestrator.pool.crew as crew_module
 import workers.actors
 from orchestrator.errors import PoolError
 from orchestrator.pool.pool import Job, Pool, Progress
-from orchestrator.workers_config import WorkersConfig
+from orchestrator.workers_config import PlacesConfig, WorkersConfig
 from tests.unreliable_worker import UnreliableWorker
 from workers.actors import WorkerSpec
 from workers.errors import BadInputError
@@ -81,6 +81,24 @@ def test_slices_of_an_evaluation_go_on_where_they_stopped(tmp_path: Path) -> Non
         progress = list(pool.run(jobs(2)))
     scored = [item["id"] for step in progress if step.scored for item in step.scored.items["t"]]
     assert sorted(scored) == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
+
+
+def test_of_a_worker_in_service_it_is_known_where_it_is_and_what_it_has(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    spec = WorkerSpec({}, None, {}, engine={"folder": str(tmp_path)})
+    config = WorkersConfig(cpus=0.5, pools=[PlacesConfig(cpus=1.5)])
+    with Pool(spec, config, None, lambda description: None, tell=told.append) as pool:
+        import ray  # not before the pool has said how it is to start
+
+        for worker in pool._workers:
+            ray.wait([worker.ready])
+            pool._crew.enter_service(worker)
+        here = ray.get_runtime_context().get_node_id()
+        assert [worker.node for worker in pool._workers] == [here, here]
+    assert [(event["state"], event["cpus"]) for event in told] == [
+        ("in service", 0.5),
+        ("in service", 1.5),
+    ]
 
 
 def test_a_bad_machine_rests_while_others_work(tmp_path: Path) -> None:
