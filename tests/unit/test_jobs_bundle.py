@@ -15,7 +15,7 @@ import yaml
 from orchestrator.config import load_config
 from orchestrator.inputs import open_inputs
 from orchestrator.jobs.bundle import CAMPAIGN_FILE, bundle_campaign
-from orchestrator.jobs.submitting import new_job, submit_campaign
+from orchestrator.jobs.submitting import chosen_environment, new_job, submit_campaign
 from tests.campaigns import write_campaign
 from workers.errors import BadInputError
 
@@ -175,6 +175,7 @@ def test_the_id_of_a_job_tells_stores_names_and_submissions_apart() -> None:
         ("HF_TOKEN=planted", "has the name of a secret"),
         ("RAY_AUTH_TOKEN=planted", "has the name of a secret"),
         ("OPENAI_API_KEY=planted", "has the name of a secret"),
+        ("REGISTRY_AUTH=planted", "has the name of a secret"),
         ("PROXY=http://me:planted@host", "a URL with a user or a password"),
         ("INNOCENT=planted-value", "the value of the environment variable MY_SERVICE_SECRET"),
         ("planted", "is not NAME=VALUE"),
@@ -189,3 +190,8 @@ def test_variables_for_a_job_are_no_credentials(
     with pytest.raises(BadInputError, match=problem) as caught:
         submit_campaign(campaign(), cluster, print, assignments=[assignment])
     assert assignment == "planted" or "planted" not in str(caught.value)
+
+
+def test_variables_that_only_sound_like_credentials_are_taken() -> None:
+    chosen = chosen_environment(["RAY_AUTH_MODE=token", "HF_TOKEN_PATH=/run/token", "EMPTY="])
+    assert chosen == {"RAY_AUTH_MODE": "token", "HF_TOKEN_PATH": "/run/token", "EMPTY": ""}
