@@ -10,7 +10,7 @@ LEAST_CHARACTERS = 8
 """A shorter value would be found in words that have nothing to do with it."""
 
 _SECRET_NAME = re.compile(
-    r"(token|secret|password|passwd|passphrase|credentials?|cookie|(^|[_-])pat|key|key_id)$",
+    r"(token|secret|password|passwd|passphrase|credentials?|cookie|(^|[_-])(pat|auth)|key|key_id)$",
     re.IGNORECASE,
 )
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")

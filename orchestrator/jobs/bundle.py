@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from orchestrator.config import CampaignConfig, config_to_dict, find_shipped, read_yaml
-from orchestrator.jobs.credentials import check_options, check_text
 from workers.checkpoints.opening import split_adapter
 from workers.errors import BadInputError
 from workers.storage.hub import HUB_SCHEME, is_hub_id
@@ -112,10 +111,7 @@ def bundle_campaign(config: CampaignConfig) -> Bundle:
             f"the campaign's own files have {size:,} bytes, of which {MOST_BYTES:,} can go along with a job: "
             "put them into a bucket (s3://...), or where every node has them, and give absolute paths"
         )
-    check_options(config.engine.vllm, "engine.vllm")
-    bundle = Bundle(config, files)
-    check_text(bundle.text, "the campaign")
-    return bundle
+    return Bundle(config, files)
 
 
 def absolute_place(location: str) -> str:

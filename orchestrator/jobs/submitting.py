@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.config import CampaignConfig, config_from_dict, override_config
 from orchestrator.jobs.bundle import CAMPAIGN_FILE, Bundle, bundle_campaign
 from orchestrator.jobs.cluster import Cluster, Job, JobExistsError
-from orchestrator.jobs.credentials import chosen_environment
 from workers.errors import BadInputError
+from workers.secrecy import is_secret_name, secret_in
 from workers.storage import StorageError, open_store
 
 ENTRYPOINT = f"python -m orchestrator.cli run {CAMPAIGN_FILE} address=auto"
 ID_DIGITS = 8
 """Of the hash of the campaign's place, which tells campaigns of one name in different stores apart."""
+
+
+_ON_NODES = (
+    "which everybody who may see the cluster's jobs could read: nodes have credentials of their own (an "
+    "instance's role, a mounted secret, their environment)"
+)
 
 
 @dataclass(frozen=True)
@@ -135,3 +142,18 @@ def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:
     # A campaign's folder may have been moved.
     config.store, _, config.name = store.uri.rpartition("/")
     return override_config(config, list(overrides), store.uri)
+
+
+def chosen_environment(assignments: Iterable[str]) -> dict[str, str]:
+    """The variables of `NAME=VALUE`. Raises `BadInputError` for what is named like a secret, or holds one."""
+    found = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise BadInputError(f"--env {name!r} is not NAME=VALUE")
+        if is_secret_name(name):
+            raise BadInputError(f"--env {name}: has the name of a secret, {_ON_NODES}")
+        if secret := secret_in(value):
+            raise BadInputError(f"--env {name}: holds {secret}, {_ON_NODES}")
+        found[name] = value
+    return found

@@ -4,8 +4,8 @@ No history is lost: a segment has the very bytes of its records. Where it begins
 records alone, so whoever compacts makes the same segments, in any order of events:
 
 * a segment is created, never changed, and only with records that are in the ledger for certain;
-* a loose record is removed only when a segment that holds it is there, and never if its kind is `epoch`: why
-  those must stay is told in `orchestrator.ledger.ledger`.
+* a loose record is removed only when a segment that holds it is there, and never if its kind is `epoch`, or
+  not known: why those must stay is told in `orchestrator.ledger.ledger`.
 
 So a driver may be killed between any two steps, and one that was replaced may compact as well: it can only do
 what the owner would do. What was left undone is done by the next owner.
@@ -38,6 +38,8 @@ class Compaction:
         self.store = store
         self._epochs: set[int] = set()
         """The numbers of all records of that kind."""
+        self._known = 0
+        """So many records were taken in."""
         self._first = 0
         """The first record behind the last segment, made or to be made."""
         self._bytes = 0
@@ -52,6 +54,7 @@ class Compaction:
         """Learn of the ledger's next record; `size` in bytes, None if it is in a segment already."""
         if is_epoch:
             self._epochs.add(number)
+        self._known = number + 1
         if size is None:
             # Of whatever was thought of until now, another driver's segments are the truth.
             self._chunks.clear()
@@ -110,7 +113,9 @@ class Compaction:
 
     def clean(self) -> None:
         """Remove what an owner that was killed has left: loose records that are in a segment."""
-        self._remove(list_records(self.store).leftovers())
+        # A later driver may have written more, and what of that is an epoch nobody here can tell.
+        known = self._known
+        self._remove([n for n in list_records(self.store).leftovers() if n < known])
 
     def _remove(self, numbers: range | list[int]) -> None:
         self.store.delete_many(loose_key(n) for n in numbers if n not in self._epochs)

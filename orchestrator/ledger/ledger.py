@@ -15,8 +15,8 @@ store. The order holds all the same:
   those are never removed. So the number is taken, for ever.
 * *A driver that has yet to write its first.* Its next number comes behind what it has read, and that may have
   been taken, compacted and removed meanwhile. So when it got the number it looks for a segment that holds it:
-  that was there before the number became free again. If there is one, the driver removes what it wrote, which
-  no reader has taken for a record, reads on, and tries behind that.
+  that was there before the number became free again. If there is one with another record, the driver removes
+  what it wrote, which no reader has taken for a record, reads on, and tries behind that.
 * *A try whose answer was lost* may be repeated after its record was compacted, and then succeeds once more.
   The record is in the ledger; its second copy is in a segment's shadow, and goes with the next leftovers.
 """
@@ -98,7 +98,10 @@ class Ledger:
                 if not any(part.first <= number <= part.last for part in list_segments(self.store)):
                     self._take_in(record, len(data))
                     break
-                self.store.delete(loose_key(number))
+                self.read_on()
+                # If the segment has this very record, a later driver has taken it in: it must stay.
+                if self.records[number] != record:
+                    self.store.delete(loose_key(number))
             # A former owner was still writing. What it wrote before our first record counts.
             self.read_on()
         self.epoch = epoch

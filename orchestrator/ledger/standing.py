@@ -32,6 +32,7 @@ class Standing:
         """Recipe -> its place in that order."""
         self._best_place = 0
         self._settled: set[str] = set()
+        self._given_up: set[str] = set()
         self._ended = 0
         """So many of the state's `endings` are taken in."""
 
@@ -39,6 +40,11 @@ class Standing:
     def settled(self) -> int:
         """Different candidates that were scored, told apart by a race, or have failed."""
         return len(self._settled)
+
+    @property
+    def given_up(self) -> int:
+        """How many of them have failed."""
+        return len(self._given_up)
 
     def update(self) -> None:
         """Take in what the state has got since."""
@@ -83,6 +89,8 @@ class Standing:
         if not self._state.is_settled(recipe):
             return
         self._settled.add(recipe)
+        if self._state.evaluation(recipe, "search").failed is not None:
+            self._given_up.add(recipe)
         fitness, place = self._state.fitness(recipe), self._place[recipe]
         if fitness is None:
             return

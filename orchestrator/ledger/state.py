@@ -305,6 +305,15 @@ class CampaignState:
         failed."""
         return self._standing(budget).settled
 
+    def given_up(self, budget: int) -> int:
+        """How many of them have failed."""
+        return self._standing(budget).given_up
+
+    @property
+    def asked(self) -> int:
+        """How many different candidates were asked for."""
+        return len(self._candidates)
+
     def best(self, budget: int) -> tuple[Candidate, float] | None:
         """The fittest candidate, and its fitness; of equals the one that was asked for first."""
         return self._standing(budget).best

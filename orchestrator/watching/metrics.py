@@ -78,8 +78,6 @@ class Metrics:
     def __init__(self) -> None:
         self._metrics: dict[str, Any] = {}
         self._labels: dict[str, str] = {}
-        self._counts = {"asked": 0, "scored": 0, "failed": 0}
-        self._best: float | None = None
         self._in_service: set[int] = set()
         self._refreshed = float("-inf")
 
@@ -101,15 +99,11 @@ class Metrics:
         kind = event["kind"]
         if kind == "worker":
             self._count_worker(event)
-        elif kind == "asked":
-            self._counts["asked"] += len(event["candidates"])
         elif kind == "scored":
-            self._count_scored(campaign, event)
+            self._count_scored(event)
         elif kind == "failed":
             self._add("darwin_failed_attempts", 1)
             self._observe("darwin_queue_wait_seconds", event["waited_seconds"])
-            if event["given_up"] and self._is_candidate(campaign, event):
-                self._counts["failed"] += 1
         if kind in ("worker", "finished", "rejected"):
             self._refresh(campaign)
 
@@ -130,19 +124,7 @@ class Metrics:
                 make = getattr(metrics, metric.kind)
                 self._metrics[metric.name] = make(metric.name, metric.what, tag_keys=keys, **bins)
         export_traffic(campaign.config.name)
-        self._recall(campaign)
         return True
-
-    def _recall(self, campaign: Campaign) -> None:
-        """What earlier drivers did."""
-        state = campaign.state
-        self._counts["asked"] = sum(map(len, state.generations))
-        asked = {c.recipe_id for generation in state.generations for c in generation}
-        for (recipe_id, split), evaluation in state.evaluations.items():
-            if split == "search" and recipe_id in asked and evaluation.complete:
-                self._counts["scored" if evaluation.failed is None else "failed"] += 1
-        best = state.best(campaign.config.search.evaluations)
-        self._best = best[1] if best else None
 
     def _count_worker(self, event: Mapping[str, Any]) -> None:
         if event["state"] == "in service":
@@ -152,34 +134,32 @@ class Metrics:
         if event["state"] in ("replaced", "not started"):
             self._add("darwin_worker_restarts", 1)
 
-    def _count_scored(self, campaign: Campaign, record: Mapping[str, Any]) -> None:
+    def _count_scored(self, record: Mapping[str, Any]) -> None:
         items = sum(map(len, record["items"].values()))
         self._add("darwin_items", items, split=record["split"])
         self._observe("darwin_queue_wait_seconds", record["waited_seconds"])
         self._observe("darwin_realize_seconds", record["realize_seconds"])
         self._observe("darwin_evaluate_seconds", record["score_seconds"])
-        if record["complete"] and self._is_candidate(campaign, record):
-            self._counts["scored"] += 1
-            fitness = campaign.state.fitness(record["recipe"])
-            if fitness is not None and (self._best is None or fitness > self._best):
-                self._best = fitness
-
-    def _is_candidate(self, campaign: Campaign, record: Mapping[str, Any]) -> bool:
-        parents = {recipe.id for recipe in campaign.parent_recipes.values()}
-        return record["split"] == "search" and record["recipe"] not in parents
 
     def _refresh(self, campaign: Campaign) -> None:
         """Set the gauges."""
         self._refreshed = time.monotonic()
-        busy = campaign.busy_workers
-        for state, count in {**self._counts, "running": busy}.items():
-            self._set("darwin_candidates", count, state=state)
-        self._set("darwin_budget", campaign.config.search.evaluations)
-        if self._best is not None:
-            self._set("darwin_best_fitness", self._best)
+        state, budget = campaign.state, campaign.config.search.evaluations
+        busy, failed = campaign.busy_workers, state.given_up(budget)
+        counts = {
+            "asked": state.asked,
+            "scored": state.evaluated(budget) - failed,
+            "failed": failed,
+        }
+        for name, count in {**counts, "running": busy}.items():
+            self._set("darwin_candidates", count, state=name)
+        self._set("darwin_budget", budget)
+        best = state.best(budget)
+        if best is not None:
+            self._set("darwin_best_fitness", best[1])
         self._set("darwin_workers", len(self._in_service), state="in service")
         self._set("darwin_workers", busy, state="busy")
-        spending = campaign.state.spending
+        spending = state.spending
         used = Seconds()
         for seconds in spending.used.values():
             used.add(seconds)

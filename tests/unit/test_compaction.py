@@ -161,6 +161,19 @@ def test_of_a_late_driver_that_is_killed_at_the_worst_moment_nothing_is_read(
     assert stored(store) == ledger.records == [*before, ledger.records[-1]]
 
 
+def test_a_driver_that_cleans_up_when_it_was_replaced_leaves_what_fences_it_off(
+    store: FolderStore,
+) -> None:
+    """It has taken the ledger over, and comes to remove leftovers when a later driver has compacted."""
+    stale = compacted(store, 1, LENGTH + 1)
+    compacted(store, 2, 2 * LENGTH)
+    before = stored(store)
+    stale._compaction.clean()
+    with pytest.raises(LeaseLostError):
+        stale.append("scored", n="stale")
+    assert stored(store) == before
+
+
 class AnswersLost(FolderStore):
     """The answer to one request is lost; its retry comes when somebody else has been at work."""
 
@@ -185,6 +198,21 @@ def test_a_record_that_was_compacted_before_its_retry_counts_once(tmp_path: Path
         stale.append("scored", n="never")
     stale.close()
     assert [r["n"] for r in stored(store) if r.get("n") in ("once", "never")] == ["once"]
+
+
+def test_an_epoch_that_was_compacted_before_its_driver_looked_stays(tmp_path: Path) -> None:
+    store = AnswersLost(tmp_path)
+    stale = owned(store, 1)
+    write(stale, 2)
+    slow = Ledger(store)
+    store.meanwhile = lambda: compacted(FolderStore(tmp_path), 3, 2 * LENGTH)
+    with pytest.raises(LeaseLostError, match="later driver"):
+        slow.open_epoch(2)
+    before = stored(store)
+    assert [record["epoch"] for record in before[:5]] == [1, 1, 1, 2, 3]
+    with pytest.raises(LeaseLostError):
+        stale.append("scored", n="stale")
+    assert stored(store) == before
 
 
 # -- killed ------------------------------------------------------------------------------------

@@ -162,6 +162,13 @@ def test_what_is_done_counts_failures_but_not_parents_or_what_is_over_the_budget
         scored("d", one="1"),
     )
     assert [found.evaluated(budget) for budget in (1, 2, 3, 4, 9)] == [1, 2, 2, 3, 3]
+    assert [found.given_up(budget) for budget in (1, 2, 9)] == [0, 1, 1]
+    assert found.asked == 4
+    # A new driver tries again what failed before anything worked.
+    hopeless = state(asked("a", "b"), failed("a", given_up=True))
+    assert hopeless.given_up(9) == 1
+    hopeless.apply({"kind": "epoch", "epoch": 2})
+    assert (hopeless.given_up(9), hopeless.evaluated(9)) == (0, 0)
 
 
 # -- the best --------------------------------------------------------------------------------
