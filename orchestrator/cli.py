@@ -6,12 +6,11 @@ import atexit
 import gc
 import signal
 import sys
-from contextlib import redirect_stdout
 from typing import Annotated, NoReturn
 
 import typer
 
-from orchestrator.console import JsonFlag, complain, keep_for_json
+from orchestrator.console import JsonFlag, complain, json_alone
 from orchestrator.console import print_json as _print_json
 from orchestrator.console import say as _say
 from orchestrator.evaluating.cli import evaluate
@@ -408,9 +407,8 @@ def main() -> None:
     atexit.register(gc.freeze)
     if "--json" not in sys.argv:
         _run(as_json=False)
-    keep_for_json(sys.stdout)
     # Ray, for one, prints of workers that died, whenever it hears of it.
-    with redirect_stdout(sys.stderr):
+    with json_alone():
         _run(as_json=True)
 
 

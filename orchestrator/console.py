@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -16,10 +18,16 @@ _json_output: TextIO | None = None
 """Where the JSON object goes, and nothing else."""
 
 
-def keep_for_json(output: TextIO) -> None:
-    """Send JSON objects to this stream from now on, whatever standard output becomes."""
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Standard output is for the JSON object: whatever else is printed goes to standard error."""
     global _json_output
-    _json_output = output
+    _json_output = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_output = None
 
 
 _errors_are_logged = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator import cli, single_merge
 from orchestrator.config import config_to_dict, load_config
+from orchestrator.console import json_alone, print_json
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.prescription import prescribe
 from tests.families import write_family
@@ -758,3 +761,16 @@ def test_scan_with_options_that_contradict(
     refused = darwin("scan", family[1], *options, "--out", tmp_path / "out")
     assert (refused.code, problem in refused.error) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_json_object_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """And one command leaves nothing behind for the next one in the same process."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        with json_alone():
+            print("of a worker that died")
+            print_json({"n": 1})
+    assert output.getvalue() == '{"n": 1}\n'
+    output.close()
+    print_json({"n": 2})
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ('{"n": 2}\n', "of a worker that died\n")
