@@ -765,10 +765,9 @@ def test_scan_with_options_that_contradict(
 
 def test_a_json_object_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     """And one command leaves nothing behind for the next one in the same process."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        with json_alone():
-            print("of a worker that died")
-            print_json({"n": 1})
+    with contextlib.redirect_stdout(io.StringIO()) as output, json_alone():
+        print("of a worker that died")
+        print_json({"n": 1})
     assert output.getvalue() == '{"n": 1}\n'
     output.close()
     print_json({"n": 2})
