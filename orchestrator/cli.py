@@ -422,7 +422,7 @@ def _run(as_json: bool) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _fail(
             "interrupted",
-            "stopped; given again, the same command goes on from what is recorded",
+            "interrupted: what is recorded stays, and the same command goes on from there",
             as_json,
         )
         sys.exit(INTERRUPTED)

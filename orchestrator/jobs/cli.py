@@ -97,7 +97,10 @@ def _submit(
         assignments=environment or [],
     )  # fmt: skip
     if done.attached and not done.same_configuration:
-        _note("the job that runs has another configuration: stop it first, to go on with this one")
+        _note(
+            "the job that runs has another configuration: to go on with this one, first "
+            f"darwin stop {done.job.campaign} --address {cluster.address}"
+        )
     result = done.job.to_dict() | {"attached": done.attached, "address": cluster.address}
     if not done.attached:
         result["status"] = "submitted"

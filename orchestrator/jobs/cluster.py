@@ -35,6 +35,16 @@ QUIET = (
 )
 """Loggers that tell of every package."""
 
+HINTS = {
+    "Version check returned": " Is this its dashboard's address (port 8265)?",
+    "No available agent": (
+        " The agent of the head's node is still starting, or another Ray on that machine has its port: "
+        "then start the head with a free one (ray start --head --dashboard-agent-listen-port=...)"
+    ),
+}
+"""What to do where Ray does not say it."""
+
+NOT_FOUND = "status code 404"
 ENDED = ("SUCCEEDED", "STOPPED", "FAILED")
 INTERRUPTED, REJECTED = 130, 3
 """Exit codes of a driver that was stopped, and of one whose child was rejected."""
@@ -80,7 +90,7 @@ class Job:
         }
 
 
-class JobExistsError(RuntimeError):
+class JobExistsError(Exception):
     """Another submission took the same id first."""
 
 
@@ -102,12 +112,7 @@ class Cluster:
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.WARNING)
         with self.asking(), _address_as_given():
-            try:
-                self.client = JobSubmissionClient(self.address)
-            except RuntimeError as error:
-                if "ray[default]" in str(error):
-                    raise _needs_extra() from error
-                raise
+            self.client = JobSubmissionClient(self.address)
 
     def _check_address(self) -> None:
         parts = urlsplit(self.address)
@@ -140,14 +145,20 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
-            given = os.environ.get("RAY_AUTH_MODE") == "token"
-            problem = "it refuses the one that was given" if given else "none was given"
             raise BadInputError(
-                f"{self.address}: this cluster wants a token, and {problem}: set RAY_AUTH_TOKEN_PATH to a "
-                "file that holds the cluster's, or RAY_AUTH_TOKEN"
+                f"{self.address}: this cluster wants a token, and {_token_problem()}: set "
+                "RAY_AUTH_TOKEN_PATH to a file that holds the cluster's, or RAY_AUTH_TOKEN"
             ) from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise self._unreachable(error) from error
+        except RuntimeError as error:
+            if isinstance(error, ClusterError | BadInputError):
+                raise
+            if "ray[default]" in str(error):
+                raise _needs_extra() from error
+            said = _last_line(error)
+            hint = next((hint for text, hint in HINTS.items() if text in said), "")
+            raise ClusterError(f"{self.address}: {said}{hint}") from error
 
     def submit(
         self,
@@ -179,9 +190,7 @@ class Cluster:
             except RuntimeError as error:
                 if f"{job.id} already exists" in str(error):
                     raise JobExistsError(job.id) from error
-                raise ClusterError(
-                    f"{self.address}: refuses the job: {_last_line(error)}"
-                ) from error
+                raise
 
     def jobs(self) -> list[Job]:
         """All Darwin jobs that the cluster knows, the oldest first."""
@@ -223,7 +232,9 @@ class Cluster:
             try:
                 found = _read(self.client.get_job_info(job_id))
             except RuntimeError as error:
-                raise BadInputError(f"{self.address}: has no job {job_id} any more") from error
+                if NOT_FOUND in str(error):
+                    raise BadInputError(f"{self.address}: has no job {job_id} any more") from error
+                raise
         if found is None:
             raise BadInputError(f"{self.address}: {job_id} is no job of Darwin's")
         return found
@@ -231,12 +242,7 @@ class Cluster:
     def stop(self, job_id: str) -> None:
         """Ask Ray to end a job: it interrupts the driver, and kills it after `STOP_SECONDS`."""
         with self.asking():
-            try:
-                self.client.stop_job(job_id)
-            except RuntimeError as error:
-                raise ClusterError(
-                    f"{self.address}: cannot stop {job_id}: {_last_line(error)}"
-                ) from error
+            self.client.stop_job(job_id)
 
 
 def _read(details: Any) -> Job | None:
@@ -269,6 +275,20 @@ def _address_as_given() -> Iterator[None]:
         yield
     finally:
         os.environ.update(held)
+
+
+def _token_problem() -> str:
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return "none was given"
+    if not os.environ.get("RAY_AUTH_TOKEN"):
+        file = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+        try:
+            held = Path(file).expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            held = ""
+        if not held:
+            return f"there is none in {file}"
+    return "it refuses the one that was given"
 
 
 def _needs_extra() -> BadInputError:
