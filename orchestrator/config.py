@@ -273,9 +273,11 @@ def _override(config: Any, override: str) -> Any:
         return OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
 
 
-def config_from_dict(data: dict[str, Any]) -> CampaignConfig:
-    """A configuration that `config_to_dict` wrote, from a ledger."""
-    with _naming("the recorded configuration"):
+def config_from_dict(
+    data: dict[str, Any], where: str = "the recorded configuration"
+) -> CampaignConfig:
+    """A configuration that `config_to_dict` wrote; errors say `where` it is from."""
+    with _naming(where):
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(CampaignConfig), OmegaConf.create(data))
         )

@@ -37,7 +37,7 @@ def campaign_overview(place: str) -> dict[str, Any]:
         begun = ledger.last("campaign")
         if begun is None:
             raise BadInputError(f"{store.uri}: the campaign was stopped before it began")
-        config = config_from_dict(begun["config"])
+        config = config_from_dict(begun["config"], f"{store.uri}: its ledger")
         state.judge_by(config.objective, task_weights(config))
         return overview_of(ledger, config, state)
 

@@ -138,7 +138,7 @@ def recorded_campaign(place: str, overrides: Sequence[str]) -> CampaignConfig:
         raise BadInputError(
             f"{store.uri}: the campaign was stopped before it began: submit it again"
         )
-    config = config_from_dict(begun["config"])
+    config = config_from_dict(begun["config"], f"{store.uri}: its ledger")
     # A campaign's folder may have been moved.
     config.store, _, config.name = store.uri.rpartition("/")
     return override_config(config, list(overrides), store.uri)

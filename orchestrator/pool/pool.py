@@ -211,7 +211,8 @@ class Pool:
         for task, items in scored.items.items():
             job.finished.setdefault(task, []).extend(item["id"] for item in items)
         # Nodes that were lost before were not lost by what has now been scored.
-        job.failures = unexcused(job.failures, self._crew.watch)
+        if job.failures:
+            job.failures = unexcused(job.failures, self._crew.watch)
         now = time.monotonic()
         seconds, waited = now - worker.since, worker.waited
         job.waiting_since = now

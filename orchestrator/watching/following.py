@@ -53,7 +53,7 @@ class Follower:
 
     def __init__(self, place: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        store = open_campaign_store(place)
+        self._store = store = open_campaign_store(place)
         self.pace = Pace()
         self.state = CampaignState("mean")  # until the objective is known
         self.config: CampaignConfig | None = None
@@ -67,7 +67,7 @@ class Follower:
         self.state.apply(record)
         self.pace.apply(record)
         if record["kind"] == "campaign":  # once more with a larger budget
-            self.config = config_from_dict(record["config"])
+            self.config = config_from_dict(record["config"], f"{self._store.uri}: its ledger")
             self.state.judge_by(self.config.objective, task_weights(self.config))
 
     def poll(self) -> bool:

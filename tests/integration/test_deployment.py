@@ -131,23 +131,25 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again_and_goes_on(tmp_path: Pa
     }
     store = FolderStore(tmp_path / "store" / "small")
 
+    said = tmp_path / "said"
+
     def start() -> subprocess.Popen[str]:
         script = str(ROOT / "conf" / "cluster" / "slurm.sh")
-        return subprocess.Popen(
-            [script, str(campaign)],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with said.open("w") as output:  # no pipe: Ray's nodes go on writing until Slurm ends them
+            return subprocess.Popen(
+                [script, str(campaign)],
+                env=os.environ | environment,
+                stdout=output,
+                stderr=output,
+                text=True,
+            )
 
     with Hosts(nodes) as hosts:
         hosts_file.write_text(json.dumps({node: hosts[node].command() for node in nodes}))
         job = start()
         wait_for(lambda: count_records(store, "scored") >= 2, job, PATIENCE_SECONDS)
         job.send_signal(signal.SIGUSR1)
-        out, err = job.communicate(timeout=PATIENCE_SECONDS)
-        assert job.returncode == 130, f"{out}\n{err}"
+        assert job.wait(PATIENCE_SECONDS) == 130, said.read_text()
         assert asked.read_text() == "requeue 77\n"
         assert not list((tmp_path / "slurm").iterdir()), "the token is gone"
         assert count_records(store, "scored") < 16
@@ -156,8 +158,7 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again_and_goes_on(tmp_path: Pa
             hosts.power_on(node)
         hosts_file.write_text(json.dumps({node: hosts[node].command() for node in nodes}))
         job = start()
-        out, err = job.communicate(timeout=PATIENCE_SECONDS)
-        assert job.returncode == 0, f"{out}\n{err}"
+        assert job.wait(PATIENCE_SECONDS) == 0, said.read_text()
     assert count_records(store, "finished") == 1
     assert count_records(store, "epoch") == 2
     assert asked.read_text() == "requeue 77\n"
