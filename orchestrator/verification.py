@@ -75,7 +75,7 @@ def _read_lineage(child: Checkpoint) -> dict[str, Any]:
         raise BadInputError(
             f"{child.location}: has no {LINEAGE_FILE}: it was not written by Darwin"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInputError(f"{child.location}/{LINEAGE_FILE}: not valid JSON ({error})") from error
     if not isinstance(lineage, dict) or lineage.get("format") != LINEAGE_FORMAT:
         raise BadInputError(

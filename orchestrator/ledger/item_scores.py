@@ -9,9 +9,17 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from orchestrator.statistics import Results
+
+SharedIds = dict[tuple[str, ...], dict[str, int]]
+"""The ids of items, in the order of their answers -> id -> its place: kept once for all candidates that have
+answered the same ones."""
+
+ID_OF = itemgetter("id")
+_SCORE_OF = itemgetter("score")
 
 
 class ItemScores(Mapping[str, Mapping[str, Any]]):
@@ -19,18 +27,15 @@ class ItemScores(Mapping[str, Mapping[str, Any]]):
 
     __slots__ = ("_flags", "_places", "_scores")
 
-    def __init__(
-        self, results: Sequence[Mapping[str, Any]], shared: dict[tuple[str, ...], dict[str, int]]
-    ) -> None:
-        """`results` are of different items. `shared` keeps the ids of all that have answered the same items
-        in the same order."""
-        ids = tuple([result["id"] for result in results])
+    def __init__(self, results: Sequence[Mapping[str, Any]], shared: SharedIds) -> None:
+        """`results` are of different items."""
+        ids = tuple(map(ID_OF, results))
         places = shared.get(ids)
         if places is None:
             places = shared[ids] = {item: place for place, item in enumerate(ids)}
         assert len(places) == len(ids)
         self._places = places
-        self._scores = array("d", [result["score"] for result in results])
+        self._scores = array("d", map(_SCORE_OF, results))
         flags = bytes([r.get("unparsed", 0) + 2 * r.get("truncated", 0) for r in results])
         self._flags = flags if any(flags) else b""
 

@@ -6,9 +6,12 @@ another program wrote, is refused here, by its place in the store.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
+from orchestrator.ledger.item_scores import ID_OF
 from orchestrator.objectives import OBJECTIVES
 from workers.storage.documents import (
     Shape,
@@ -28,8 +31,22 @@ from workers.storage.documents import (
 )
 
 
+def items(value: Any) -> None:
+    """Results of items. By columns, as a ledger has millions of them."""
+    if type(value) is not list:
+        raise ShapeError("is no list")
+    try:
+        columns = list(zip(*map(_FIELDS_OF, value), strict=True))
+    except (TypeError, LookupError):  # no table, or one without all that is written today
+        columns = []
+    if [set(map(type, column)) for column in columns] != _TYPES or not math.isfinite(
+        sum(columns[1])
+    ):
+        _EACH_ITEM(value)
+
+
 def item(value: Any) -> None:
-    """One item's result. By hand, as a ledger has millions of them."""
+    """One of them."""
     if (
         type(value) is not dict
         or type(value.get("id")) is not str
@@ -42,6 +59,14 @@ def item(value: Any) -> None:
         or not is_number(value.get("tokens", 0))
     ):
         raise ShapeError("is no result of an item")
+
+
+_FIELDS_OF = itemgetter(
+    "id", "score", "truncated", "unparsed", "output", "category", "calls", "tokens"
+)
+_TYPES: list[set[type]] = [{str}, {float}, {bool}, {bool}, {str}, {str}, {int}, {int}]
+"""Of those; others may do as well, and are looked at one by one."""
+_EACH_ITEM = each(item)
 
 
 SPLIT = one_of("search", "holdout")
@@ -128,7 +153,7 @@ CAMPAIGN: dict[str, Shape] = {
         {
             "recipe": text,
             "split": SPLIT,
-            "items": table(each(item)),
+            "items": table(items),
             "complete": flag,
             "realize_seconds": number,
             "score_seconds": number,
@@ -179,7 +204,7 @@ EVALUATION: dict[str, Shape] = {
         }
     ),
     "engine": keys({"description": table(anything)}),
-    "scored": keys({"stage": one_of("dev", "judged"), "items": table(each(item))}),
+    "scored": keys({"stage": one_of("dev", "judged"), "items": table(items)}),
     "thresholds": keys({"thresholds": table(keys({"threshold": number}))}),
     "evaluated": anything,
 }
@@ -234,7 +259,7 @@ class RecordCheck:
         if known is None:
             return
         for task, items in record["items"].items():
-            known.setdefault(task, set()).update(item["id"] for item in items)
+            known.setdefault(task, set()).update(map(ID_OF, items))
         if record["complete"]:
             self._items[key] = None
             found = {task: len(ids) for task, ids in known.items()}

@@ -177,7 +177,7 @@ def _content(store: Store, part: Part) -> bytes | None:
 def _loose(store: Store, part: Part, data: bytes) -> Record:
     try:
         return parse_record(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInputError(f"{store.uri}/{part.key}: not a ledger record ({error})") from error
 
 
@@ -192,14 +192,14 @@ def _segment(store: Store, part: Part, data: bytes) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             records.append(parse_record(line))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             where = f"{store.uri}/{part.key}, line {number}"
             raise BadInputError(f"{where}: not a ledger record ({error})") from error
     return records
 
 
 def parse_record(data: bytes) -> Record:
-    """The record. Raises `ValueError`, or `RecursionError`, if it is none."""
+    """The record. Raises `ValueError` if it is none."""
     return _checked(parse_json(data))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.ledger.item_scores import ItemScores
+from orchestrator.ledger.item_scores import ID_OF, ItemScores, SharedIds
 from orchestrator.ledger.ledger import Ledger, Record
 from orchestrator.ledger.record_shapes import campaign_records
 from orchestrator.ledger.standing import Standing
@@ -44,11 +44,23 @@ class Evaluation:
         self._scores = None
         return new
 
-    def settle(self, shared: dict[tuple[str, ...], dict[str, int]]) -> None:
+    def settle(self, shared: SharedIds) -> None:
         """Keep no more than `ItemScores` of each result."""
         for task, results in self.results.items():
             if isinstance(results, dict):
                 self.results[task] = ItemScores(list(results.values()), shared)
+
+    def take_settled(
+        self, items: Mapping[str, list[dict[str, Any]]], shared: SharedIds
+    ) -> int | None:
+        """The same as `take` and `settle`, in one step; None, and nothing is done, where that cannot be: if
+        there are results already, or an item is there twice."""
+        if self.results or any(
+            len(set(map(ID_OF, given))) < len(given) for given in items.values()
+        ):
+            return None
+        self.results = {task: ItemScores(given, shared) for task, given in items.items()}
+        return sum(map(len, items.values()))
 
     def scores(self) -> dict[str, float]:
         """Task -> mean score, of a complete evaluation."""
@@ -116,7 +128,7 @@ class CampaignState:
         """One string for each, however many genomes have the gene."""
         self._failed: set[tuple[str, str]] = set()
         """Evaluations that were given up."""
-        self._shared_ids: dict[tuple[str, ...], dict[str, int]] = {}
+        self._shared_ids: SharedIds = {}
         self._standings: dict[int, Standing] = {}
         self.spending = Spending()
         for record in records:
@@ -174,12 +186,17 @@ class CampaignState:
         evaluation = self.evaluation(recipe, split)
         self.rewinds += evaluation.complete
         # A driver that replays what it has read once has no items in its records.
-        self.items += evaluation.take(record.get("items", {}))
+        items = record.get("items", {})
+        is_done_with = record["complete"] and split == "search" and recipe in self._candidates
+        new = evaluation.take_settled(items, self._shared_ids) if is_done_with else None
+        if new is None:
+            new = evaluation.take(items)
+            if is_done_with:
+                evaluation.settle(self._shared_ids)
+        self.items += new
         evaluation.complete = record["complete"]
         evaluation.seconds += record["realize_seconds"] + record["score_seconds"]
         if evaluation.complete:
-            if split == "search" and recipe in self._candidates:
-                evaluation.settle(self._shared_ids)
             self._note_end(recipe, split)
 
     def _note_end(self, recipe: str, split: str) -> None:

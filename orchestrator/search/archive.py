@@ -91,7 +91,7 @@ class Archive:
         self._scores = numpy.vstack([self._scores, numpy.array(scores, dtype=float)])
         if len(self._points) > self._size:
             competing = shared_scores(self._scores, self._capacities).sum(axis=1)
-            worst = int(numpy.argmin(competing))  # of equals the oldest, so that the archive drifts
+            worst = int(competing.argmin())  # of equals the oldest, so that the archive drifts
             del self._points[worst]
             self._scores = numpy.delete(self._scores, worst, axis=0)
 
@@ -118,11 +118,11 @@ class Archive:
             worth = numpy.ones(len(worth))
             if besides is not None:
                 worth[besides] = 0.0
-        reached = numpy.cumsum(worth)
+        reached = worth.cumsum()
         # Not `Generator.choice`, whose tolerance for sums that are not quite 1 may change.
         return min(
-            int(numpy.searchsorted(reached, self._generator.random() * reached[-1], side="right")),
-            int(numpy.flatnonzero(worth)[-1]),
+            int(reached.searchsorted(self._generator.random() * reached[-1], side="right")),
+            int(worth.nonzero()[0][-1]),
         )
 
 
