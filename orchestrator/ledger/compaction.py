@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator.ledger.records import list_records, list_segments, loose_key, segment_key
@@ -24,6 +25,8 @@ from workers.storage import PreconditionFailedError, Store
 SEGMENT_RECORDS = 512
 SEGMENT_BYTES = 4 * 2**20
 """A segment ends with the record that reaches one of the two."""
+MOST_KEPT_SEGMENTS = 2
+"""Where more wait to be made, the store is slow or away, and records are read again later."""
 READ_THREADS = 8
 CLOSE_SECONDS = 30.0
 
@@ -43,6 +46,9 @@ class Compaction:
         self._first = 0
         """The first record behind the last segment, made or to be made."""
         self._bytes = 0
+        self._own: dict[int, bytes] = {}
+        """Records that this driver has written and that no segment has yet, as far as there is room: what is
+        known need not be read."""
         self._chunks: deque[Chunk] = deque()
         self._has_segments = False
         self._is_owner = False
@@ -50,8 +56,13 @@ class Compaction:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def take_in(self, number: int, size: int | None, is_epoch: bool) -> None:
-        """Learn of the ledger's next record; `size` in bytes, None if it is in a segment already."""
+    def take_in(
+        self, number: int, size: int | None, is_epoch: bool, own: bytes | None = None
+    ) -> None:
+        """Learn of the ledger's next record; `size` in bytes, None if it is in a segment already. `own` are
+        its bytes if this driver has written it."""
+        if own is not None and len(self._chunks) < MOST_KEPT_SEGMENTS:
+            self._own[number] = own
         if is_epoch:
             self._epochs.add(number)
         self._known = number + 1
@@ -106,8 +117,10 @@ class Compaction:
                 self._thread = None
                 return False
             first, last = self._chunks[0]
-        make_segment(self.store, first, last)
+        make_segment(self.store, first, last, self._own)
         self._remove(range(first, last + 1))
+        for number in range(first, last + 1):
+            self._own.pop(number, None)
         self._chunks.popleft()
         return True
 
@@ -121,13 +134,18 @@ class Compaction:
         self.store.delete_many(loose_key(n) for n in numbers if n not in self._epochs)
 
 
-def make_segment(store: Store, first: int, last: int) -> None:
-    """Create the segment of these records, unless it is there. They are loose, and in the ledger."""
+def make_segment(store: Store, first: int, last: int, known: Mapping[int, bytes]) -> None:
+    """Create the segment of these records, unless it is there. They are loose, and in the ledger; those that
+    are not `known` are read."""
     key = segment_key(first, last)
     if any(part.key == key for part in list_segments(store)):
         return
+
+    def content(number: int) -> bytes:
+        return known[number] if number in known else store.read(loose_key(number))
+
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        records = list(threads.map(store.read, map(loose_key, range(first, last + 1))))
+        records = list(threads.map(content, range(first, last + 1)))
     try:
         store.create(key, b"".join(record + b"\n" for record in records))
     except PreconditionFailedError:

@@ -96,7 +96,7 @@ class Ledger:
             number, data = len(self.records), _dump(record)
             if self._create(number, data):
                 if not any(part.first <= number <= part.last for part in list_segments(self.store)):
-                    self._take_in(record, len(data))
+                    self._take_in(record, len(data), data)
                     break
                 self.read_on()
                 # If the segment has this very record, a later driver has taken it in: it must stay.
@@ -117,7 +117,7 @@ class Ledger:
         data = _dump(record)
         if not self._create(len(self.records), data):
             raise LeaseLostError(f"{self.store.uri}: another driver has taken over; this one stops")
-        self._take_in(record, len(data))
+        self._take_in(record, len(data), data)
         return record
 
     def close(self) -> None:
@@ -171,9 +171,9 @@ class Ledger:
                 raise BadInputError(f"{place}: not a ledger record ({error})") from error
             self._take_in(record, size)
 
-    def _take_in(self, record: Record, size: int | None) -> None:
+    def _take_in(self, record: Record, size: int | None, own: bytes | None = None) -> None:
         number = len(self.records)
-        self._compaction.take_in(number, size, record["kind"] == "epoch")
+        self._compaction.take_in(number, size, record["kind"] == "epoch", own)
         if self._follower is not None:
             self._follower(record)
             bulky = BULKY.get(record["kind"])

@@ -67,6 +67,29 @@ def keys(store: Store) -> list[str]:
     return [info.key for info in store.list_objects()]
 
 
+class CountingStore(FolderStore):
+    """Knows which loose records were read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.was_read: list[str] = []
+
+    def read(self, key: str) -> bytes:
+        self.was_read.append(key)
+        return super().read(key)
+
+
+def test_only_what_another_driver_wrote_is_read_again(tmp_path: Path) -> None:
+    counting = CountingStore(tmp_path / "campaign")
+    compacted(counting, 1, LENGTH + 3)
+    assert segments(counting) == [(0, 7)]
+    assert counting.was_read == []
+    compacted(counting, 2, LENGTH)
+    assert segments(counting) == [(0, 7), (8, 15)]
+    assert sorted(counting.was_read) == [loose_key(n) for n in range(8, 12)], "12 is the new epoch"
+    assert [record.get("n") for record in stored(counting)] == [None, *range(11), None, *range(8)]
+
+
 def test_records_are_the_same_before_and_after(store: FolderStore) -> None:
     ledger = compacted(store, 1, 3 * LENGTH + 2)
     assert segments(store) == [(0, 7), (8, 15), (16, 23)]

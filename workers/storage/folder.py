@@ -219,13 +219,22 @@ class FolderStore(Store):
             raise BadInputError(
                 f"storage key {key!r} ends in a name that the store keeps for itself: choose another"
             )
-        real_path = os.path.realpath(path)
-        if not any(_is_inside(real_path, folder) for folder in self._allowed):
-            raise BadInputError(
-                f"{path} is or passes through a link that leaves the folder, to {real_path}: "
-                "put the file itself there, or name the folder it lies in as the location"
-            )
+        if self._passes_link(key):
+            real_path = os.path.realpath(path)
+            if not any(_is_inside(real_path, folder) for folder in self._allowed):
+                raise BadInputError(
+                    f"{path} is or passes through a link that leaves the folder, to {real_path}: "
+                    "put the file itself there, or name the folder it lies in as the location"
+                )
         return path
+
+    def _passes_link(self, key: str) -> bool:
+        path = self._root
+        for part in key.split("/"):
+            path = os.path.join(path, part)
+            if os.path.islink(path):
+                return True
+        return False
 
     def _unfinished(self, key: str, upload_id: str) -> str:
         """The file of an upload. Raises `BadInputError` if the id is of no upload of this key."""
