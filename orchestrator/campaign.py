@@ -6,6 +6,7 @@ the ledger what was asked and scored before, and does only what is missing.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -186,7 +187,9 @@ class Campaign:
     def _read_ledger(self) -> Ledger:
         """The campaign's ledger; what it says and will say is in the state."""
         self.state = CampaignState(self.config.objective, (), self.weights)
-        return Ledger(self.store, self.state.apply, campaign_records())
+        ledger = Ledger(self.store, self.state.apply, campaign_records())
+        gc.freeze()  # all that was read stays, and need not be looked at by later collections
+        return ledger
 
     def _finished_before(self, ledger: Ledger) -> dict[str, Any] | None:
         """The recorded result, if this very campaign has come to its end."""

@@ -56,6 +56,9 @@ class SteadySearch:
         self.optimizer = optimizer
         self.round = number
         self.flat: FlatFitness | None = None
+        self._search_items = {
+            task.name: [item.id for item in task.items["search"]] for task in campaign.inputs.tasks
+        }
         self._untold: dict[int, Asked] = {}
         """By the number of the ask, in their order."""
         self._asks_for: dict[str, list[int]] = {}
@@ -230,8 +233,8 @@ class SteadySearch:
         results = state.evaluation(asked.recipe_id, "search").results
         items = [
             score
-            for task in self.campaign.inputs.tasks
-            for score in scores_of(results[task.name], (i.id for i in task.items["search"]))
+            for task, ids in self._search_items.items()
+            for score in scores_of(results[task], ids)
         ]
         self.optimizer.tell_one(asked.point, told, items)
         self._told[asked.recipe_id] = fitness

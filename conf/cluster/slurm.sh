@@ -35,8 +35,9 @@ chmod 700 "$folder"
 trap 'rm -rf "$folder"' EXIT
 (umask 077 && od --address-radix=n --format=x1 --read-bytes=32 /dev/urandom | tr -d ' \n' > "$folder/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" RAY_USAGE_STATS_ENABLED=0
-# A path of a socket must not be long, and the folder not one that others have.
-export RAY_TMPDIR=${RAY_TMPDIR:-/tmp/darwin-$SLURM_JOB_ID}
+# A path of a socket must not be long, and the folder not one that others have, or could make before.
+unguessed=$(od --address-radix=n --format=x4 --read-bytes=4 /dev/urandom | tr -d ' \n')
+export RAY_TMPDIR=${RAY_TMPDIR:-/tmp/darwin-$SLURM_JOB_ID-$unguessed}
 
 on() {
     local node=$1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +18,7 @@ SharedIds = dict[tuple[str, ...], dict[str, int]]
 """The ids of items, in the order of their answers -> id -> its place: kept once for all candidates that have
 answered the same ones."""
 
-ID_OF = itemgetter("id")
+_ID_OF = itemgetter("id")
 _SCORE_OF = itemgetter("score")
 
 
@@ -28,16 +28,15 @@ class ItemScores(Mapping[str, Mapping[str, Any]]):
     __slots__ = ("_flags", "_places", "_scores")
 
     def __init__(self, results: Sequence[Mapping[str, Any]], shared: SharedIds) -> None:
-        """`results` are of different items."""
-        ids = tuple(map(ID_OF, results))
+        """`results` are of different items: if they are not, this has fewer than them, and is of no use."""
+        ids = tuple(map(_ID_OF, results))
         places = shared.get(ids)
         if places is None:
             places = shared[ids] = {item: place for place, item in enumerate(ids)}
-        assert len(places) == len(ids)
         self._places = places
         self._scores = array("d", map(_SCORE_OF, results))
-        flags = bytes([r.get("unparsed", 0) + 2 * r.get("truncated", 0) for r in results])
-        self._flags = flags if any(flags) else b""
+        flags = [r.get("unparsed", 0) + 2 * r.get("truncated", 0) for r in results]
+        self._flags = bytes(flags) if any(flags) else b""
 
     def __getitem__(self, item: str) -> Mapping[str, Any]:
         place = self._places[item]
@@ -62,12 +61,14 @@ class ItemScores(Mapping[str, Mapping[str, Any]]):
         """The plain mean; the order of the items does not matter, not even to the last bit."""
         return math.fsum(self._scores) / len(self._scores)
 
-    def scores(self, items: Iterable[str]) -> list[float]:
+    def scores(self, items: Sequence[str]) -> list[float]:
         """Of these items, in their order."""
+        if list(self._places) == items:
+            return self._scores.tolist()
         return [self._scores[place] for place in map(self._places.__getitem__, items)]
 
 
-def scores_of(results: Results, items: Iterable[str]) -> list[float]:
+def scores_of(results: Results, items: Sequence[str]) -> list[float]:
     """The scores of these items, in their order."""
     if isinstance(results, ItemScores):
         return results.scores(items)

@@ -23,9 +23,11 @@ store. The order holds all the same:
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.ledger.compaction import Compaction
@@ -163,13 +165,14 @@ class Ledger:
 
     def read_on(self) -> None:
         """Take in what was written behind the last record that is known."""
-        for record, size in read_with_sizes(self.store, len(self.records)):
-            try:
-                self._check(record)
-            except ValueError as error:
-                place = f"{self.store.uri}/{loose_key(len(self.records))}"
-                raise BadInputError(f"{place}: not a ledger record ({error})") from error
-            self._take_in(record, size)
+        with _no_garbage_collection():
+            for record, size in read_with_sizes(self.store, len(self.records)):
+                try:
+                    self._check(record)
+                except ValueError as error:
+                    place = f"{self.store.uri}/{loose_key(len(self.records))}"
+                    raise BadInputError(f"{place}: not a ledger record ({error})") from error
+                self._take_in(record, size)
 
     def _take_in(self, record: Record, size: int | None, own: bytes | None = None) -> None:
         number = len(self.records)
@@ -196,6 +199,19 @@ class Ledger:
             except ObjectNotFoundError:
                 return False  # another driver has compacted it
         return True
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Reading makes millions of objects that stay, and no cycles: collections would look through them again
+    and again, for a sixth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _now() -> float:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
-from orchestrator.ledger.item_scores import ID_OF
 from orchestrator.objectives import OBJECTIVES
 from workers.storage.documents import (
     Shape,
@@ -36,12 +35,10 @@ def items(value: Any) -> None:
     if type(value) is not list:
         raise ShapeError("is no list")
     try:
-        columns = list(zip(*map(_FIELDS_OF, value), strict=True))
+        types = [set(map(type, map(field, value))) for field in _FIELDS]
     except (TypeError, LookupError):  # no table, or one without all that is written today
-        columns = []
-    if [set(map(type, column)) for column in columns] != _TYPES or not math.isfinite(
-        sum(columns[1])
-    ):
+        types = []
+    if types != _TYPES or not math.isfinite(sum(map(_SCORE, value))):
         _EACH_ITEM(value)
 
 
@@ -61,9 +58,11 @@ def item(value: Any) -> None:
         raise ShapeError("is no result of an item")
 
 
-_FIELDS_OF = itemgetter(
-    "id", "score", "truncated", "unparsed", "output", "category", "calls", "tokens"
-)
+_FIELDS = [
+    itemgetter(field)
+    for field in ("id", "score", "truncated", "unparsed", "output", "category", "calls", "tokens")
+]
+_ID, _SCORE, *_ = _FIELDS
 _TYPES: list[set[type]] = [{str}, {float}, {bool}, {bool}, {str}, {str}, {int}, {int}]
 """Of those; others may do as well, and are looked at one by one."""
 _EACH_ITEM = each(item)
@@ -259,7 +258,7 @@ class RecordCheck:
         if known is None:
             return
         for task, items in record["items"].items():
-            known.setdefault(task, set()).update(map(ID_OF, items))
+            known.setdefault(task, set()).update(map(_ID, items))
         if record["complete"]:
             self._items[key] = None
             found = {task: len(ids) for task, ids in known.items()}

@@ -130,10 +130,12 @@ def read_with_sizes(store: Store, start: int = 0) -> Iterator[tuple[Record, int 
                 lost = part.key
                 break
             is_loose = part.first == part.last and not part.key.startswith(SEGMENTS)
-            records = [_loose(store, part, data)] if is_loose else _segment(store, part, data)
-            for record in records[number - part.first :]:
-                number += 1
-                yield record, len(data) if is_loose else None
+            if is_loose:
+                yield _loose(store, part, data), len(data)
+            else:
+                for record in _segment(store, part, data, number):
+                    yield record, None
+            number = part.last + 1
         if lost is None and behind_gap is None:
             return
         tries = tries + 1 if number == begun else 0
@@ -181,21 +183,22 @@ def _loose(store: Store, part: Part, data: bytes) -> Record:
         raise BadInputError(f"{store.uri}/{part.key}: not a ledger record ({error})") from error
 
 
-def _segment(store: Store, part: Part, data: bytes) -> list[Record]:
+def _segment(store: Store, part: Part, data: bytes, start: int) -> Iterator[Record]:
+    """The records from number `start` on. One by one, so that each is taken in while it is in the processor's
+    cache, and gone before the next is made."""
     lines = data.removesuffix(b"\n").split(b"\n")
     if len(lines) != part.last - part.first + 1:
         raise BadInputError(
             f"{store.uri}/{part.key}: has {len(lines)} lines, not {part.last - part.first + 1}: "
             "it was cut or changed, so the campaign cannot be resumed"
         )
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
+    for place in range(start - part.first, len(lines)):
         try:
-            records.append(parse_record(line))
+            record = parse_record(lines[place])
         except ValueError as error:
-            where = f"{store.uri}/{part.key}, line {number}"
+            where = f"{store.uri}/{part.key}, line {place + 1}"
             raise BadInputError(f"{where}: not a ledger record ({error})") from error
-    return records
+        yield record
 
 
 def parse_record(data: bytes) -> Record:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.ledger.item_scores import ID_OF, ItemScores, SharedIds
+from orchestrator.ledger.item_scores import ItemScores, SharedIds
 from orchestrator.ledger.ledger import Ledger, Record
 from orchestrator.ledger.record_shapes import campaign_records
 from orchestrator.ledger.standing import Standing
@@ -55,11 +55,12 @@ class Evaluation:
     ) -> int | None:
         """The same as `take` and `settle`, in one step; None, and nothing is done, where that cannot be: if
         there are results already, or an item is there twice."""
-        if self.results or any(
-            len(set(map(ID_OF, given))) < len(given) for given in items.values()
-        ):
+        if self.results:
             return None
-        self.results = {task: ItemScores(given, shared) for task, given in items.items()}
+        found = {task: ItemScores(given, shared) for task, given in items.items()}
+        if any(len(found[task]) < len(given) for task, given in items.items()):
+            return None
+        self.results = dict(found)
         return sum(map(len, items.values()))
 
     def scores(self) -> dict[str, float]:

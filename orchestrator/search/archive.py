@@ -71,7 +71,8 @@ class Archive:
         self._first = [numpy.array(start, dtype=float), *spread]
         """Points to ask for before any is bred, the next one at the front."""
         self._points: list[Matrix] = []
-        self._scores = numpy.zeros((0, len(item_weights)))
+        self._room = numpy.zeros((self._size + 1, len(item_weights)))
+        """The members' scores, and room for those of one more."""
 
     def ask_one(self) -> list[float]:
         if self._first:
@@ -87,13 +88,17 @@ class Archive:
     ) -> None:
         if scores is None:
             return
+        self._room[len(self._points)] = scores
         self._points.append(numpy.array(point, dtype=float))
-        self._scores = numpy.vstack([self._scores, numpy.array(scores, dtype=float)])
         if len(self._points) > self._size:
             competing = shared_scores(self._scores, self._capacities).sum(axis=1)
             worst = int(competing.argmin())  # of equals the oldest, so that the archive drifts
             del self._points[worst]
-            self._scores = numpy.delete(self._scores, worst, axis=0)
+            self._room[worst:-1] = self._room[worst + 1 :]
+
+    @property
+    def _scores(self) -> Matrix:
+        return self._room[: len(self._points)]
 
     def stopped(self) -> str | None:
         return None

@@ -11,6 +11,7 @@ clock.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.campaign import Campaign
+from orchestrator.cli import OBJECTS_BETWEEN_COLLECTIONS
 from orchestrator.config import load_config
 from orchestrator.overview import campaign_overview
 from orchestrator.pool.pool import Job, Progress
@@ -37,6 +39,8 @@ MEMORY = "/dev/shm"
 WORKERS = 16
 ITEMS = 24
 """Of each of three tasks."""
+
+gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)  # in each of the processes, as in that of `darwin`
 
 
 class RecordsWrittenError(BaseException):
