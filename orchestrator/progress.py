@@ -130,7 +130,8 @@ class ProgressView:
         items = campaign.state.items
         done = campaign.state.evaluated(campaign.config.search.evaluations)
         self._history.append((now, items, done))
-        while now - self._history[0][0] > RATE_SECONDS:
+        # One from before that while stays: results may come more seldom.
+        while len(self._history) > 1 and now - self._history[1][0] > RATE_SECONDS:
             self._history.popleft()
 
     def _rates(self) -> tuple[float, float]:
@@ -152,7 +153,7 @@ class ProgressView:
             f"[dim]{self._clock()}[/dim] {_begun(campaign)}",
             f"{campaign.state.evaluated(budget)}/{budget} evaluations",
             f"best {best[1]:.3f}" if best else "no candidate yet",
-            f"{items_per_second:.0f} items/s",
+            f"{_rate(items_per_second)} items/s",
             f"{campaign.state.failures} failures",
         ]
         raced = campaign.state.races.to_dict()
@@ -172,7 +173,7 @@ class ProgressView:
         grid.add_row(
             f"[bold]{self.stage_name}[/bold]",
             _begun(campaign),
-            f"{items_per_second:.0f} items/s",
+            f"{_rate(items_per_second)} items/s",
             f"{campaign.busy_workers}/{campaign.config.workers.total} workers busy",
             f"{campaign.state.failures} failures",
             f"{self._clock()} elapsed",
@@ -240,6 +241,10 @@ def fitness_interval(
     below = math.hypot(*(weights[task] * (v.score - v.low) for task, v in scores.items()))
     above = math.hypot(*(weights[task] * (v.high - v.score) for task, v in scores.items()))
     return mean - below, mean + above
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _duration(seconds: float) -> str:

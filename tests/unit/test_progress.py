@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from orchestrator import progress
 from orchestrator.progress import ProgressView, fitness_interval
 from orchestrator.statistics import Results, Score, score
 from tests.scripted_campaign import scripted
@@ -55,6 +58,29 @@ def test_the_last_figures_are_printed_and_parents_given_twice_are_noticed(
     assert "one and two are the same checkpoint" in printed
     assert "5/5 evaluations" in printed
     assert "genes of components for dare_ties" in printed
+
+
+def test_the_rate_is_known_where_results_come_seldom(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes on by half a minute each time somebody looks at it."""
+    clock = count(0, 30)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    campaign = scripted(
+        tmp_path,
+        lambda recipe, item: hash((recipe.id, item.id)) % 2 == 0,
+        search={"optimizer": "random", "evaluations": 4, "population": 1},
+    )
+    with ProgressView() as view:
+        campaign.watcher = view
+        campaign.run()
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if any(f" {done}/4 evaluations" in line for done in (1, 2, 3))
+    ]
+    assert len(lines) >= 3
+    assert not [line for line in lines if " 0 items/s" in line or " 0.0 items/s" in line], lines
 
 
 def test_three_tasks_fit_into_80_columns(
