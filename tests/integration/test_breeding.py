@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,11 @@ from tests.campaigns import (
     wait_for,
     write_campaign,
 )
+from tests.ray_cluster import ENVIRONMENT
 from workers.storage import open_store
+
+run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
+start = partial(start_darwin, environment=os.environ | ENVIRONMENT)
 
 BRED: dict[str, Any] = {
     "name": "bred",
@@ -39,9 +44,9 @@ def lineage_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return run_darwin("run", str(write_campaign(folder, **BRED)))
+    return run("run", str(write_campaign(folder, **BRED, address=ray_address)))
 
 
 def test_each_round_is_bred_from_the_best_of_the_one_before(undisturbed: dict[str, Any]) -> None:
@@ -98,10 +103,10 @@ def test_the_childs_ancestry_has_those_that_were_never_written(undisturbed: dict
 
 
 def test_killed_in_every_round_the_child_is_the_same(
-    undisturbed: dict[str, Any], tmp_path: Path
+    undisturbed: dict[str, Any], tmp_path: Path, ray_address: str
 ) -> None:
     """SIGKILL the driver before, within and between rounds; the same command goes on."""
-    campaign = write_campaign(tmp_path, **BRED)
+    campaign = write_campaign(tmp_path, **BRED, address=ray_address)
     store = open_store(str(tmp_path / "store" / "bred"))
 
     count = partial(count_records, store)
@@ -114,11 +119,11 @@ def test_killed_in_every_round_the_child_is_the_same(
         lambda: count("child") >= 1,  # while the child is written
     ]
     for reached in points:
-        process = start_darwin("run", str(campaign))
+        process = start("run", str(campaign))
         wait_for(reached, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    result = run_darwin("run", str(campaign))
+    result = run("run", str(campaign))
     assert digests(result["child"]) == digests(undisturbed["child"])
     items = scored_items(records(store))
     assert len(items) == len(set(items)), "an item was scored twice"
@@ -127,12 +132,12 @@ def test_killed_in_every_round_the_child_is_the_same(
 
 def test_a_larger_budget_is_refused(undisturbed: dict[str, Any]) -> None:
     file = Path(undisturbed["campaign"]).parent.parent / "campaign.yaml"
-    refused = run_darwin("run", str(file), "search.evaluations=16", expect=2)
+    refused = run("run", str(file), "search.evaluations=16", expect=2)
     assert "search.evaluations" in refused["error"]
 
 
 def test_a_campaigns_child_is_a_parent_like_any_other(
-    undisturbed: dict[str, Any], tmp_path: Path
+    undisturbed: dict[str, Any], tmp_path: Path, ray_address: str
 ) -> None:
     parents = [
         {"name": "amber", "path": undisturbed["campaign"]},
@@ -144,8 +149,9 @@ def test_a_campaigns_child_is_a_parent_like_any_other(
         parents=parents,
         genome={"space": "components", "method": "linear"},
         search={"optimizer": "random", "evaluations": 2, "population": 2},
+        address=ray_address,
     )
-    result = run_darwin("run", str(campaign))
+    result = run("run", str(campaign))
     lineage = lineage_of(result)
     ancestry = parse_ancestry(lineage["ancestry"])
     by_name = {one.name: one for one in ancestry.ancestors.values()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -16,29 +17,34 @@ from tests.campaigns import (
     wait_for,
     write_campaign,
 )
+from tests.ray_cluster import ENVIRONMENT
 from workers.storage import open_store
 
+run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
+start = partial(start_darwin, environment=os.environ | ENVIRONMENT)
 
-def test_killed_within_a_race_the_child_is_the_same(tmp_path: Path) -> None:
+
+def test_killed_within_a_race_the_child_is_the_same(tmp_path: Path, ray_address: str) -> None:
     """SIGKILL the driver after one candidate of a block: what is asked, decided and found is the same, no
     item is asked twice, and the winner was asked every item, by many fewer items in all."""
     settings = {
         "search": {"optimizer": "cma_es", "evaluations": 10, "population": 5},
         "racing": {"use": "race", "leaders": 1},
         "objective": "worst",
+        "address": ray_address,
     }
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
-    expected = run_darwin("run", str(write_campaign(tmp_path / "whole", **settings)))
+    expected = run("run", str(write_campaign(tmp_path / "whole", **settings)))
     campaign = write_campaign(tmp_path / "killed", **settings)
     store = open_store(str(tmp_path / "killed" / "store" / "small"))
     count = partial(count_records, store)
-    process = start_darwin("run", str(campaign))
+    process = start("run", str(campaign))
     # Three parents, and one candidate of the first block.
     wait_for(lambda: count("race") >= 1 and count("scored") >= 4, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    result = run_darwin("run", str(campaign))
+    result = run("run", str(campaign))
     assert result["recipe_id"] == expected["recipe_id"]
     assert digests(result["child"]) == digests(expected["child"])
     whole = records(open_store(expected["campaign"]))
