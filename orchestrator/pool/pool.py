@@ -92,7 +92,7 @@ class Pool:
         """
         waiting = Waiting(jobs)
         arrived: deque[Progress] = deque()
-        may_be_more = True
+        may_be_more = may_be_idle = True
         while True:
             # Whoever chooses the next job had better know the results that have come.
             if may_be_more and waiting.fresh < (1 if arrived else self.look_ahead):
@@ -100,16 +100,18 @@ class Pool:
                 may_be_more = job is not None
                 if job is not None:
                     waiting.add(job)
-            self._dispatch(waiting)
+            may_be_idle = may_be_idle and self._dispatch(waiting)
             if not (waiting or arrived or self.busy):
                 return
             is_short = may_be_more and waiting.fresh < self.look_ahead
             if not (arrived or is_short):
                 arrived.extend(self._collect(waiting, attempts.BACK_OFF_SECONDS))
+                may_be_idle = True
             elif time.monotonic() - self._collected > POLL_SECONDS:
                 arrived.extend(self._collect(waiting, 0.0))
+                may_be_idle = True
             # Before the caller records it: no worker waits for the store.
-            self._dispatch(waiting)
+            may_be_idle = may_be_idle and self._dispatch(waiting)
             if arrived:
                 yield arrived.popleft()
                 may_be_more = True
@@ -145,14 +147,20 @@ class Pool:
 
     # -- jobs --------------------------------------------------------------------------------
 
-    def _dispatch(self, waiting: Waiting) -> None:
+    def _dispatch(self, waiting: Waiting) -> bool:
+        """Give idle workers what waits; whether there may still be idle ones. If not, nobody need look for
+        them until something was collected."""
+        is_idle = False
         for worker in self._workers if waiting else ():
             if worker.is_idle and not self._crew.must_move(worker):
                 job = waiting.take(worker, self._workers)
                 if job is not None:
                     self._give(worker, job)
+                else:
+                    is_idle = True
                 if not waiting:
-                    return
+                    return True
+        return is_idle or not waiting
 
     def _give(self, worker: Worker, job: Job) -> None:
         worker.job, worker.since = job, time.monotonic()
@@ -175,9 +183,9 @@ class Pool:
         started = time.monotonic()
         done: list[Any] = []
         if references:
-            done, _ = ray.wait(references, num_returns=1, timeout=seconds)
-            if done:
-                done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+            if seconds:
+                ray.wait(references, num_returns=1, timeout=seconds)
+            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
         elif seconds:  # every job left is waiting for its next attempt, or every place rests
             time.sleep(attempts.BACK_OFF_SECONDS / 10)
         self._collected = time.monotonic()
