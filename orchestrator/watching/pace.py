@@ -58,7 +58,8 @@ class Pace:
         # What was scored before anything was asked is parents.
         if self.stage == "search" and (step.items or step.candidates or not self._steps):
             self._steps.append(step)
-            while self._steps[-1].time - self._steps[0].time > WINDOW_SECONDS:
+            # One from before that while stays: a candidate may take longer.
+            while len(self._steps) > 1 and self.newest - self._steps[1].time > WINDOW_SECONDS:
                 self._steps.popleft()
 
     def _candidates(self, record: Record) -> int:

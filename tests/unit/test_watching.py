@@ -215,6 +215,16 @@ def test_the_pace_is_that_of_the_present_drivers_last_ten_minutes() -> None:
     assert told["stage"] == "held-out evaluation" and told["items_per_second"] is None
 
 
+def test_the_pace_is_known_where_a_candidate_takes_longer() -> None:
+    pace = Pace()
+    pace.apply({"kind": "epoch", "time": 0})
+    pace.apply({"kind": "asked", "time": 0})
+    for number in range(1, 4):
+        pace.apply({"kind": "scored", "time": 1800 * number, "split": "search", "complete": True,
+                    "items": {"t": [{}] * 90}})  # fmt: skip
+        assert pace.rates() == (90 / 1800, 1 / 1800)
+
+
 def test_candidates_that_race_are_through_when_their_race_is() -> None:
     pace = Pace()
     for record in (
