@@ -60,7 +60,7 @@ class Evaluation:
         found = {task: ItemScores(given, shared) for task, given in items.items()}
         if any(len(found[task]) < len(given) for task, given in items.items()):
             return None
-        self.results = dict(found)
+        self.results, self._scores = dict(found), None
         return sum(map(len, items.values()))
 
     def scores(self) -> dict[str, float]:

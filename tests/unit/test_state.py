@@ -100,6 +100,22 @@ def test_an_item_that_is_recorded_twice_counts_once() -> None:
     assert found.fitness("r") == pytest.approx(1 / 3)
 
 
+def test_an_item_twice_in_a_candidates_only_record_counts_once() -> None:
+    twice = scored("r", one="10")
+    twice["items"]["one"] += items({"one": "1"})["one"]
+    found = state(asked("r"), twice)
+    assert found.fitness("r") == 0.5
+    assert found.items == 2
+    assert found.evaluation("r", "search").repeated
+
+
+def test_scores_that_were_asked_for_too_soon_are_forgotten() -> None:
+    found = state(asked("r"))
+    assert found.evaluation("r", "search").scores() == {}
+    found.apply(scored("r", one="10"))
+    assert found.fitness("r") == 0.5
+
+
 def test_the_order_in_which_parts_came_does_not_reach_the_fitness() -> None:
     """Killed or not, the same answers are the same fitness to the last bit."""
     scores = {"one": "1000000000", "two": "1100000000", "three": "1110000000"}
