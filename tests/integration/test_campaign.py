@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from tests.campaigns import (
     wait_for,
     write_campaign,
 )
+from tests.ray_cluster import ENVIRONMENT
 from tests.s3_policy import Policy, guarded
 from tests.secrecy import files_under, listening, planted_secrets
 from workers.checkpoints import open_checkpoint
@@ -147,16 +149,18 @@ def test_two_drivers_and_changed_configurations_are_refused(tmp_path: Path) -> N
     assert "search.step, seed" in changed["error"]
 
 
-def test_a_larger_budget_continues_the_search(undisturbed: dict, tmp_path: Path) -> None:
+def test_a_larger_budget_continues_the_search(
+    undisturbed: dict, tmp_path: Path, ray_address: str
+) -> None:
     """14 evaluations and then 18 are the same search as 18 at once; 14 ends within a generation."""
     small, large = tmp_path / "small", tmp_path / "large"
-    small.mkdir()
     large.mkdir()
-    campaign = write_campaign(small)
+    shutil.copytree(undisturbed["campaign"], small / "store" / "small")
+    campaign = write_campaign(small, address=ray_address)
     budget = {"optimizer": "cma_es", "evaluations": 18, "population": 4}
-    run_darwin("run", str(campaign))
-    extended = run_darwin("run", str(campaign), "search.evaluations=18")
-    at_once = run_darwin("run", str(write_campaign(large, search=budget)))
+    run = partial(run_darwin, "run", environment=os.environ | ENVIRONMENT)
+    extended = run(str(campaign), "search.evaluations=18")
+    at_once = run(str(write_campaign(large, search=budget, address=ray_address)))
     assert extended["evaluations"] == at_once["evaluations"] == 18
     assert extended["recipe_id"] == at_once["recipe_id"]
     assert digests(extended["child"]) == digests(at_once["child"])
@@ -267,7 +271,9 @@ def test_a_moved_campaign_is_where_it_is(undisturbed: dict, tmp_path: Path) -> N
     assert moved["holdout"] == undisturbed["holdout"]
 
 
-def test_the_scan_is_made_by_the_workers_and_recorded_once(tmp_path: Path) -> None:
+def test_the_scan_is_made_by_the_workers_and_recorded_once(
+    tmp_path: Path, ray_address: str
+) -> None:
     """Killed when the prescription is recorded: the next driver goes by it, without the kept scan."""
     parents = [{"name": name, "path": f"shipped:strings/{name}"} for name in ("reverse", "sort")]
     campaign = write_campaign(
@@ -275,18 +281,20 @@ def test_the_scan_is_made_by_the_workers_and_recorded_once(tmp_path: Path) -> No
         parents=parents,
         genome={"space": "darwin14", "method": "slerp", "start": "pattern"},
         search={"optimizer": "cma_es", "evaluations": 5, "population": 4},
+        address=ray_address,
     )
+    environment = os.environ | ENVIRONMENT
     store = open_store(str(tmp_path / "store" / "small"))
 
     def prescriptions() -> list[Record]:
         return [record for record in records(store) if record["kind"] == "prescription"]
 
-    process = start_darwin("run", str(campaign))
+    process = start_darwin("run", str(campaign), environment=environment)
     wait_for(lambda: bool(prescriptions()), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     shutil.rmtree(tmp_path / "store" / "scans")
-    result = run_darwin("run", str(campaign))
+    result = run_darwin("run", str(campaign), environment=environment)
     assert result["evaluations"] == 5
     assert len(prescriptions()) == 1
     assert not (tmp_path / "store" / "scans").exists()
