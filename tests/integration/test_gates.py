@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,15 @@ from orchestrator.gates import Gate
 from orchestrator.pool.calls import LocalCalls
 from tests.campaigns import digests, records, run_darwin, write_campaign
 from tests.checkpoint_files import open_merger, recipe_for, rule, write_checkpoint
+from tests.ray_cluster import ENVIRONMENT
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import open_checkpoint
 from workers.storage import open_store
 
 
-def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(tmp_path: Path) -> None:
+def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(
+    tmp_path: Path, ray_address: str
+) -> None:
     """Twins have children that look well, and are nothing new: seen from the bytes alone."""
     twins = [{"name": name, "path": "shipped:strings/sort"} for name in ("one", "two")]
     campaign = str(
@@ -30,9 +35,11 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(tmp_path:
             search={"optimizer": "random", "evaluations": 2, "population": 2},
             tasks=[{"name": "sort", "search_items": 12, "holdout_items": 12}],
             workers={"count": 1},
+            address=ray_address,
         )
     )
-    rejected = run_darwin("run", campaign, expect=3)
+    run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
+    rejected = run("run", campaign, expect=3)
     place = rejected["campaign"]
     store = open_store(place)
     folder = f"rejected/child-{rejected['recipe_id'][:12]}"
@@ -53,13 +60,13 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(tmp_path:
         "examined", "child", "child", "publishing", "rejected",
     ]  # fmt: skip
 
-    assert run_darwin("run", campaign, expect=3) == rejected
+    assert run("run", campaign, expect=3) == rejected
     assert records(store) == before, "the verdict is repeated without any work"
     status = run_darwin("status", place)
     assert (status["status"], status["reasons"]) == ("rejected", rejected["reasons"])
     aside = digests(rejected["child"])
 
-    allowed = run_darwin("run", campaign, "health.allow=[different]")
+    allowed = run("run", campaign, "health.allow=[different]")
     assert allowed["status"] == "done"
     assert allowed["gates"]["different"] == "failed, allowed"
     assert (
@@ -70,7 +77,7 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(tmp_path:
     assert not [r for r in new if r["kind"] in ("scored", "examined", "asked")]
     assert digests(allowed["child"])["model.safetensors"] == aside["model.safetensors"]
 
-    larger = run_darwin("run", campaign, "search.evaluations=3", expect=3)
+    larger = run("run", campaign, "search.evaluations=3", expect=3)
     assert larger["status"] == "rejected"
     assert larger["evaluations"] == 3
 
