@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from orchestrator.ledger.ledger import Record, read_records
 from orchestrator.reporting.card import COST_LINE
+from tests.ray_cluster import ENVIRONMENT
 from workers.storage import Store, open_store
 
 SKILLS = ("reverse", "sort", "shift")
@@ -65,6 +67,12 @@ def run_darwin(
     assert "Traceback" not in err, err
     result: dict[str, Any] = json.loads(out)
     return result
+
+
+run_joined = partial(run_darwin, environment=os.environ | ENVIRONMENT)
+"""The same of a campaign whose `address` is a `RayCluster`'s."""
+start_joined = partial(start_darwin, environment=os.environ | ENVIRONMENT)
+"""The same of `start_darwin`."""
 
 
 def records(store: Store) -> list[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -18,16 +17,13 @@ from tests.campaigns import (
     digests,
     records,
     run_darwin,
+    run_joined,
     scored_items,
-    start_darwin,
+    start_joined,
     wait_for,
     write_campaign,
 )
-from tests.ray_cluster import ENVIRONMENT
 from workers.storage import open_store
-
-run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
-start = partial(start_darwin, environment=os.environ | ENVIRONMENT)
 
 BRED: dict[str, Any] = {
     "name": "bred",
@@ -46,7 +42,7 @@ def lineage_of(result: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return run("run", str(write_campaign(folder, **BRED, address=ray_address)))
+    return run_joined("run", str(write_campaign(folder, **BRED, address=ray_address)))
 
 
 def test_each_round_is_bred_from_the_best_of_the_one_before(undisturbed: dict[str, Any]) -> None:
@@ -119,11 +115,11 @@ def test_killed_in_every_round_the_child_is_the_same(
         lambda: count("child") >= 1,  # while the child is written
     ]
     for reached in points:
-        process = start("run", str(campaign))
+        process = start_joined("run", str(campaign))
         wait_for(reached, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    result = run("run", str(campaign))
+    result = run_joined("run", str(campaign))
     assert digests(result["child"]) == digests(undisturbed["child"])
     items = scored_items(records(store))
     assert len(items) == len(set(items)), "an item was scored twice"
@@ -132,7 +128,7 @@ def test_killed_in_every_round_the_child_is_the_same(
 
 def test_a_larger_budget_is_refused(undisturbed: dict[str, Any]) -> None:
     file = Path(undisturbed["campaign"]).parent.parent / "campaign.yaml"
-    refused = run("run", str(file), "search.evaluations=16", expect=2)
+    refused = run_joined("run", str(file), "search.evaluations=16", expect=2)
     assert "search.evaluations" in refused["error"]
 
 
@@ -151,7 +147,7 @@ def test_a_campaigns_child_is_a_parent_like_any_other(
         search={"optimizer": "random", "evaluations": 2, "population": 2},
         address=ray_address,
     )
-    result = run("run", str(campaign))
+    result = run_joined("run", str(campaign))
     lineage = lineage_of(result)
     ancestry = parse_ancestry(lineage["ancestry"])
     by_name = {one.name: one for one in ancestry.ancestors.values()}

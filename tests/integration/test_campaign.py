@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,13 @@ from tests.campaigns import (
     ray_processes,
     records,
     run_darwin,
+    run_joined,
     scored_items,
     start_darwin,
+    start_joined,
     wait_for,
     write_campaign,
 )
-from tests.ray_cluster import ENVIRONMENT
 from tests.s3_policy import Policy, guarded
 from tests.secrecy import files_under, listening, planted_secrets
 from workers.checkpoints import open_checkpoint
@@ -158,9 +158,8 @@ def test_a_larger_budget_continues_the_search(
     shutil.copytree(undisturbed["campaign"], small / "store" / "small")
     campaign = write_campaign(small, address=ray_address)
     budget = {"optimizer": "cma_es", "evaluations": 18, "population": 4}
-    run = partial(run_darwin, "run", environment=os.environ | ENVIRONMENT)
-    extended = run(str(campaign), "search.evaluations=18")
-    at_once = run(str(write_campaign(large, search=budget, address=ray_address)))
+    extended = run_joined("run", str(campaign), "search.evaluations=18")
+    at_once = run_joined("run", str(write_campaign(large, search=budget, address=ray_address)))
     assert extended["evaluations"] == at_once["evaluations"] == 18
     assert extended["recipe_id"] == at_once["recipe_id"]
     assert digests(extended["child"]) == digests(at_once["child"])
@@ -283,18 +282,17 @@ def test_the_scan_is_made_by_the_workers_and_recorded_once(
         search={"optimizer": "cma_es", "evaluations": 5, "population": 4},
         address=ray_address,
     )
-    environment = os.environ | ENVIRONMENT
     store = open_store(str(tmp_path / "store" / "small"))
 
     def prescriptions() -> list[Record]:
         return [record for record in records(store) if record["kind"] == "prescription"]
 
-    process = start_darwin("run", str(campaign), environment=environment)
+    process = start_joined("run", str(campaign))
     wait_for(lambda: bool(prescriptions()), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     shutil.rmtree(tmp_path / "store" / "scans")
-    result = run_darwin("run", str(campaign), environment=environment)
+    result = run_joined("run", str(campaign))
     assert result["evaluations"] == 5
     assert len(prescriptions()) == 1
     assert not (tmp_path / "store" / "scans").exists()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ from orchestrator.config import HealthConfig
 from orchestrator.ending import Ending
 from orchestrator.gates import Gate
 from orchestrator.pool.calls import LocalCalls
-from tests.campaigns import digests, records, run_darwin, write_campaign
+from tests.campaigns import digests, records, run_darwin, run_joined, write_campaign
 from tests.checkpoint_files import open_merger, recipe_for, rule, write_checkpoint
-from tests.ray_cluster import ENVIRONMENT
 from workers.actors import MergeSpec, MergeWorker
 from workers.checkpoints import open_checkpoint
 from workers.storage import open_store
@@ -38,8 +35,7 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(
             address=ray_address,
         )
     )
-    run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
-    rejected = run("run", campaign, expect=3)
+    rejected = run_joined("run", campaign, expect=3)
     place = rejected["campaign"]
     store = open_store(place)
     folder = f"rejected/child-{rejected['recipe_id'][:12]}"
@@ -60,13 +56,13 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(
         "examined", "child", "child", "publishing", "rejected",
     ]  # fmt: skip
 
-    assert run("run", campaign, expect=3) == rejected
+    assert run_joined("run", campaign, expect=3) == rejected
     assert records(store) == before, "the verdict is repeated without any work"
     status = run_darwin("status", place)
     assert (status["status"], status["reasons"]) == ("rejected", rejected["reasons"])
     aside = digests(rejected["child"])
 
-    allowed = run("run", campaign, "health.allow=[different]")
+    allowed = run_joined("run", campaign, "health.allow=[different]")
     assert allowed["status"] == "done"
     assert allowed["gates"]["different"] == "failed, allowed"
     assert (
@@ -77,7 +73,7 @@ def test_a_child_that_is_its_parents_is_kept_aside_until_it_is_allowed(
     assert not [r for r in new if r["kind"] in ("scored", "examined", "asked")]
     assert digests(allowed["child"])["model.safetensors"] == aside["model.safetensors"]
 
-    larger = run("run", campaign, "search.evaluations=3", expect=3)
+    larger = run_joined("run", campaign, "search.evaluations=3", expect=3)
     assert larger["status"] == "rejected"
     assert larger["evaluations"] == 3
 

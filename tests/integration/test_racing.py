@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,13 @@ from tests.campaigns import (
     digests,
     records,
     run_darwin,
+    run_joined,
     scored_items,
-    start_darwin,
+    start_joined,
     wait_for,
     write_campaign,
 )
-from tests.ray_cluster import ENVIRONMENT
 from workers.storage import open_store
-
-run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
-start = partial(start_darwin, environment=os.environ | ENVIRONMENT)
 
 
 def test_killed_within_a_race_the_child_is_the_same(tmp_path: Path, ray_address: str) -> None:
@@ -35,16 +31,16 @@ def test_killed_within_a_race_the_child_is_the_same(tmp_path: Path, ray_address:
     }
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
-    expected = run("run", str(write_campaign(tmp_path / "whole", **settings)))
+    expected = run_joined("run", str(write_campaign(tmp_path / "whole", **settings)))
     campaign = write_campaign(tmp_path / "killed", **settings)
     store = open_store(str(tmp_path / "killed" / "store" / "small"))
     count = partial(count_records, store)
-    process = start("run", str(campaign))
+    process = start_joined("run", str(campaign))
     # Three parents, and one candidate of the first block.
     wait_for(lambda: count("race") >= 1 and count("scored") >= 4, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    result = run("run", str(campaign))
+    result = run_joined("run", str(campaign))
     assert result["recipe_id"] == expected["recipe_id"]
     assert digests(result["child"]) == digests(expected["child"])
     whole = records(open_store(expected["campaign"]))

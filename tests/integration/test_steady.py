@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,15 @@ from tests.campaigns import (
     count_records,
     records,
     run_darwin,
+    run_joined,
     scored_items,
-    start_darwin,
+    start_joined,
     wait_for,
     write_campaign,
 )
-from tests.ray_cluster import ENVIRONMENT
 from tests.scripted_campaign import Stages
 from tests.steady_ledger import asked, check_order
 from workers.storage import open_store
-
-run = partial(run_darwin, environment=os.environ | ENVIRONMENT)
-start = partial(start_darwin, environment=os.environ | ENVIRONMENT)
 
 CAMPAIGN: dict[str, Any] = {
     "name": "steady",
@@ -46,13 +42,13 @@ def test_killed_and_resumed_it_goes_on_in_the_recorded_order(
 ) -> None:
     file = write_campaign(tmp_path, **CAMPAIGN, address=ray_address)
     store = open_store(str(tmp_path / "store" / "steady"))
-    process = start("run", str(file))
+    process = start_joined("run", str(file))
     wait_for(lambda: count_records(store, "scored", split="search") >= 7, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = records(store)
     assert not any(record["kind"] == "searched" for record in before)
-    result = run("run", str(file))
+    result = run_joined("run", str(file))
     ledger = records(store)
     assert ledger[: len(before)] == before
     assert result["evaluations"] == 12
@@ -66,4 +62,4 @@ def test_killed_and_resumed_it_goes_on_in_the_recorded_order(
     check_order(Campaign(load_config(str(file)), Stages()), ledger)
     status = run_darwin("status", result["campaign"])
     assert status["front"]["members"][0]["recipe_id"] == result["recipe_id"]
-    assert run("run", str(file)) == result
+    assert run_joined("run", str(file)) == result
