@@ -25,13 +25,15 @@ Case = tuple[str, int, dict[str, Any]]
 
 
 def random_numbers(seed: int, tensor: str, parent: str, count: int) -> numpy.ndarray:
-    """What decides whether an element is kept: 32 bits each, of which every two share two words of 16."""
+    """What decides whether an element is kept: a byte of Philox, and below it 24 bits of SplitMix64."""
     digest = hashlib.sha256(f"{seed}\0{parent}\0{tensor}".encode()).digest()
-    stream = numpy.random.Philox(key=numpy.frombuffer(digest[:16], "<u8"))
-    numbers = stream.random_raw(count // 4 + 1)
-    words = numpy.stack([numbers >> 16 * place & 0xFFFF for place in range(4)], axis=1).reshape(-1)
-    neighbours = words[numpy.arange(len(words)) ^ 1]
-    return ((words << 16) + neighbours)[:count]
+    *key, state = numpy.frombuffer(digest[:24], "<u8")
+    numbers = numpy.random.Philox(key=numpy.array(key)).random_raw(count // 8 + 1)
+    upper = numpy.stack([numbers >> 8 * place & 0xFF for place in range(8)], axis=1).reshape(-1)
+    word = state + numpy.arange(1, count + 1, dtype="u8") * 0x9E3779B97F4A7C15
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    return (upper[:count] << 24) + ((word ^ (word >> 31)) >> 40)
 
 
 REFERENCES: dict[str, Callable[..., numpy.ndarray]] = {}

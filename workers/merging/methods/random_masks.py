@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from workers.merging.methods.gram import sum_by_halves
 from workers.merging.methods.method import Slice, Values
 
 if TYPE_CHECKING:
@@ -16,25 +17,22 @@ Probability = Callable[[Slice, "Tensor", Values, str], "float | Tensor"]
 may use scratch buffer 1."""
 
 
-STEPS = 24
-"""Magnitudes are summed as multiples of the largest one of their slice, rounded up to a power of 2, over
-2^STEPS."""
-
-LEAST_EXPONENT = -100
-"""Below 2^LEAST_EXPONENT a whole slice counts as nothing: 1 over its step would be no fp32 number."""
+LANES = 1 << 13
+"""So many sums are kept side by side until all is added up."""
 
 
 class NormsLeft:
     """Per parent, the L1 norm of its task vector over that of what its very mask leaves of it.
 
-    In each slice magnitudes are rounded to whole multiples of a step, whose fp64 sums are exact: so they are
-    the same in any order of adding, as differs between processors. Slices lie on a fixed grid.
+    Numbers are added up in an order that depends on their places alone, by additions of whole vectors: so
+    sums are the same on any processor. Slices lie on a fixed grid.
     """
 
     def __init__(self, values: Values, probability: Probability) -> None:
         self._values, self._probability = values, probability
-        self.whole: dict[str, float] = {}
-        self.left: dict[str, float] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._left: dict[str, Tensor] = {}
+        """Sums by parent, fp64 `[LANES]`."""
 
     def update(self, piece: Slice) -> None:
         import torch
@@ -46,25 +44,39 @@ class NormsLeft:
             delta = parent.sub_(piece.base)
             probability = self._probability(piece, delta, self._values, name)
             mask = piece.keep_mask(name, probability)
-            steps = delta.abs_()
-            most = float(steps.max())
-            step = math.ldexp(1.0, max(math.frexp(most)[1], LEAST_EXPONENT) - STEPS)
-            steps.mul_(1.0 / step).round_()
-            for sums in (self.whole, self.left):
-                exact = float(steps.sum(dtype=torch.float64)) * step
-                sums[name] = sums.get(name, 0.0) + exact
-                steps.mul_(mask)
+            left = torch.mul(delta.abs_(), mask, out=piece.out)
+            _add(self._whole, name, _folded(delta.view(-1)))
+            _add(self._left, name, _folded(left.view(-1)))
 
     def merge(self, other: NormsLeft) -> None:
-        for own, others in ((self.whole, other.whole), (self.left, other.left)):
-            for name, norm in others.items():
-                own[name] = own.get(name, 0.0) + norm
+        for own, others in ((self._whole, other._whole), (self._left, other._left)):
+            for name, sums in others.items():
+                _add(own, name, sums)
 
     def finish(self) -> dict[str, float]:
         return {
-            name: self.whole[name] / left if 0.0 < left < math.inf else 1.0
-            for name, left in self.left.items()
+            name: float(sum_by_halves(self._whole[name])) / left
+            if 0.0 < (left := float(sum_by_halves(sums))) < math.inf
+            else 1.0
+            for name, sums in self._left.items()
         }
+
+
+def _add(totals: dict[str, Tensor], name: str, sums: Tensor) -> None:
+    import torch
+
+    if name not in totals:
+        totals[name] = torch.zeros(LANES, dtype=torch.float64, device=sums.device)
+    totals[name][: len(sums)] += sums
+
+
+def _folded(numbers: Tensor) -> Tensor:
+    """Fp32 numbers added to one another until `LANES` or fewer are left, in their memory."""
+    while len(numbers) > LANES:
+        half = (len(numbers) + 1) // 2
+        numbers[: len(numbers) - half].add_(numbers[half:])
+        numbers = numbers[:half]
+    return numbers
 
 
 def norms_left(probability: Probability) -> Callable[[Values], NormsLeft | None]:
