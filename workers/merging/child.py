@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,35 +191,40 @@ def publish_file(
             "folder or choose another"
         )
     digest = hashlib.sha256()
-    pieces = _read_ahead(target, file, [(start, stop) for start, stop, _ in parts])
-    for start, stop, expected in parts:
-        checksum = 0
-        for first in range(start, stop, READ_BYTES):
-            piece = next(pieces)
-            assert len(piece) == min(READ_BYTES, stop - first)
-            digest.update(piece)
-            checksum = checksums.crc64nvme(piece, checksum)
-        target.forget(file)
-        if checksum != expected:
-            raise StorageError(
-                f"{target.uri}/{file}: bytes {start} to {stop} are not what was written: the store "
-                "damaged them, or somebody else writes there; remove the folder and merge again"
-            )
+    with closing(_read_ahead(target, file, [(start, stop) for start, stop, _ in parts])) as pieces:
+        for start, stop, expected in parts:
+            checksum = 0
+            for first in range(start, stop, READ_BYTES):
+                piece = next(pieces)
+                assert len(piece) == min(READ_BYTES, stop - first)
+                digest.update(piece)
+                checksum = checksums.crc64nvme(piece, checksum)
+            target.forget(file)
+            if checksum != expected:
+                raise StorageError(
+                    f"{target.uri}/{file}: bytes {start} to {stop} are not what was written: the "
+                    "store damaged them, or somebody else writes there; remove the folder and merge "
+                    "again"
+                )
     return digest.hexdigest()
 
 
 def hash_file(target: Store, file: str) -> str:
     """The SHA-256 of a whole file."""
     digest = hashlib.sha256()
-    for piece in _read_ahead(target, file, [(0, target.info(file).size)]):
-        digest.update(piece)
+    with closing(_read_ahead(target, file, [(0, target.info(file).size)])) as pieces:
+        for piece in pieces:
+            digest.update(piece)
     return digest.hexdigest()
 
 
-def _read_ahead(target: Store, file: str, stretches: list[tuple[int, int]]) -> Iterator[memoryview]:
+def _read_ahead(
+    target: Store, file: str, stretches: list[tuple[int, int]]
+) -> Generator[memoryview, None, None]:
     """The bytes of these stretches, in pieces; each is valid until the next one is asked for.
 
-    A piece is read while the one before it is worked on, as both take about as long.
+    A piece is read while the one before it is worked on, as both take about as long. To be closed: were its
+    thread ended by the garbage collector, that could be while another one starts, which would wait for ever.
     """
     spans = [
         (first, min(first + READ_BYTES, stop))
