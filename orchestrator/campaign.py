@@ -260,7 +260,7 @@ class Campaign:
 
     def _make_pool(self) -> Pool:
         # Here, not above: what runs on workers needs torch, and a driver that only reads does not.
-        from workers.actors import WorkerSpec
+        from workers.evaluation_worker import WorkerSpec
 
         parents, base = absolute_places(self.inputs)
         engine = self.config.engine

@@ -12,8 +12,8 @@ from orchestrator.config import GATES, load_config
 from orchestrator.pool.calls import LocalCalls
 from orchestrator.pool.pool import Job, Progress
 from tests.campaigns import write_campaign
-from workers.actors import EvaluationWorker, Scored, WorkerSpec
 from workers.evaluation.task import Item, Task, choose_items
+from workers.evaluation_worker import EvaluationWorker, Scored, WorkerSpec
 from workers.merging import Recipe
 
 Answers = Callable[[Recipe, Item], bool]

@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from workers.actors import Actor, Scored, WorkerSpec
+from workers.actors import Actor
 from workers.errors import BadInputError
+from workers.evaluation_worker import Scored, WorkerSpec
 
 
 class UnreliableWorker(Actor):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from workers.actors import EvaluationWorker, Members, MergeWorker, WorkerSpec
+from workers.actors import Members, MergeWorker
 from workers.evaluation import Engine
+from workers.evaluation_worker import EvaluationWorker, WorkerSpec
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from workers.merging import ParentReference, Recipe, passthrough_recipe
 from workers.storage import Store, check_store
 
 if TYPE_CHECKING:
-    from workers.actors import EvaluationWorker, Scored, WorkerSpec
+    from workers.evaluation_worker import EvaluationWorker, Scored, WorkerSpec
 
 RECORD_SECONDS = 2.0
 """In this process, results are recorded about so often; at most a block is lost."""
@@ -135,7 +135,7 @@ class _Run:
     def _score_here(
         self, split: str, protocol: Protocol, finished: Finished, machines: Machines
     ) -> Iterator[Scored]:
-        from workers.actors import EvaluationWorker
+        from workers.evaluation_worker import EvaluationWorker
 
         if self._worker is None:
             worker = EvaluationWorker(self._spec(protocol))
@@ -187,7 +187,7 @@ class _Run:
         return jobs
 
     def _spec(self, protocol: Protocol) -> WorkerSpec:
-        from workers.actors import WorkerSpec
+        from workers.evaluation_worker import WorkerSpec
 
         checkpoint, wish = self.evaluation.checkpoint, self.evaluation.wish
         return WorkerSpec(

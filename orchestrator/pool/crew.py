@@ -187,7 +187,7 @@ class Crew:
     def _new_actor(self, worker: Worker) -> Any:
         import ray
 
-        from workers import actors, gang
+        from workers import actors, evaluation_worker, gang
 
         number, placements = worker.number, self._placements
         needs = worker.needs.options | {"max_restarts": 0}
@@ -198,8 +198,8 @@ class Crew:
             bundles = range(self._config.gang)
             own, *others = [needs | placements[number].options(n) for n in bundles]
             return ray.remote(gang.GangLeader).options(**own).remote(spec, others)
-        evaluates = isinstance(spec, actors.WorkerSpec)
-        kind = actors.EvaluationWorker if evaluates else actors.MergeWorker
+        evaluates = isinstance(spec, evaluation_worker.WorkerSpec)
+        kind = evaluation_worker.EvaluationWorker if evaluates else actors.MergeWorker
         place = placements[number].options(number) if placements else {}
         return ray.remote(kind).options(**needs, **place).remote(spec)
 

@@ -24,7 +24,8 @@ from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:
-    from workers.actors import MergeSpec, Scored
+    from workers.actors import MergeSpec
+    from workers.evaluation_worker import Scored
 
 __all__ = ["Job", "Pool", "Progress"]
 

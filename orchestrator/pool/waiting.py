@@ -12,7 +12,7 @@ from orchestrator.pool.attempts import Failure
 
 if TYPE_CHECKING:
     from orchestrator.pool.crew import Worker
-    from workers.actors import Scored
+    from workers.evaluation_worker import Scored
     from workers.merging import Recipe
 
 

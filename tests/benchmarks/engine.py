@@ -65,8 +65,8 @@ def overhead() -> None:
     from orchestrator.campaign import BLOCK_BATCHES
     from orchestrator.config import SHIPPED, engine_settings, load_config
     from orchestrator.inputs import absolute_places, open_inputs
-    from workers.actors import EvaluationWorker, WorkerSpec
     from workers.evaluation.task import Item, Task
+    from workers.evaluation_worker import EvaluationWorker, WorkerSpec
 
     config = load_config(str(SHIPPED / "campaign" / "demo.yaml"))
     inputs = open_inputs(config)

@@ -31,8 +31,8 @@ from orchestrator.pool.pool import Job, Progress
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import Stages
 from tests.servers import seaweedfs_server
-from workers.actors import Scored
 from workers.evaluation.task import Task, choose_items
+from workers.evaluation_worker import Scored
 
 MEMORY = "/dev/shm"
 """Where the folder is kept: what a disk takes is no part of it."""

@@ -33,7 +33,8 @@ from orchestrator.pool.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import ScriptedCampaign, Stages, run_search
-from workers.actors import MergeSpec, Scored
+from workers.actors import MergeSpec
+from workers.evaluation_worker import Scored
 from workers.merging import ParentReference, Recipe
 
 PROCESSES = 4

@@ -25,8 +25,8 @@ from orchestrator.pool.pool import Pool, Progress
 from orchestrator.pool.waiting import Waiting
 from tests.campaigns import write_campaign
 from tests.scripted_campaign import ScriptedCampaign, Stages, run_search
-from workers.actors import Scored
 from workers.evaluation.task import Task
+from workers.evaluation_worker import Scored
 
 WORKERS = 16
 EVALUATIONS = 320

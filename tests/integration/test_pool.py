@@ -10,13 +10,13 @@ import pytest
 
 import orchestrator.pool.attempts as attempts_module
 import orchestrator.pool.crew as crew_module
-import workers.actors
+import workers.evaluation_worker
 from orchestrator.errors import PoolError
 from orchestrator.pool.pool import Job, Pool, Progress
 from orchestrator.workers_config import PlacesConfig, WorkersConfig
 from tests.unreliable_worker import UnreliableWorker
-from workers.actors import WorkerSpec
 from workers.errors import BadInputError
+from workers.evaluation_worker import WorkerSpec
 from workers.merging import ParentReference, Recipe
 
 PARENTS = (ParentReference("a", "0" * 64), ParentReference("b", "1" * 64))
@@ -24,7 +24,7 @@ PARENTS = (ParentReference("a", "0" * 64), ParentReference("b", "1" * 64))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.actors, "EvaluationWorker", UnreliableWorker)
+    monkeypatch.setattr(workers.evaluation_worker, "EvaluationWorker", UnreliableWorker)
     monkeypatch.setattr(attempts_module, "BACK_OFF_SECONDS", 0.05)
     monkeypatch.setattr(crew_module, "FIRST_REST_SECONDS", 0.05)
 

@@ -20,7 +20,7 @@ import json, sys, threading, time
 from pathlib import Path
 import orchestrator.pool.attempts as attempts
 import orchestrator.pool.heartbeat as heartbeat
-import workers.actors
+import workers.evaluation_worker
 from orchestrator.workers_config import WorkersConfig
 from orchestrator.pool.pool import Job, Pool
 from tests.unreliable_worker import UnreliableWorker
@@ -29,9 +29,9 @@ from workers.merging import ParentReference, Recipe
 address, folder = sys.argv[1:]
 attempts.ATTEMPTS = 1
 heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.5, 4.0
-workers.actors.EvaluationWorker = UnreliableWorker
+workers.evaluation_worker.EvaluationWorker = UnreliableWorker
 plan = {"folder": folder, "fates": {0: "waits"}, "slices": 9}
-spec = workers.actors.WorkerSpec({}, None, {}, engine=plan)
+spec = workers.evaluation_worker.WorkerSpec({}, None, {}, engine=plan)
 recipe = Recipe((ParentReference("a", "0" * 64), ParentReference("b", "1" * 64)), (), None, 0)
 def tell_of_drain(watch):
     while not watch.is_leaving(tuple(watch._draining)):

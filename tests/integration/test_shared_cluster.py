@@ -20,6 +20,7 @@ import orchestrator.pool.crew as crew
 import orchestrator.pool.shared_places as shared_places
 import orchestrator.pool.board as board
 import workers.actors
+import workers.evaluation_worker
 from orchestrator.pool.pool import Job, Pool
 from orchestrator.workers_config import WorkersConfig
 from workers.merging import ParentReference, Recipe
@@ -31,13 +32,13 @@ class Worker(workers.actors.MergeWorker):
     def evaluate(self, recipe, split, finished, seconds, chosen):
         time.sleep(0.1)
         number = len(finished.get("t", ()))
-        return workers.actors.Scored({"t": [{"id": str(number)}]}, number == 2, 0.0, 0.0)
+        return workers.evaluation_worker.Scored({"t": [{"id": str(number)}]}, number == 2, 0.0, 0.0)
 
 address, stop, count, priority = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 crew.FIRST_REST_SECONDS, board.POST_SECONDS = 0.1, 0.2
 shared_places.PATIENCE_SECONDS, shared_places.GRACE_SECONDS = 3.0, 5.0
-workers.actors.EvaluationWorker = Worker
-spec = workers.actors.WorkerSpec({}, None, {})
+workers.evaluation_worker.EvaluationWorker = Worker
+spec = workers.evaluation_worker.WorkerSpec({}, None, {})
 parents = (ParentReference("a", "0" * 64), ParentReference("b", "1" * 64))
 asked = 0
 

@@ -19,6 +19,7 @@ DRIVER = """
 import json, sys
 import orchestrator.pool.crew as crew
 import workers.actors
+import workers.evaluation_worker
 from orchestrator.workers_config import WorkersConfig
 from orchestrator.errors import PoolError
 from orchestrator.pool.pool import Pool
@@ -27,8 +28,8 @@ from tests.unreliable_worker import UnreliableWorker
 address, count, start_seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 crew.START_SECONDS, crew.FIRST_REST_SECONDS = start_seconds, 0.1
 workers.actors.MergeWorker = UnreliableWorker
-spec = workers.actors.WorkerSpec({}, None, {}, engine={"folder": sys.argv[4]})
-workers.actors.EvaluationWorker = UnreliableWorker
+spec = workers.evaluation_worker.WorkerSpec({}, None, {}, engine={"folder": sys.argv[4]})
+workers.evaluation_worker.EvaluationWorker = UnreliableWorker
 try:
     with Pool(spec, WorkersConfig(count=count, placement="strict"), address, lambda found: None) as pool:
         for line in sys.stdin:

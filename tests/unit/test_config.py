@@ -412,7 +412,7 @@ def test_differing_keys_are_named_with_dots(
 def test_neither_the_command_line_nor_a_configuration_imports_what_is_slow() -> None:
     program = (
         "import sys\n"
-        "import orchestrator.cli, orchestrator.campaign, workers.actors\n"
+        "import orchestrator.cli, orchestrator.campaign, workers.evaluation_worker\n"
         "from orchestrator.config import load_config\n"
         "load_config('demo', ['seed=1'])\n"
         "slow = {'torch', 'ray', 'transformers', 'scipy', 'matplotlib'}\n"

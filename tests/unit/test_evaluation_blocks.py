@@ -6,8 +6,8 @@ from typing import Any
 
 from orchestrator.config import SHIPPED, load_config
 from orchestrator.inputs import absolute_places, open_inputs
-from workers.actors import EvaluationWorker, WorkerSpec
 from workers.evaluation.task import Item, Task
+from workers.evaluation_worker import EvaluationWorker, WorkerSpec
 from workers.merging import passthrough_recipe
 
 

@@ -14,11 +14,11 @@ import pytest
 from tests.engine_conformance import own_recipe, write_parent
 from tests.openai_server import Manner, serving
 from tests.plain_model import CHAT, PlainModel
-from workers.actors import EvaluationWorker, WorkerSpec
 from workers.errors import BadInputError
 from workers.evaluation import Decoding, Item, Task
 from workers.evaluation.engines.http_json import Patience
 from workers.evaluation.engines.openai_engine import OpenAIEngine
+from workers.evaluation_worker import EvaluationWorker, WorkerSpec
 from workers.merging import ParentReference, Recipe, Rule, Selector
 
 HASTY = Patience(seconds=20, tries=4, first_wait=0.01)

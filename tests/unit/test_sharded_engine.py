@@ -36,12 +36,13 @@ from tests.families import (
 )
 from tests.unit.test_fp8 import fp8_config, quantize
 from tests.unit.test_transformers_engine import dare_ties_recipe
-from workers.actors import MergeWorker, WorkerSpec
+from workers.actors import MergeWorker
 from workers.checkpoints import ArchitectureMap, Checkpoint, open_checkpoint
 from workers.errors import BadInputError
 from workers.evaluation import Decoding
 from workers.evaluation.engines.sharded_engine import LEADER, GangMember, ShardedEngine
 from workers.evaluation.engines.transformers_engine import TransformersEngine
+from workers.evaluation_worker import WorkerSpec
 from workers.gang import GangLeader, GangWorker
 from workers.merging.executor import Merger
 from workers.merging.sources import Source

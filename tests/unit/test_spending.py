@@ -16,8 +16,8 @@ from orchestrator.watching.meter import Meter
 from orchestrator.watching.spending import Seconds, Spending, cost_words, hours
 from tests.campaigns import digests, records, write_campaign
 from tests.scripted_campaign import ScriptedPool, scripted
-from workers.actors import Scored
 from workers.errors import BadInputError
+from workers.evaluation_worker import Scored
 from workers.storage import open_store
 
 
