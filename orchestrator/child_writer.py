@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +45,6 @@ from workers.storage.documents import read_document
 
 RECORD_BYTES = 256 << 20
 """So much is written between two records, or a sixteenth of a small child: what a crash may cost."""
-
-PUBLISHING_THREADS = 4
-"""So many files are published at once while others are written: each is read back at 2 GB/s."""
 
 
 @dataclass
@@ -107,37 +102,18 @@ class ChildWriter:
     def write(self, calls: Calls, notify: Callable[[int], None] = lambda done: None) -> ChildReport:
         """`merge`, check that all is finite, `finish`. `publish` then makes the folder a checkpoint.
 
-        Workers of this process leave time for each file to be published as soon as all of it is written, if
-        it is finite. Raises `BadInputError` if a tensor of the child holds a NaN or an infinity, and is not
-        the father's own.
+        Raises `BadInputError` if a tensor of the child holds a NaN or an infinity, and is not the father's
+        own.
         """
-        threads = ThreadPoolExecutor(PUBLISHING_THREADS)
-        digests: dict[str, Future[str]] = {}
-        worker = calls.here
-
-        def publish(file: str) -> None:
-            if worker is not None:
-                digests[file] = threads.submit(worker.publish_file, *self._publishing(file))
-
-        try:
-            report = self.merge(calls, notify, publish)
-            check_finite(report)
-            for file, digest in digests.items():
-                self._take_digest(file, digest.result())
-        finally:
-            threads.shutdown(cancel_futures=True)
+        report = self.merge(calls, notify)
+        check_finite(report)
         return self.finish(calls, report)
 
-    def merge(
-        self,
-        calls: Calls,
-        notify: Callable[[int], None] = lambda done: None,
-        tell: Callable[[str], None] = lambda file: None,
-    ) -> ChildReport:
+    def merge(self, calls: Calls, notify: Callable[[int], None] = lambda done: None) -> ChildReport:
         """Write the parts that are missing; what the child is like. No file of it appears yet.
 
-        `notify` is told of bytes written, `tell` of each file that is whole and finite. If this very child
-        is there already, whole, it is read and its own report given.
+        `notify` is told of bytes written. If this very child is there already, whole, it is read and its
+        own report given.
         """
         earlier = self._written_before(calls)
         if earlier is not None:
@@ -152,33 +128,22 @@ class ChildWriter:
             for part in self.parts
             if part.key not in self._written and part.file not in self._files
         ]
-        left = Counter(part.file for part in missing)
-        for file in self._uploads:
-            if file not in self._files and not left[file] and self._is_finite(file):
-                tell(file)
         owners = part_owners(self.parts, self.plan.child.tensors, calls.workers)
         groups = group_parts(missing, owners, calls.group_bytes(self.total_bytes))
         recipe = self.recipe.to_dict()
         given = [(recipe, self.target.uri, self._uploads, group.keys) for group in groups]
         preferred = [group.owner for group in groups]
         for _, reports in calls.each("write_parts", given, preferred):
-            whole = []
             for written in [dict(vars(report)) for report in reports]:
-                file, _ = key = written["file"], written["number"]
-                written["upload"] = self._uploads[file]
+                key = written["file"], written["number"]
+                written["upload"] = self._uploads[written["file"]]
                 self._written[key] = written
                 pending.append(written)
                 size += sizes[key]
                 notify(sizes[key])
-                left[file] -= 1
-                if not left[file] and self._is_finite(file):
-                    whole.append(file)
-            # A file that may appear needs no part of it to be written again after a crash.
-            if whole or size >= min(RECORD_BYTES, self.total_bytes // 16):
+            if size >= min(RECORD_BYTES, self.total_bytes // 16):
                 self._record({"parts": pending})
                 pending, size = [], 0
-            for file in whole:
-                tell(file)
         if pending:
             self._record({"parts": pending})
         return self._report()
@@ -316,30 +281,22 @@ class ChildWriter:
         self.target.create(f"{PROGRESS}/{secrets.token_hex(8)}.json", json.dumps(content).encode())
 
     def _publish_files(self, calls: Calls) -> None:
-        files = [name for name in self._uploads if name not in self._files]
-        given = [self._publishing(name) for name in files]
+        by_file: dict[str, list[Part]] = {}
+        for part in self.parts:
+            by_file.setdefault(part.file, []).append(part)
+        files = [name for name in by_file if name not in self._files]
+        given = []
+        for name in files:
+            reports = [self._written[part.key] for part in by_file[name]]
+            checked = [
+                (part.start, part.stop, report["checksum"])
+                for part, report in zip(by_file[name], reports, strict=True)
+            ]
+            receipts = {report["number"]: report["receipt"] for report in reports}
+            given.append((self.target.uri, name, self._uploads[name], checked, receipts))
         for number, digest in calls.each("publish_file", given):
-            self._take_digest(files[number], digest)
-
-    def _publishing(self, file: str) -> tuple[Any, ...]:
-        """What a worker must know to publish a file, all of whose parts are written."""
-        parts = [part for part in self.parts if part.file == file]
-        reports = [self._written[part.key] for part in parts]
-        checked = [
-            (part.start, part.stop, report["checksum"])
-            for part, report in zip(parts, reports, strict=True)
-        ]
-        receipts = {report["number"]: report["receipt"] for report in reports}
-        return self.target.uri, file, self._uploads[file], checked, receipts
-
-    def _take_digest(self, file: str, digest: str) -> None:
-        self._files[file] = digest
-        self._record({"files": {file: digest}})
-
-    def _is_finite(self, file: str) -> bool:
-        return not any(
-            report["not_finite"] for key, report in self._written.items() if key[0] == file
-        )
+            self._files[files[number]] = digest
+            self._record({"files": {files[number]: digest}})
 
     def _report(self) -> ChildReport:
         changed: dict[str, dict[str, int]] = {}

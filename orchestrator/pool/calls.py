@@ -32,10 +32,6 @@ class Calls(Protocol):
     def workers(self) -> int:
         """How many there are to divide a model among; 1 for those that share a machine's memory."""
 
-    @property
-    def here(self) -> MergeWorker | None:
-        """The worker, if it is an object of this process: threads may use it while its copies work."""
-
     def group_bytes(self, total: int) -> int:
         """About as much of `total` is given to a worker at once."""
 
@@ -58,7 +54,7 @@ class LocalCalls:
     """
 
     def __init__(self, worker: MergeWorker, processes: int = 1) -> None:
-        self.here = worker
+        self._worker = worker
         self._processes = processes
 
     @property
@@ -79,7 +75,7 @@ class LocalCalls:
         """See `Calls.each`. Raises `StorageError` if a process dies."""
         if self._processes == 1 or len(arguments) < 2:
             for number, given in enumerate(arguments):
-                yield number, getattr(self.here, method)(*given)
+                yield number, getattr(self._worker, method)(*given)
             return
         if "torch" in sys.modules:  # else it is not needed, and importing it takes seconds
             sys.modules["torch"].set_num_threads(1)
@@ -87,7 +83,7 @@ class LocalCalls:
             min(self._processes, len(arguments)),
             get_context("fork"),
             _begin_process,
-            (self.here, os.getpid()),
+            (self._worker, os.getpid()),
         )
         try:
             futures = {

@@ -127,10 +127,6 @@ class Pool:
         """See `Calls.workers`."""
         return len(self._workers)
 
-    @property
-    def here(self) -> None:
-        """See `Calls.here`: workers are processes of their own, perhaps elsewhere."""
-
     def group_bytes(self, total: int) -> int:
         """What of a child a worker merges in one call: small enough that none waits long at the end."""
         return min(GROUP_BYTES * self._crew.gang, total // (4 * len(self._workers)))

@@ -39,6 +39,8 @@ TUNED: dict[str, dict[str, float]] = {
 }
 """Method -> parameters of each parent."""
 MERGES = (*(f"dense/{method}" for method in TUNED), "experts/linear")
+LARGE = tuple(f"large/{method}" for method in TUNED)
+"""Only if they are asked for: they take 14 GB of disk for the parents, and a minute to make each."""
 
 
 @dataclass
@@ -73,9 +75,13 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.merge")
-    parser.add_argument("--folder", help="keeps the models for the next time; 5 GB are needed")
+    parser.add_argument(
+        "--folder", help="keeps the models for the next time; 5 GB are needed, 25 for large ones"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="the best of so many counts")
-    parser.add_argument("--merges", nargs="+", default=MERGES, choices=MERGES, metavar="MERGE")
+    parser.add_argument(
+        "--merges", nargs="+", default=MERGES, choices=MERGES + LARGE, metavar="MERGE"
+    )
     return parser.parse_args()
 
 

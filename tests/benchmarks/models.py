@@ -64,8 +64,12 @@ class Family:
     files: int
 
 
-FAMILIES = (Family("dense", DENSE, 2, 5), Family("experts", EXPERTS, 1, 1))
-"""1.2 GB in 183 tensors, three times; and 12,435 tiny tensors, twice."""
+FAMILIES = (
+    Family("dense", DENSE, 2, 5),
+    Family("large", DENSE | {"num_hidden_layers": 88}, 2, 5),
+    Family("experts", EXPERTS, 1, 1),
+)
+"""1.2 GB in 183 tensors, three times; 4.6 GB in 795, three times; and 12,435 tiny tensors, twice."""
 
 
 def make_family(family: Family, folder: Path) -> list[Path]:

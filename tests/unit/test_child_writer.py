@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import safetensors
-from safetensors.torch import load_file
 
 from orchestrator.child_writer import PROGRESS, ChildWriter
 from tests.checkpoint_files import (
@@ -39,7 +37,6 @@ from workers.checkpoints.publishing import publish_companions
 from workers.errors import BadInputError
 from workers.merging import parts as parts_module
 from workers.merging import plan as plan_module
-from workers.merging.selector import Selector
 from workers.storage import Bytes, StorageError
 from workers.storage.folder import FolderStore
 
@@ -280,36 +277,6 @@ def test_bytes_that_change_after_they_were_written_are_found(
         write_weights(merger, recipe_for(merger), store)
     # The garbage collector might end a thread that is left while another one starts, and wait for ever.
     assert threading.active_count() == before, caught
-
-
-def test_a_file_appears_while_others_are_written(
-    sharded: list[Path], tmp_path: Path, small_parts: None
-) -> None:
-    first, *_, last = [file.name for file in weight_files(sharded[1])]
-
-    class WaitingStore(FolderStore):
-        def write_part(self, key: str, upload: str, number: int, start: int, data: Bytes) -> str:
-            if key == last:
-                await_true((tmp_path / "child" / first).exists)
-            return super().write_part(key, upload, number, start, data)
-
-    merger = open_merger({"a": sharded[1]})
-    write_weights(merger, recipe_for(merger), WaitingStore(tmp_path / "child"))
-    assert (tmp_path / "child" / last).exists()
-
-
-def test_a_file_with_a_value_that_is_no_number_does_not_appear(
-    sharded: list[Path], tmp_path: Path, small_parts: None
-) -> None:
-    merger = open_merger({"a": sharded[0], "b": sharded[1]})
-    broken = next(t for t in merger.plan.child.tensors if t.name.endswith("input_layernorm.weight"))
-    too_large = rule("linear", Selector(names=(broken.name,)), weight=3e38, normalize=False)
-    recipe = recipe_for(merger, too_large, rule("linear", weight=0.5))
-    with pytest.raises(BadInputError, match=re.escape(broken.name)):
-        write_weights(merger, recipe, FolderStore(tmp_path / "child"))
-    (its,) = [file.name for file in weight_files(sharded[0]) if broken.stored in load_file(file)]
-    assert not (tmp_path / "child" / its).exists()
-    assert not list((tmp_path / "child").glob("*.json"))
 
 
 class SmallDisk(FolderStore):

@@ -16,6 +16,7 @@ import torch
 
 from tests.checkpoint_files import open_merger, rule, run, write_checkpoint
 from workers.merging import get_method
+from workers.merging.methods import Slice
 from workers.merging.methods.breadcrumbs import window
 from workers.merging.methods.magnitudes import BinCounts
 from workers.merging.methods.ram import Overlap
@@ -198,6 +199,36 @@ def test_l1_restores_the_norm_of_each_drawn_tensor(method: str, tmp_path: Path) 
         found = merged(tmp_path, method, [change, other], rescale="l1", **given)
         factor = float(change.abs().sum() / plain.abs().sum())
         assert torch.allclose(found, factor * plain, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [[5], [250_000, 250_000, 8192], [1 << 18, 3, 1 << 18, 9000]])
+def test_l1_norms_are_those_of_all_slices(sizes: list[int]) -> None:
+    """Whatever their sizes; and they can be asked for twice."""
+    generator = torch.Generator().manual_seed(1)
+    statistic, whole, left = None, 0.0, 0.0
+    for size in sizes:
+        numbers = torch.randn(size, generator=generator)
+        mask = (torch.rand(size, generator=generator) < 0.3).float()
+        mask[0] = 1.0
+        whole += float(numbers.double().abs().sum())
+        left += float((numbers * mask).double().abs().sum())
+        own = get_method("dare_linear").statistic({"density": {"a": 0.3}, "rescale": "l1"})
+        own.update(
+            Slice(
+                parents={"a": numbers},
+                base=torch.zeros(size),
+                out=torch.empty(size),
+                statistic=None,
+                keep_mask=lambda name, probability, mask=mask: mask,
+                scratch=lambda number, size=size: torch.empty(size),
+                is_matrix=False,
+            )
+        )
+        if statistic is None:
+            statistic = own
+        else:
+            statistic.merge(own)
+    assert statistic.finish() == statistic.finish() == {"a": pytest.approx(whole / left, rel=1e-6)}
 
 
 def test_dare_keeps_its_density_and_other_elements_for_other_seeds(tmp_path: Path) -> None:

@@ -75,7 +75,6 @@ class DividedCalls:
     """Workers that take calls in turn, in this process; some of them are lost."""
 
     workers = WORKERS
-    here = None
 
     def __init__(self, writer: ChildWriter, parents: dict[str, Any], lost: Sequence[int]) -> None:
         self.worker = MergeWorker(MergeSpec({}, None, {}))

@@ -50,6 +50,7 @@ def keep_mask(
             limits = numpy.rint(probability[piece].astype("f8") * 2**32).astype("i8")
             _compare(drawn[piece], limits, start + first, key[2], kept[piece])
     else:
+        assert 0.0 <= probability <= 1.0
         _compare(drawn, numpy.int64(round(probability * 2**32)), start, key[2], kept)
     return kept
 

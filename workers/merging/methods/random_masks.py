@@ -32,7 +32,7 @@ class NormsLeft:
         self._values, self._probability = values, probability
         self._whole: dict[str, Tensor] = {}
         self._left: dict[str, Tensor] = {}
-        """Sums by parent, fp64 `[LANES]`."""
+        """Sums by parent, fp64: `LANES` of them, or fewer of a small tensor."""
 
     def update(self, piece: Slice) -> None:
         import torch
@@ -55,19 +55,23 @@ class NormsLeft:
 
     def finish(self) -> dict[str, float]:
         return {
-            name: float(sum_by_halves(self._whole[name])) / left
-            if 0.0 < (left := float(sum_by_halves(sums))) < math.inf
+            name: _total(self._whole[name]) / left
+            if 0.0 < (left := _total(sums)) < math.inf
             else 1.0
             for name, sums in self._left.items()
         }
 
 
 def _add(totals: dict[str, Tensor], name: str, sums: Tensor) -> None:
-    import torch
+    own = sums.double().clone()
+    known = totals.get(name, own[:0])
+    longer, shorter = (known, own) if len(known) > len(own) else (own, known)
+    longer[: len(shorter)] += shorter
+    totals[name] = longer
 
-    if name not in totals:
-        totals[name] = torch.zeros(LANES, dtype=torch.float64, device=sums.device)
-    totals[name][: len(sums)] += sums
+
+def _total(sums: Tensor) -> float:
+    return float(sum_by_halves(sums.clone()))
 
 
 def _folded(numbers: Tensor) -> Tensor:
