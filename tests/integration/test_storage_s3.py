@@ -8,6 +8,7 @@ import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from workers.storage import (
 from workers.storage.conformance import StoreConformance
 from workers.storage.conformance_parts import PART, content_of, put_in_parts, write_all
 from workers.storage.conformance_tools import THREADS, add_one, in_threads, succeeds
+from workers.storage.folder import FolderStore
 from workers.storage.retry import RetryPolicy
 from workers.storage.s3 import S3Store
 
@@ -154,6 +156,19 @@ def test_empty_objects_in_the_place_of_folders_are_not_listed(store: S3Store) ->
     store._client.put_object(Bucket=bucket, Key=f"{prefix}/folder/", Body=b"")
     store.write("folder/object", b"bytes")
     assert [info.key for info in store.list_objects()] == ["folder/object"]
+
+
+def test_a_folders_store_may_be_copied_into_a_bucket(store: S3Store, tmp_path: Path) -> None:
+    """With its hidden lock, as tools that copy folders do."""
+    folder = FolderStore(tmp_path)
+    folder.replace("ledger/one.json", b"2", folder.create("ledger/one.json", b"1"))
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 2
+    for file in files:
+        store.write(str(file.relative_to(tmp_path)), file.read_bytes())
+    assert [info.key for info in store.list_objects()] == ["ledger/one.json"]
+    store.delete_folder("ledger")
+    assert not list(store._list_unordered(""))
 
 
 def test_a_missing_bucket_is_the_users_to_mend(faulty: S3Store, proxy: FaultProxy) -> None:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 
 from workers.errors import BadInputError
+from workers.storage.files import is_own_name
 from workers.storage.parts import check_part, check_whole, receipt_of
 from workers.storage.retry import RetryPolicy, call_with_retries
 from workers.storage.s3_requests import (
@@ -163,8 +164,12 @@ class S3Store(Store):
         return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
 
     def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        # AWS lists in the order of the keys, SeaweedFS and S3 Express do not.
-        yield from sorted(self._list_unordered(prefix), key=lambda info: info.key)
+        # A folder's store that was copied here by other means may have brought its lock along. And AWS
+        # lists in the order of the keys, SeaweedFS and S3 Express do not.
+        found = [
+            i for i in self._list_unordered(prefix) if not is_own_name(i.key.rpartition("/")[2])
+        ]
+        yield from sorted(found, key=lambda info: info.key)
 
     def write(self, key: str, data: Bytes) -> str:
         return self._put(key, data, "cannot be written")
