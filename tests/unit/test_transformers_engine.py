@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint_files import write_child
 from tests.families import write_family
 from workers.checkpoints import open_checkpoint
+from workers.diagnostics.lazy_model import LazyModel
 from workers.errors import BadInputError
 from workers.evaluation import Decoding
 from workers.evaluation.engines.transformers_engine import TransformersEngine
@@ -142,6 +143,47 @@ def test_a_father_without_all_weights_is_refused(
     parents = {"a": open_checkpoint(str(broken)), "b": open_checkpoint(str(second))}
     with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.up_proj"):
         TransformersEngine(parents, None)
+
+
+@pytest.mark.parametrize("makes", [TransformersEngine, LazyModel])
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        (
+            "config.json",
+            {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"},
+            },
+        ),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}},
+        ),
+    ],
+)
+def test_code_of_a_checkpoint_is_not_run_whatever_the_user_answers(
+    makes: type,
+    file: str,
+    changes: dict[str, object],
+    families: dict[str, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    place = copy_of(families["llama"][1], tmp_path / "with_code")
+    known = json.loads((place / file).read_text())
+    (place / file).write_text(json.dumps(known | changes))
+    marker = tmp_path / "was_run"
+    (place / "own.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as Own, LlamaForCausalLM as Model\n"
+    )
+    father = open_checkpoint(str(place))
+    with pytest.raises(BadInputError, match=r"with_code: transformers cannot") as caught:
+        makes({"a": father}, None) if makes is TransformersEngine else makes(father)
+    assert "needs code of its own, which Darwin does not run" in str(caught.value)
+    assert not marker.exists()
 
 
 def copy_of(source: Path, target: Path, **changes: object) -> Path:

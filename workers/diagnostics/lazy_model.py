@@ -28,6 +28,10 @@ from workers.merging.threads import in_threads
 
 FLOATING = {name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point}
 
+ITS_FILES_ALONE = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers reads a checkpoint: nothing from the hub, and no code of its own. If it is not told the
+latter, it asks whoever sits at the terminal, and runs the code on a "y"."""
+
 READ_ELEMENTS = 1 << 24
 """Elements that are read at once: what is computed on the way is as large, in fp32."""
 
@@ -36,6 +40,14 @@ ALIGNMENT = 64
 
 READ_THREADS = 16
 """Requests at a time to a store that is not this machine's disk."""
+
+
+def not_loaded(place: str, what: str, error: Exception) -> BadInputError:
+    """What to raise where transformers "cannot ..." with the checkpoint at `place`."""
+    why = str(error)
+    if "trust_remote_code" in why:
+        why = "it needs code of its own, which Darwin does not run: use one that transformers knows by itself"
+    return BadInputError(f"{place}: transformers cannot {what} ({why})")
 
 
 class TensorSource(Protocol):
@@ -81,19 +93,19 @@ class LazyModel:
 
         transformers.logging.set_verbosity_error()
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, **ITS_FILES_ALONE)
             for holder in (config, config.get_text_config()):
                 if hasattr(holder, "quantization_config"):
                     del holder.quantization_config  # the weights come as values
             kind = getattr(torch, dtype) if dtype != "auto" else self._own_dtype(config)
             with _parameters_on_meta():
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=kind, trust_remote_code=False
+                )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **ITS_FILES_ALONE)
         except (OSError, ValueError, KeyError) as error:
-            raise BadInputError(
-                f"{self.location}: transformers cannot make a causal language model and its tokenizer of it "
-                f"({error})"
-            ) from error
+            what = "make a causal language model and its tokenizer of it"
+            raise not_loaded(self.location, what, error) from error
         return model.eval().requires_grad_(False), tokenizer
 
     def _own_dtype(self, config: Any) -> torch.dtype:

@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any
 
 from workers.checkpoints import Checkpoint
-from workers.diagnostics.lazy_model import companion_folder
+from workers.diagnostics.lazy_model import ITS_FILES_ALONE, companion_folder, not_loaded
 from workers.errors import BadInputError
 from workers.evaluation.engine import Chat, Generation, Prompt
 
@@ -35,12 +35,10 @@ def load_tokenizer(father: Checkpoint) -> Any:
     try:
         with companion_folder(father) as folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, padding_side="left", local_files_only=True
+                folder, padding_side="left", **ITS_FILES_ALONE
             )
     except (OSError, ValueError) as error:
-        raise BadInputError(
-            f"{father.location}: transformers cannot load the tokenizer ({error})"
-        ) from error
+        raise not_loaded(father.location, "load the tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

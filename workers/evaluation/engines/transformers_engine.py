@@ -12,6 +12,7 @@ from workers.checkpoints import ArchitectureMap, Checkpoint, localize
 from workers.checkpoints.architecture import name_tensors
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.devices import check_device
+from workers.diagnostics.lazy_model import ITS_FILES_ALONE, not_loaded
 from workers.errors import BadInputError
 from workers.evaluation.engine import Continuation, Decoding, Generation, Prompt, Reading
 from workers.evaluation.engines.fingerprint import describe_prompts
@@ -81,14 +82,12 @@ class TransformersEngine:
                 self.father.folder,
                 config=self._child_config(transformers),
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                local_files_only=True,
                 output_loading_info=True,
+                **ITS_FILES_ALONE,
             )
         except (OSError, ValueError, KeyError) as error:
-            raise BadInputError(
-                f"{self.father.location}: transformers cannot load it as a causal language model "
-                f"({error})"
-            ) from error
+            what = "load it as a causal language model"
+            raise not_loaded(self.father.location, what, error) from error
         if loading["missing_keys"]:
             raise BadInputError(
                 f"{self.father.location}: lacks weights of {type(model).__name__}: "
@@ -117,7 +116,7 @@ class TransformersEngine:
         """
         if not ArchitectureMap(self.father).scales:
             return None
-        config = transformers.AutoConfig.from_pretrained(self.father.folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(self.father.folder, **ITS_FILES_ALONE)
         for holder in (config, config.get_text_config()):
             if hasattr(holder, "quantization_config"):
                 del holder.quantization_config
