@@ -272,6 +272,31 @@ def test_examples_may_be_given(folder: Folder) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"choices": [2, 3]}, "few_shot.examples 1: the choice 2 is no text"),
+        ({"choices": 5}, "few_shot.examples 1: choices must be 2 to 26 texts, not 5"),
+        ({"choices": []}, "few_shot.examples 1: choices must be 2 to 26 texts"),
+        ({"answer": 2}, "must number choices from 0: few_shot.examples 1 has the answer 2"),
+        ({"answer": -1}, "few_shot.examples 1 has the answer -1"),
+        ({"answer": 30}, "few_shot.examples 1 has the answer 30"),
+    ],
+)
+def test_a_wrong_example_is_refused(folder: Folder, values: Data, named: str) -> None:
+    """Unquoted numbers as choices, choices counted from 1: no traceback, and no wrong letter shown."""
+    example = {"question": "What is 30?", "answer": 1, "choices": ["it is 30", "a lot"]} | values
+    assert named in folder.refusal(few_shot=SHOT | {"examples": [example]}, prompt=WITH_SHOTS)
+
+
+def test_an_example_may_write_its_answer_out(folder: Folder) -> None:
+    """It says by itself, in words, what the letter is."""
+    example = {"question": "What is 30?", "answer": "B, as ever", "choices": ["x", "a lot"]}
+    few_shot = {"template": "{{ question }} {{ answer }}", "examples": [example]}
+    task = folder.load(few_shot=few_shot, prompt=WITH_SHOTS)
+    assert task.items["search"][0].text == "What is 30? B, as ever\n\nWhat is 0?"
+
+
 # -- scoring ---------------------------------------------------------------------------------
 
 

@@ -59,10 +59,16 @@ class Examples:
         """An example that the task file gives, with its fields by name."""
         if not isinstance(values, dict):
             self.section.refuse("examples", f"must be fields and their values: {place}")
-        choices = tuple(values.get("choices") or ())
+        if values.get("choices") is not None:
+            self._shape.check_choices(place, values["choices"])
+        choices, answer = tuple(values.get("choices") or ()), values.get("answer", "")
+        if choices and type(answer) is int and not 0 <= answer < len(choices):
+            self.section.refuse(
+                "examples", f"must number choices from 0: {place} has the answer {answer}"
+            )
         question = self._shape.question(values, choices)
         category = str(values.get("category", ""))
-        return Candidate("", place, values, choices, values.get("answer", ""), category, question)
+        return Candidate("", place, values, choices, answer, category, question)
 
     def texts(self, chosen: Sequence[Candidate], categories: set[str]) -> dict[str, str]:
         """Category -> the text of the examples before a question of it; "" for any, if they are the same."""

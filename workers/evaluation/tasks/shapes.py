@@ -74,7 +74,7 @@ class Shape:
             values = {name: take(seen, place) for name, take in self.fields.items()}
         choices = values.get("choices")
         if choices is not None:
-            self._check_choices(place, choices)
+            self.check_choices(place, choices)
         elif self.kind == "multiple_choice":
             self._refuse(place, "has no field choices")
         texts = tuple(choices or ())
@@ -98,7 +98,8 @@ class Shape:
         answer = self._checked_answer(place, values.get("answer"), texts)
         return Candidate(identifier, place, values, texts, answer, category, question)
 
-    def _check_choices(self, place: str, choices: Any) -> None:
+    def check_choices(self, place: str, choices: Any) -> None:
+        """Raise `BadInputError` naming the place for what cannot be the choices of a question."""
         if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= len(LETTERS):
             self._refuse(place, f"choices must be 2 to {len(LETTERS)} texts, not {choices!r:.80}")
         for choice in choices:
@@ -145,7 +146,7 @@ class Shape:
                 )
                 for choice, letter in zip(choices, shown["letters"], strict=True)
             )
-            self._check_choices(candidate.place, choices)
+            self.check_choices(candidate.place, choices)
         elif choices:
             answer = LETTERS[int(answer)]
             needed = self.prompt.names & candidate.values.keys() - {"choices"}
