@@ -58,8 +58,9 @@ def winners_curse(
 
 def expected_shrinkage(
     candidates: list[dict[str, Any]], kind: str, weights: Mapping[str, float]
-) -> float:
+) -> float | None:
     """How much of the best candidate's objective comes from choosing it by these items; an estimate.
+    None if a task has but one item, as a draw then leaves none to score on.
 
     `candidates` hold task -> item id -> result, all of the same items. The choice is made again on items
     drawn with replacement, and scored on the items that were not drawn; how much less that is than the
@@ -72,6 +73,7 @@ def expected_shrinkage(
 
     chance = numpy.random.Generator(numpy.random.PCG64(SEED))
     drawn, left, whole = [], [], []
+    leaves = numpy.ones(RESAMPLES, dtype=bool)
     for task in candidates[0]:
         items = sorted(candidates[0][task])
         scores = numpy.array(
@@ -81,6 +83,7 @@ def expected_shrinkage(
         draws = chance.multinomial(len(items), [1 / len(items)] * len(items), RESAMPLES)
         times = draws.astype(numpy.float32).T
         rest = (times == 0).astype(numpy.float32)
+        leaves &= rest.any(axis=0)
         drawn.append(scores @ times / len(items))
         left.append(scores @ rest / numpy.maximum(rest.sum(axis=0), 1))
         whole.append(scores.mean(axis=1))
@@ -90,8 +93,10 @@ def expected_shrinkage(
             return numpy.min(scores, axis=0)
         return numpy.average(scores, 0, [weights.get(task, 1.0) for task in candidates[0]])
 
+    if not leaves.any():
+        return None
     winners = combined(drawn).argmax(axis=0)
-    elsewhere = combined(left)[winners, numpy.arange(RESAMPLES)]
+    elsewhere = combined(left)[winners, numpy.arange(RESAMPLES)][leaves]
     return max(0.0, float(combined(whole).max() - elsewhere.mean()))
 
 

@@ -176,9 +176,12 @@ def shrinkage_note(lineage: dict[str, Any]) -> str:
     curse = lineage.get("winners_curse")
     if curse is None or curse["models"]["child"]["shrinkage"] is None:
         return ""
+    how = (
+        "The estimate chooses again on search items that are drawn with replacement, and scores on those "
+        f"left out ({curse['resamples']} draws; Tsamardinos et al. 2018). "
+    )
     return (
-        f"{shrinkage_words(curse)} The estimate chooses again on search items that are drawn with "
-        f"replacement, and scores on those left out ({curse['resamples']} draws; Tsamardinos et al. 2018). "
+        f"{shrinkage_words(curse)} {how if _is_expected(curse) else ''}"
         "Parents were not chosen by the search items: what they lose or gain is chance, or tells how "
         "much harder or easier the held-out items are."
     )
@@ -189,16 +192,24 @@ def shrinkage_words(curse: dict[str, Any]) -> str:
     child = curse["models"]["child"]
     lost, count = child["shrinkage"]["objective"], curse["candidates"]
     direction = f"{abs(lost):.3f} {'less' if lost >= 0 else 'more'}"
-    expected = (
-        f"{curse['expected']:.3f} less was to be expected of the best of {count} candidates that "
-        "answered every search item."
-        if count > 1
-        else "No other candidate answered every search item, so what to expect is not known."
-    )
+    if _is_expected(curse):
+        expected = (
+            f"{curse['expected']:.3f} less was to be expected of the best of {count} candidates that "
+            "answered every search item."
+        )
+    elif count > 1:
+        expected = "With a single search item in a task, what to expect is not known."
+    else:
+        expected = "No other candidate answered every search item, so what to expect is not known."
     return (
         f"The child has {child['search']['objective']:.3f} on the search items, which chose it, and "
         f"{child['holdout']['objective']:.3f} on the held-out items: {direction}. {expected}"
     )
+
+
+def _is_expected(curse: dict[str, Any]) -> bool:
+    """Whether there is an estimate of what was to be expected."""
+    return curse["candidates"] > 1 and curse["expected"] is not None
 
 
 # -- categories and contamination ------------------------------------------------------------

@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 from orchestrator.ledger.ledger import read_records
-from orchestrator.reporting.evidence import shrinkage_words, warnings_of
+from orchestrator.reporting.evidence import shrinkage_note, shrinkage_words, warnings_of
 from orchestrator.reporting.items import COLUMNS
 from orchestrator.reporting.report import write_report
 from orchestrator.reporting.result_lines import result_lines
@@ -89,6 +89,15 @@ def test_search_and_held_out_scores_stand_side_by_side(
         assert words in text
     score = child["search"]["tasks"]["sort"], child["holdout"]["tasks"]["sort"]
     assert f"{score[0]:.3f} to {score[1]:.3f}" in child_file(store, result, "README.md")
+
+
+def test_what_cannot_be_expected_is_not_told(judged_twice: tuple[Store, dict[str, Any]]) -> None:
+    store, result = judged_twice
+    lineage = json.loads(child_file(store, result, "lineage.json"))
+    unknown = lineage | {"winners_curse": lineage["winners_curse"] | {"expected": None}}
+    note = shrinkage_note(unknown)
+    assert "With a single search item in a task, what to expect is not known. Parents" in note
+    assert "The estimate chooses again" in shrinkage_note(lineage)
 
 
 def test_overlaps_are_in_store_lineage_card_and_report(

@@ -52,3 +52,14 @@ def test_where_one_candidate_is_far_better_little_is_luck() -> None:
 def test_of_candidates_that_answer_alike_nothing_is_luck() -> None:
     (candidate,) = draw(random.Random(5), [0.5], 50, 1)
     assert expected_shrinkage([candidate] * 30, "mean", {}) < 0.02
+
+
+@pytest.mark.parametrize("items", [2, 3, 4, 8])
+def test_of_candidates_that_are_always_right_nothing_is_luck(items: int) -> None:
+    """Many draws of so few items leave none out; these say nothing of items that did not choose."""
+    candidates = draw(random.Random(6), [1.0] * 3, items, 2)
+    assert expected_shrinkage(candidates, "mean", {}) == 0
+
+
+def test_with_a_single_item_it_is_unknown() -> None:
+    assert expected_shrinkage(draw(random.Random(7), [1.0] * 3, 1, 1), "mean", {}) is None
