@@ -61,6 +61,11 @@ def _open_other(place: str, evaluation: Evaluation) -> Evaluation | Recorded:
     """What is compared with; a wrong place must not be found out after hours."""
     stored = find_stored(place)
     if stored is None:
+        if evaluation.wish.engine.get("kind") == "openai":
+            raise BadInputError(
+                f"--against {place}: the server at --base-url has one checkpoint, not this one too; evaluate "
+                "it at its own server first, and give the STORE/eval/NAME where that is kept"
+            )
         return Evaluation(open_parent(place), evaluation.wish)
     check_comparable(evaluation.identity, stored)
     return stored

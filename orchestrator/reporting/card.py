@@ -57,7 +57,11 @@ def build_card(lineage: dict[str, Any], cost: dict[str, Any] | None = None) -> s
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["merge", "evolutionary-merge", "darwin"],
+        "tags": [
+            "merge",
+            *(["evolutionary-merge"] if _evolved(lineage["search"]) else []),
+            "darwin",
+        ],
     }
     declared = {parent["license"] for parent in lineage["parents"]}
     ancestry = parse_ancestry(lineage["ancestry"]) if "ancestry" in lineage else None
@@ -68,7 +72,7 @@ def build_card(lineage: dict[str, Any], cost: dict[str, Any] | None = None) -> s
     parts = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
         f"# {lineage['campaign']}\n",
-        f"A merge of {join(names)} by Darwin, found by evolutionary search, without training.\n",
+        f"A merge of {join(names)} by Darwin, {_how_found(lineage['search'])}, without training.\n",
         f"**{verdict(lineage)}**\n",
         f"{reservations(lineage)}\n",
         _health(lineage),
@@ -91,6 +95,19 @@ def build_card(lineage: dict[str, Any], cost: dict[str, Any] | None = None) -> s
         f"tensor its method, parameters, changes and SHA-256 are in `{LINEAGE_FILE}`.\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _evolved(search: dict[str, Any]) -> bool:
+    """Whether candidates came of what others had reached."""
+    return search["evaluations"] > 1 and search["optimizer"] not in ("random", "random_steady")
+
+
+def _how_found(search: dict[str, Any]) -> str:
+    if _evolved(search):
+        return "found by evolutionary search"
+    if search["evaluations"] > 1:
+        return f"the best of {search['evaluations']} candidates drawn at random"
+    return "the one candidate of its campaign"
 
 
 def verdict(lineage: dict[str, Any]) -> str:

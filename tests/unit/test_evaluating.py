@@ -347,6 +347,12 @@ def test_a_served_checkpoint_has_the_scores_of_a_live_one(darwin: Darwin, tmp_pa
         again = json.loads(darwin(*asked[:-1], address, "--json"))
     assert again == served
 
+    # The other would be asked at the same server, and its answers kept as those of another checkpoint.
+    refused = darwin(*asked, "--against", "shipped:strings/base", code=2)
+    assert "--against shipped:strings/base: the server at --base-url has one checkpoint" in refused
+    compared = json.loads(darwin(*asked, "--against", live["evaluation"], "--json"))
+    assert compared["against"][0]["scores"] == {"letters": live["tasks"]["letters"]["score"]}
+
     def outputs(place: str) -> dict[str, str]:
         ledger = Ledger(open_store(place).substore(RECORDS))
         blocks = [record["items"]["letters"] for record in ledger.of_kind("scored")]

@@ -157,6 +157,25 @@ def test_the_card_says_what_was_measured_of_the_weights() -> None:
         assert "Measured" not in build_card(unmeasured)
 
 
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({}, "found by evolutionary search"),
+        ({"optimizer": "archive"}, "found by evolutionary search"),
+        ({"optimizer": "random"}, "the best of 20 candidates drawn at random"),
+        ({"optimizer": "random_steady"}, "the best of 20 candidates drawn at random"),
+        ({"evaluations": 1}, "the one candidate of its campaign"),
+    ],
+)
+def test_the_card_says_how_the_child_was_found(search: dict[str, Any], words: str) -> None:
+    """Nothing evolved where candidates are drawn at random, or there is one."""
+    known = lineage()
+    card = build_card(known | {"search": known["search"] | {"evaluations": 20} | search})
+    assert f"by Darwin, {words}, without training." in card
+    evolved = words.startswith("found")
+    assert ("evolutionary-merge" in front_matter(card)["tags"]) == evolved
+
+
 def test_the_front_matter_says_what_the_hub_wants_to_know() -> None:
     parents = parents_with(father="mit", mother="mit")
     parents[1]["hub"] = "someone/mother"

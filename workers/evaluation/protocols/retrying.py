@@ -55,7 +55,8 @@ class ConfidenceRetry:
     tie_samples: int = 4
     """Answers that stage 3 adds."""
     permute: bool = True
-    """Whether stage 3 puts the choices of a multiple-choice prompt in another order for each answer."""
+    """Whether stage 3 moves the choices of a multiple-choice prompt one letter further for each answer; after
+    as many answers as there are choices, each has stood behind each letter once."""
     seed: int = 0
     thresholds: dict[str, float] = field(default_factory=dict, compare=False)
     """Task -> the threshold that was fixed for it."""
