@@ -10,7 +10,7 @@ from orchestrator.planning.cluster import GB, Cluster
 from orchestrator.planning.inputs import PlannedInputs
 from orchestrator.planning.memory import is_copied, reads_by_request
 from orchestrator.planning.placement import Member, Placement, merging_ranks, runs_on_gpu
-from orchestrator.planning.traffic import Traffic
+from orchestrator.planning.traffic import Traffic, live_tensors, total
 
 EXAMINATIONS = 3
 """Realizations of every parent beside the search: for its score there, on held-out items, and examined."""
@@ -100,6 +100,8 @@ class Timing:
             size = self.nodes * min(self.placement.most, self.placement.gang) * resident
             found.append(self._read("read the parents into memory", size, self.nodes))
         found.append(self._search(score_seconds))
+        if self.config.engine.kind == "vllm":
+            found.append(self._canary())
         by_request = reads_by_request(self.inputs, self.placement.gang)
         read = child.compared if by_request else child.touched
         return [*found, *self._ending(read, child, child_bytes, all_bytes)]
@@ -127,23 +129,62 @@ class Timing:
             "disk": (size - over_network) / (nodes * self.cluster.disk * GB),
         }
 
+    @property
+    def _scored(self) -> int:
+        """How many times an engine scores a model."""
+        parents = EXAMINATIONS * len(self.inputs.parents)
+        return self.config.search.evaluations + parents + CHILD_EXAMINATIONS
+
+    @property
+    def _realized(self) -> int:
+        """How many times an engine realizes a model. In a race that is for each block of items that a
+        candidate is asked, and once more for a leader: here as if every candidate came so far."""
+        racing = self.config.racing
+        more = {"none": 0, "race": len(racing.shares), "irt": 1}[racing.use]
+        return self._scored + more * self.config.search.evaluations
+
+    def _rounds(self, times: int) -> int:
+        """The engines take turns."""
+        return math.ceil(times / max(self.placement.engines, 1))
+
     def _search(self, score_seconds: float) -> Stage:
-        parents = len(self.inputs.parents)
-        times = self.config.search.evaluations + EXAMINATIONS * parents + CHILD_EXAMINATIONS
-        rounds = math.ceil(times / max(self.placement.engines, 1))
+        times = self._realized
         by_request = reads_by_request(self.inputs, self.placement.gang)
         read = sum(m.traffic.requested if by_request else m.traffic.distinct for m in self.members)
         made = sum(member.live for member in self.members)
         seconds, bound = self.realize_seconds()
         moved = 0 if self.keeps else self._moved(times * read)
+        name = "realize the candidates" + (" and score them" if score_seconds else "")
         return Stage(
-            "realize the candidates" + (" and score them" if score_seconds else ""),
+            name + (", at most" if times > self._scored else ""),
             times,
             times * read,
             times * made,
             moved,
-            rounds * (seconds + score_seconds),
+            self._rounds(times) * seconds + self._rounds(self._scored) * score_seconds,
             bound if seconds >= score_seconds else "scoring",
+        )
+
+    def _canary(self) -> Stage:
+        """Comparisons of each live model with transformers, which merges it once more on one core while the
+        engine waits; the first is of the father, before the search."""
+        every = self.config.engine.canary
+        checks = 1 + (math.ceil(self._rounds(self._realized) / every) if every else 0)
+        live = total(self.inputs.traffic[tensor.name] for tensor in live_tensors(self.inputs))
+        taken = {"one core": live.made / (self.cluster.core_merge * GB)}
+        if not self.keeps:
+            taken |= self._reading(live.distinct, 1)
+        seconds, bound = _slowest(taken)
+        times = checks * max(self.placement.engines, 1)
+        moved = 0 if self.keeps else self._moved(times * live.distinct)
+        return Stage(
+            "compare live models with transformers (canary)",
+            times,
+            times * live.distinct,
+            0,
+            moved,
+            checks * seconds,
+            bound,
         )
 
     def realize_seconds(self) -> tuple[float, str]:

@@ -115,7 +115,7 @@ def write_plan(folder: Path, mixtures: dict[str, Path], **changes: Any) -> str:
     }
     for key, value in changes.items():
         if isinstance(value, dict):
-            campaign[key] = campaign[key] | value  # type: ignore[operator]
+            campaign[key] = campaign.get(key, {}) | value  # type: ignore[operator]
         else:
             campaign[key] = value
     file = folder / "campaign.yaml"
@@ -249,6 +249,54 @@ def test_memory_in_flight_is_as_planned(tmp_path: Path) -> None:
     before, grown = map(int, done.stdout.split())
     assert 0.5 * planned["merging"] < grown < 1.1 * planned["merging"]
     assert before < planned["process"]
+
+
+# -- how often ---------------------------------------------------------------------------------------
+
+
+def stage(planned: dict[str, Any], name: str) -> dict[str, Any]:
+    """The one whose name begins so."""
+    (found,) = [stage for stage in planned["stages"] if stage["name"].startswith(name)]
+    return found  # type: ignore[no-any-return]
+
+
+def test_a_canary_costs_a_merge_on_one_core_while_its_engine_waits(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    vllm = {"kind": "vllm"}
+    machines: dict[str, Any] = {"nodes": 1, "gpus_per_node": 2}
+
+    def planned(**engine: Any) -> Any:
+        return plan(
+            tmp_path, mixtures, machines, engine=vllm | engine, workers={"count": 2},
+            search={"evaluations": 92},
+        )  # fmt: skip
+
+    each, tenth, start = planned(), planned(canary=10), planned(canary=0)
+    realized = stage(each, "realize")["times"]
+    assert realized == 92 + 3 * 2 + 2
+    # 50 on each of two engines, and one of the father before them.
+    assert [stage(p, "compare")["times"] for p in (each, tenth, start)] == [102, 12, 2]
+    merge = each["child"]["live_bytes"] / (load_cluster("gpu8_80gb", {}).core_merge * GB)
+    assert stage(each, "compare")["seconds"] == pytest.approx(51 * merge)
+    assert each["seconds"] > start["seconds"] + 49 * merge
+    other = plan(tmp_path, mixtures, machines)
+    assert not [s for s in other["stages"] if s["name"].startswith("compare")]
+
+
+def test_a_race_realizes_a_candidate_for_each_block(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    def realized(**racing: Any) -> tuple[int, str]:
+        found = stage(
+            plan(tmp_path, mixtures, {}, search={"evaluations": 100}, racing=racing), "realize"
+        )
+        return found["times"], found["name"]
+
+    assert realized() == (108, "realize the candidates")
+    assert realized(use="race") == (308, "realize the candidates, at most")
+    assert realized(use="race", last_block=1.0) == (608, "realize the candidates, at most")
+    assert realized(use="irt", first_block=0.1, last_block=0.1)[0] == 208
 
 
 # -- what does not fit, and what would ---------------------------------------------------------------
