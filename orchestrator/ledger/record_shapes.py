@@ -70,7 +70,6 @@ _EACH_ITEM = each(item)
 
 SPLIT = one_of("search", "holdout")
 NUMBERS = table(number)
-CHOSEN = table(each(text))
 OF_RACE = {"generation": whole, "candidates": whole}
 ENDED = keys(
     {"child": plain_key, "report": plain_key},

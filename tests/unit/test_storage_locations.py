@@ -10,7 +10,7 @@ import pytest
 
 from workers.errors import BadInputError
 from workers.storage import ObjectNotFoundError, locations, open_store
-from workers.storage.locations import absolute_location, join_location
+from workers.storage.locations import absolute_location
 
 
 @pytest.fixture
@@ -103,34 +103,7 @@ def test_what_is_no_location_is_refused(shipped: Path, location: str, message: s
     with pytest.raises(BadInputError, match=message):
         open_store(location)
     with pytest.raises(BadInputError, match=message):
-        join_location(location, "name")
-
-
-@pytest.mark.parametrize(
-    ("location", "name", "joined"),
-    [
-        ("/data", "model", "/data/model"),
-        ("/data/", "model", "/data/model"),
-        ("/", "model", "/model"),
-        ("relative", "a/b", "relative/a/b"),
-        ("file:///data", "with space", "file:///data/with%20space"),
-        ("s3://bucket", "with space", "s3://bucket/with space"),
-        ("s3://bucket/prefix/", "a/b", "s3://bucket/prefix/a/b"),
-        ("shipped:strings", "base", "shipped:strings/base"),
-    ],
-)
-def test_joining_names_what_lies_below(
-    shipped: Path, location: str, name: str, joined: str
-) -> None:
-    assert join_location(location, name) == joined
-    assert absolute_location(joined) == open_store(location).substore(name).uri
-
-
-@pytest.mark.parametrize("name", ["", "/absolute", "../up", "a/../b", "a//b", "a\\b"])
-def test_joining_stays_below(name: str) -> None:
-    for location in ("/data", "file:///data", "s3://bucket"):
-        with pytest.raises(BadInputError):
-            join_location(location, name)
+        absolute_location(location)
 
 
 def test_a_shipped_store_holds_what_was_shipped(shipped: Path) -> None:

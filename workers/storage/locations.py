@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from workers.errors import BadInputError
 from workers.storage.folder import FolderStore
@@ -89,14 +89,6 @@ def absolute_location(location: str) -> str:
     raise BadInputError(
         f"location {location!r}: {scheme['scheme']}:// is not supported: give {_SUPPORTED}"
     )
-
-
-def join_location(location: str, name: str) -> str:
-    """The location of `name`, a plain relative path, under `location`."""
-    check_key(name)
-    if absolute_location(location).startswith("/") and _SCHEME.match(location):
-        name = quote(name)
-    return f"{location.rstrip('/')}/{name}"
 
 
 def _file(location: str, rest: str) -> str:
