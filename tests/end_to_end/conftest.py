@@ -1,4 +1,4 @@
-"""Fixtures that several integration tests share."""
+"""Fixtures that several tests of whole campaigns share."""
 
 from __future__ import annotations
 
