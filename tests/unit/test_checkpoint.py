@@ -75,12 +75,15 @@ def test_tensors_come_in_the_order_of_files_and_bytes(sharded: Path) -> None:
 
 
 def test_companions_are_small_data_files_and_never_code(single: Path) -> None:
+    """Nor what speaks of weights that are not read: a child would point to files that it has not."""
     for name in (
         "modeling.py",
         "README.md",
         "pytorch_model.bin",
         "chat_template.jinja",
         "vocab.txt",
+        "adapter_config.json",
+        "pytorch_model.bin.index.json",
     ):
         (single / name).write_text("x")
     (single / "folder").mkdir()

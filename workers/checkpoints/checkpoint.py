@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ INDEX_FILE = "model.safetensors.index.json"
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Small files that belong to a checkpoint: configuration, tokenizer, chat template. Code (`.py`) is
 not among them: nothing that a checkpoint brings is executed."""
+OF_OTHER_WEIGHTS = re.compile(r".*\.index\.json|adapter_config\.json")
+"""Speaks of weights that are not read here: with peft installed, transformers would look for those of an
+adapter in every child."""
 
 FIRST_READ = 1 << 16
 """Bytes read at once from the start of a weight file: most headers come whole with it."""
@@ -176,7 +180,11 @@ def open_files(store: Store) -> Checkpoint:
     if not isinstance(config, dict):
         raise BadInputError(f"{store.uri}/config.json: not a JSON object")
     companions = tuple(
-        sorted(name for name in found if name.endswith(COMPANION_SUFFIXES) and name != INDEX_FILE)
+        sorted(
+            name
+            for name in found
+            if name.endswith(COMPANION_SUFFIXES) and not OF_OTHER_WEIGHTS.fullmatch(name)
+        )
     )
     return Checkpoint(store, config, files, companions)
 
