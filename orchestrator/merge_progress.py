@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from workers.errors import BadInputError
@@ -20,6 +21,8 @@ from workers.storage.documents import (
 
 PROGRESS = "merge-in-progress"
 MANIFEST = f"{PROGRESS}/manifest.json"
+
+READS_AT_ONCE = 8
 
 _MANIFEST = keys({"recipe": text, "cut": text, "uploads": table(text)})
 _PART = keys(
@@ -56,15 +59,15 @@ def read_progress(
     names = {file for file, _ in parts}
     files: dict[str, str] = {}
     reports: list[dict[str, Any]] = []
-    for info in list(target.list_objects(f"{PROGRESS}/")):
-        if info.key == MANIFEST:
-            continue
-        record = read_document(target, info.key, _DONE)
+    written = [info.key for info in target.list_objects(f"{PROGRESS}/") if info.key != MANIFEST]
+    with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # a child of 800 GB has thousands
+        records = list(threads.map(lambda key: read_document(target, key, _DONE), written))
+    for key, record in zip(written, records, strict=True):
         done = record.get("files", {}), record.get("parts", [])
         known = {(part["file"], part["number"]) for part in done[1]}
         if not (done[0].keys() <= names and known <= set(parts)):
             raise BadInputError(
-                f"{target.uri}/{info.key}: names files or parts that this child does not have; remove the "
+                f"{target.uri}/{key}: names files or parts that this child does not have; remove the "
                 "folder or choose another"
             )
         files |= done[0]

@@ -190,8 +190,7 @@ class S3Store(Store):
             list(threads.map(self.delete, keys))
 
     def delete_folder(self, folder: str) -> None:
-        for info in list(self._list_unordered(f"{check_key(folder)}/")):
-            self.delete(info.key)
+        self.delete_many([info.key for info in self._list_unordered(f"{check_key(folder)}/")])
 
     def begin_parts(self, key: str, size: int) -> str:
         token = new_token()
