@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,8 +26,27 @@ RATE_SECONDS = 20.0
 REFRESH_PER_SECOND = 2
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Where the campaign stands, for the live view."""
+
+    begun: str
+    items: str
+    busy: str
+    failures: str
+    raced: str
+    left: str
+    done: int
+    budget: int
+    scores: Table
+
+
 class ProgressView:
-    """Follows one campaign on standard error. A context manager."""
+    """Follows one campaign on standard error. A context manager.
+
+    The live view is drawn by a thread of its own. What it shows of the campaign the main thread has looked up
+    before: to ask the state for its standing changes what the search goes by.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -34,6 +54,8 @@ class ProgressView:
         self.stage_name = "starting"
         self.started = time.monotonic()
         self._live: Live | None = None
+        self._figures: Figures | None = None
+        self._looked = -math.inf
         self._printed = (-1, 0.0)
         self._items_shown = 0
         self._history: deque[tuple[float, int, int]] = deque()
@@ -66,6 +88,7 @@ class ProgressView:
 
     def begin(self, campaign: Campaign) -> None:
         self.campaign = campaign
+        self._look()
         space = campaign.space
         self.console.print(
             f"[bold]{campaign.config.name}[/bold] in {campaign.store.uri}: "
@@ -94,6 +117,7 @@ class ProgressView:
     def stage(self, name: str) -> None:
         if name != self.stage_name:
             self.stage_name = name
+            self._look()
             self._print_unprinted()
             self.console.print(
                 f"[dim]{self._clock()}[/dim] {name}", highlight=False, soft_wrap=True
@@ -101,6 +125,8 @@ class ProgressView:
 
     def notify(self, campaign: Campaign) -> None:
         self._remember(campaign)
+        if time.monotonic() - self._looked >= 1 / REFRESH_PER_SECOND:
+            self._look()
         steady = campaign.state.is_steady  # without generations, by the clock alone
         generation = 0 if steady else len(campaign.state.generations)
         last_generation, last_time = self._printed
@@ -161,30 +187,51 @@ class ProgressView:
             parts.append(saved_text(raced))
         return " · ".join(parts)
 
-    def _render(self) -> RenderableType:
+    def _look(self) -> None:
+        """Look up what the live view shows; on the main thread."""
         campaign = self.campaign
-        if campaign is None:
-            return Text(f"{self._clock()} {self.stage_name}", style="dim")
+        if self._live is None or campaign is None:
+            return
         budget = campaign.config.search.evaluations
         done = campaign.state.evaluated(budget)
         items_per_second, candidates_per_second = self._rates()
         left = (budget - done) / candidates_per_second if candidates_per_second else None
+        raced = campaign.state.races.to_dict()
+        self._figures = Figures(
+            begun=_begun(campaign),
+            items=f"{_rate(items_per_second)} items/s",
+            busy=f"{campaign.busy_workers}/{campaign.config.workers.total} workers busy",
+            failures=f"{campaign.state.failures} failures",
+            raced=saved_text(raced) if raced else "",
+            left=f"about {_duration(left)} left" if left is not None and done < budget else "",
+            done=done,
+            budget=budget,
+            scores=self._scores(),
+        )
+        self._looked = time.monotonic()
+
+    def _render(self) -> RenderableType:
+        """Draw what was looked up; on the view's own thread."""
+        figures = self._figures
+        if figures is None:
+            return Text(f"{self._clock()} {self.stage_name}", style="dim")
         grid = Table.grid(padding=(0, 2))
         grid.add_row(
             f"[bold]{self.stage_name}[/bold]",
-            _begun(campaign),
-            f"{_rate(items_per_second)} items/s",
-            f"{campaign.busy_workers}/{campaign.config.workers.total} workers busy",
-            f"{campaign.state.failures} failures",
+            figures.begun,
+            figures.items,
+            figures.busy,
+            figures.failures,
             f"{self._clock()} elapsed",
-            saved_text(raced) if (raced := campaign.state.races.to_dict()) else "",
-            f"about {_duration(left)} left" if left is not None and done < budget else "",
+            figures.raced,
+            figures.left,
         )
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            ProgressBar(total=budget, completed=done, width=50), f"{done}/{budget} evaluations"
+            ProgressBar(total=figures.budget, completed=figures.done, width=50),
+            f"{figures.done}/{figures.budget} evaluations",
         )
-        return Group(grid, bar, self._scores())
+        return Group(grid, bar, figures.scores)
 
     def _scores(self) -> Table:
         """Search scores of the parents and of the best candidate, with intervals."""

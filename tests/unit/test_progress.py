@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import RenderableType
 
 from orchestrator import progress
+from orchestrator.ledger.state import CampaignState
 from orchestrator.progress import ProgressView, fitness_interval
 from orchestrator.statistics import Results, Score, score
 from tests.scripted_campaign import scripted
@@ -104,3 +107,35 @@ def test_three_tasks_fit_into_80_columns(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best child")]
     assert lines
     assert all(line.count(".") == 12 and len(line.rstrip()) <= 80 for line in lines)
+
+
+def test_the_view_asks_the_campaign_on_the_main_thread_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking up how many evaluations are paid brings the state up to date, which two threads cannot do."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    monkeypatch.setattr(progress, "REFRESH_PER_SECOND", 200)
+    campaign = scripted(
+        tmp_path,
+        lambda recipe, item: hash((recipe.id, item.id)) % 2 == 0,
+        search={"optimizer": "random", "evaluations": 20, "population": 5},
+    )
+    asked, drawn = set(), threading.Event()
+    of_state, of_view = CampaignState.evaluated, ProgressView._render
+
+    def evaluated(self: CampaignState, budget: int) -> int:
+        asked.add(threading.current_thread())
+        return of_state(self, budget)
+
+    def render(self: ProgressView) -> RenderableType:
+        if threading.current_thread() is not threading.main_thread() and self._figures is not None:
+            drawn.set()
+        return of_view(self)
+
+    monkeypatch.setattr(CampaignState, "evaluated", evaluated)
+    monkeypatch.setattr(ProgressView, "_render", render)
+    with ProgressView() as view:
+        campaign.watcher = view
+        campaign.run()
+        assert drawn.wait(30)
+    assert asked == {threading.main_thread()}
