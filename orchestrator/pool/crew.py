@@ -68,6 +68,8 @@ class Worker:
     needs: Needs = field(default_factory=lambda: Needs(cpus=1.0, gpus=0.0))
     waited: float = 0.0
     """Seconds for which its job could have run before, had it been free."""
+    bad_starts: int = 0
+    """How many of its actors in a row did not start, and were not lost with their nodes."""
 
     @property
     def in_service(self) -> bool:
@@ -82,6 +84,12 @@ class Worker:
     def nodes(self) -> tuple[str, ...]:
         """What is known of where it runs."""
         return (self.node, *self.member_nodes) if self.node is not None else ()
+
+    @property
+    def rest(self) -> float:
+        """Seconds until an actor is started where there is none."""
+        doublings = min(self.bad_starts, 30)  # far more than any rest is long
+        return min(FIRST_REST_SECONDS * 2.0**doublings, LONGEST_REST_SECONDS)
 
     @property
     def is_expected(self) -> bool:
@@ -116,6 +124,7 @@ class Crew:
         self._tell = tell
         self._serial = 0
         self._failed_starts: list[str] = []
+        """While no worker is in service."""
         self._was_in_service = False
         """Whether any worker ever was: from then on, a bad start is the fault of its machine."""
         self._last_service = time.monotonic()
@@ -153,10 +162,6 @@ class Crew:
             placement.release()
         self._shared.leave()
         ray.shutdown()
-
-    def forgive(self) -> None:
-        """Starts work again: the next place that rests does so for the shortest time."""
-        self._failed_starts.clear()
 
     def start(self, worker: Worker) -> None:
         """Put a new actor into the place, instead of the one it may have."""
@@ -219,6 +224,7 @@ class Crew:
         if self._config.gang > 1:
             worker.introduction = worker.actor.member_nodes.remote()
         self._was_in_service = True
+        worker.bad_starts = 0
         gang = self._config.gang
         self.tell(
             worker,
@@ -241,6 +247,7 @@ class Crew:
             raise cause
         if unexcused([Failure.of(cause, worker.nodes)], self.watch):
             self._failed_starts.append(str(cause))
+            worker.bad_starts += 1
         self.tell(worker, "not started", error=str(cause))
         if not self._was_in_service and len(self._failed_starts) >= START_ATTEMPTS:
             raise PoolError(
@@ -256,14 +263,14 @@ class Crew:
         """Start actors in places that have rested; end those that make room; give up if none has been in
         service for long, though there is or cannot be room for one."""
         now = time.monotonic()
-        rest = min(FIRST_REST_SECONDS * 2 ** len(self._failed_starts), LONGEST_REST_SECONDS)
         for worker in self.workers:
-            if worker.actor is None and not worker.is_away and now - worker.since > rest:
+            if worker.actor is None and not worker.is_away and now - worker.since > worker.rest:
                 self.start(worker)
         if self._address is not None:
             self._shared.turn()
         if any(worker.in_service for worker in self.workers):
             self._last_service = now
+            self._failed_starts.clear()
         elif now - self._last_service > START_SECONDS:
             lacking = no_room_at_all(self._config)
             if lacking is None and not self._failed_starts and self._waits():

@@ -210,7 +210,6 @@ class Pool:
             scored: Scored = ray.get(worker.call)
         except ray.exceptions.RayError as error:
             return self._fail(worker, waiting, cause_of(error))
-        self._crew.forgive()
         return self._take(worker, waiting, scored)
 
     def _take(self, worker: Worker, waiting: Waiting, scored: Scored) -> Progress:
