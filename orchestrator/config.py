@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -279,17 +279,30 @@ def config_from_dict(
     """A configuration that `config_to_dict` wrote; errors say `where` it is from."""
     with _naming(where):
         config = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(CampaignConfig), OmegaConf.create(data))
+            OmegaConf.merge(
+                OmegaConf.structured(CampaignConfig),
+                OmegaConf.create(escape_interpolations(data)),
+            )
         )
     assert isinstance(config, CampaignConfig)
     return config
 
 
+def escape_interpolations(data: Any) -> Any:
+    """What a configuration held, as it must be written to be read so again: what looks like an interpolation
+    in its texts was resolved, or escaped, when they were read."""
+    if isinstance(data, dict):
+        return {key: escape_interpolations(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [escape_interpolations(value) for value in data]
+    if isinstance(data, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", data)
+    return data
+
+
 def config_to_dict(config: CampaignConfig) -> dict[str, Any]:
     """Plain data of a configuration."""
-    data = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(data, dict)
-    return {str(key): value for key, value in data.items()}
+    return asdict(config)
 
 
 def find_shipped(kind: str, name: str, suffixes: tuple[str, ...] = (".yaml", ".yml")) -> Path:
@@ -392,7 +405,7 @@ def _naming(where: str, within: str = "") -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, yaml.YAMLError, RecursionError, OSError, IndexError, TypeError,
-            ValueError) as error:  # fmt: skip
+            ValueError, OverflowError) as error:  # fmt: skip
         key = getattr(error, "full_key", None) or within
         if not key.startswith(within):
             key = f"{within}.{key}"

@@ -16,7 +16,13 @@ from typing import Any
 
 import yaml
 
-from orchestrator.config import CampaignConfig, config_to_dict, find_shipped, read_yaml
+from orchestrator.config import (
+    CampaignConfig,
+    config_to_dict,
+    escape_interpolations,
+    find_shipped,
+    read_yaml,
+)
 from workers.checkpoints.opening import split_adapter
 from workers.errors import BadInputError
 from workers.storage.hub import HUB_SCHEME, is_hub_id
@@ -45,7 +51,7 @@ class Bundle:
     def text(self) -> str:
         """The campaign file of the job."""
         data = config_to_dict(self.config)
-        return yaml.safe_dump(_escape(data), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(escape_interpolations(data), sort_keys=False, allow_unicode=True)
 
     @property
     def names_shipped(self) -> bool:
@@ -215,12 +221,3 @@ def _files_under(path: Path) -> Iterator[Path]:
     yield from (
         (file for file in sorted(path.rglob("*")) if file.is_file()) if path.is_dir() else [path]
     )
-
-
-def _escape(data: Any) -> Any:
-    """Texts are texts: what looks like an interpolation was resolved, or escaped, when they were read."""
-    if isinstance(data, dict):
-        return {key: _escape(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_escape(value) for value in data]
-    return data.replace("${", "\\${") if isinstance(data, str) else data

@@ -48,6 +48,8 @@ def list_campaigns(location: str) -> list[dict[str, Any]]:
 def _row(store: Store) -> dict[str, Any]:
     try:
         overview = campaign_overview(store.uri)
+        if overview["status"] == "unfinished":
+            look_at_lease(store)  # one that is damaged concerns no other campaign
     except BadInputError as error:
         return {"campaign": store.uri, "status": "damaged", "error": str(error)}
     best = overview["best"]

@@ -10,8 +10,11 @@ from typing import Any
 from orchestrator.watching.spending import Seconds
 
 SPENDING_KINDS = frozenset(
-    {"scored", "failed", "scanned", "examined", "child", "publishing", "finished", "rejected"}
-)
+    {
+        "matching", "prescription", "scored", "failed", "examined", "routed", "child", "publishing",
+        "finished", "rejected",
+    }
+)  # fmt: skip
 """Records that say what was reserved since the one before; a driver that is killed loses what came after."""
 
 

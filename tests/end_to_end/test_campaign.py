@@ -298,6 +298,7 @@ def test_the_scan_is_made_by_the_workers_and_recorded_once(
     assert not (tmp_path / "store" / "scans").exists()
     advised = prescriptions()[0]["prescription"]["shares"]
     assert len(advised) == len(open_checkpoint("shipped:strings/reverse").tensors)
+    assert prescriptions()[0]["reserved"]["cpu"] > 0  # the scan's, though its driver was killed
 
 
 def test_a_search_that_begins_at_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -372,6 +373,21 @@ def test_plain_data_makes_the_same_configuration_again(file: Path) -> None:
     data = config_to_dict(config)
     assert data == dataclasses.asdict(config)
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(data))) == config
+
+
+@pytest.mark.parametrize("text", ["${x}", "a ${b.c} d", r"\${x}", r"\\${x}", "${", "{{ x }}\\n"])
+def test_a_text_that_looks_like_an_interpolation_is_read_as_it_was_recorded(
+    file: Path, text: str
+) -> None:
+    """It was escaped in the campaign file; a chat template may well have one."""
+    config = load(file)
+    config.engine.kind, config.engine.vllm = "vllm", {"chat_template": text}
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("key", ["tasks.0.weight", "search.step", "racing.growth"])
+def test_a_number_that_no_float_can_hold_is_refused(file: Path, key: str) -> None:
+    assert key in refusal(file, f"{key}={'9' * 400}")
 
 
 def test_a_recorded_configuration_of_another_version_is_refused(file: Path) -> None:

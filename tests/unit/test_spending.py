@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from orchestrator.config import load_config
+from orchestrator.ledger.record_shapes import CAMPAIGN
 from orchestrator.overview import campaign_overview
 from orchestrator.pool.pool import Progress
 from orchestrator.reporting.card import COST_LINE
-from orchestrator.watching.meter import Meter
+from orchestrator.watching.meter import SPENDING_KINDS, Meter
 from orchestrator.watching.spending import Seconds, Spending, cost_words, hours
 from tests.campaigns import digests, records, write_campaign
 from tests.scripted_campaign import ScriptedPool, scripted
@@ -38,6 +39,10 @@ def started(number: int, loading: float = 0.0, members: int = 1, gpus: float = 1
         "cpus": 4.0 * members,
         "gpus": gpus * members,
     }
+
+
+def test_what_tells_of_time_are_records_that_there_are() -> None:
+    assert CAMPAIGN.keys() >= SPENDING_KINDS
 
 
 def test_the_meter_runs_from_a_workers_start_until_it_is_replaced() -> None:

@@ -171,8 +171,9 @@ def test_campaigns_are_listed_with_what_became_of_them(
     tmp_path: Path, drivers: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = FolderStore(tmp_path / "store")
-    for name in ("damaged", "dead", "gone", "runs"):
+    for name in ("damaged", "dead", "gone", "owned", "runs"):
         begin_campaign(root.substore(name), tmp_path)
+    root.write(f"owned/{lease_module.KEY}", b"")  # what says who runs it is damaged
     (tmp_path / "store" / "damaged" / "ledger" / "00000001.json").write_bytes(b"{")
     (tmp_path / "store" / "eval" / "one").mkdir(parents=True)
     (tmp_path / "store" / "eval" / "one" / "evaluation.json").write_text("{}")
@@ -187,10 +188,12 @@ def test_campaigns_are_listed_with_what_became_of_them(
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.4)
     rows = {row["campaign"].rpartition("/")[2]: row for row in list_campaigns(root.uri)}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "damaged": "damaged", "dead": "stopped", "gone": "stopped", "runs": "running",
+        "damaged": "damaged", "dead": "stopped", "gone": "stopped", "owned": "damaged",
+        "runs": "running",
     }  # fmt: skip
     assert (rows["runs"]["evaluations"], rows["runs"]["budget"]) == (0, 14)
     assert "00000001.json" in rows["damaged"]["error"]
+    assert f"owned/{lease_module.KEY}" in rows["owned"]["error"]
     assert render_list({"campaigns": list(rows.values()), "jobs": []})
 
 
