@@ -48,7 +48,8 @@ class CovarianceMatrixAdaptation:
 
     @property
     def selected(self) -> int:
-        """How many of a generation the next one is made from (mu): only they need to be known."""
+        """How many of a generation the next one's mean is made of (mu). The order of the rest counts for the
+        covariance alone, with negative weights (active CMA)."""
         return int(self._strategy.sp.weights.mu)
 
     def ask(self) -> list[list[float]]:
