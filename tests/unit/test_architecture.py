@@ -115,6 +115,19 @@ DECODER_LAYERS = {
         "mlp.shared_experts.down_proj.weight": "shared_expert",
     }
     | NORMS,
+    "minimax_m2, exaone_moe": {
+        "mlp.gate.weight": "router",
+        "mlp.e_score_correction_bias": "router",
+    },
+    "ernie4_5_moe": {
+        "mlp.gate.weight": "router",
+        "mlp.moe_statics.e_score_correction_bias": "router",
+    },
+    "lfm2_moe, afmoe": {
+        "mlp.router.gate.weight": "router",
+        "mlp.expert_bias": "router",
+        "mlp.gate_proj.bias": "mlp",
+    },
     "unknown": {"something.weight": "unknown", "self_attention_bias": "unknown"},
 }
 
@@ -212,6 +225,17 @@ def test_an_expert_by_itself(stored: str, name: str) -> None:
 def test_the_router_of_mixtral() -> None:
     stored = "model.layers.2.block_sparse_moe.gate.weight"
     assert role(stored) == ("layers.2.mlp.gate.weight", "router", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),  # MiniMax-M2
+        ("feed_forward.expert_bias", "mlp.expert_bias"),  # LFM2
+    ],
+)
+def test_a_bias_beside_the_router_belongs_to_it(stored: str, name: str) -> None:
+    assert role(f"model.layers.2.{stored}") == (f"layers.2.{name}", "router", 2, None)
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.checkpoint_files import (
 from tests.expert_parents import (
     EXPERTS,
     HIDDEN,
+    Tensors,
     inverse,
     random_experts,
     reordered,
@@ -38,9 +40,11 @@ from tests.expert_parents import (
     write_experts,
 )
 from tests.references import REFERENCES
-from workers.checkpoints import open_checkpoint
+from workers.checkpoints import ArchitectureMap, open_checkpoint
+from workers.checkpoints.architecture import canonical_name
 from workers.diagnostics.attribution import attribute, cut_chunks, measure_chunk
 from workers.errors import BadInputError
+from workers.experts.plain_routers import plain_routers
 from workers.merging import METHODS, Recipe, Rule, Selector
 from workers.merging import expert_rows as expert_rows_module
 from workers.merging.executor import Merger
@@ -51,6 +55,20 @@ ORDERS = {0: (3, 0, 5, 1, 4, 2), 1: (1, 2, 0, 3, 5, 4)}
 WANTED = {layer: inverse(order) for layer, order in ORDERS.items()}
 """What brings them back."""
 GATE, BIAS = "layers.{}.mlp.gate.weight", "layers.{}.mlp.gate.e_score_correction_bias"
+
+BIASES_BESIDE_ROUTERS = [
+    ("block_sparse_moe.e_score_correction_bias", (EXPERTS,)),  # MiniMax-M2
+    ("mlp.moe_statics.e_score_correction_bias", (1, EXPERTS)),  # Ernie 4.5
+    ("feed_forward.expert_bias", (EXPERTS,)),  # LFM2
+]
+
+
+def with_bias_beside(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Tensors:
+    """The same model with one more tensor in each layer."""
+    generator = torch.Generator().manual_seed(int(tensors[f"model.{GATE.format(0)}"].sum() * 100))
+    return tensors | {
+        f"model.layers.{layer}.{name}": torch.randn(shape, generator=generator) for layer in ORDERS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +342,76 @@ def test_a_routers_scale_of_hidden_states_stays_the_fathers(tmp_path: Path) -> N
         ("proj.weight", b["model.layers.0.router.proj.weight"].flip(0)),
     ):
         assert torch.equal(child[f"layers.0.router.{role}"], expected.reshape(-1)), role
+
+
+@pytest.mark.parametrize(("name", "shape"), BIASES_BESIDE_ROUTERS)
+def test_a_bias_beside_the_router_goes_with_the_experts(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    father, donor = (with_bias_beside(random_experts(seed), name, shape) for seed in (1, 2))
+    moved = donor | reordered(donor, ORDERS)
+    for layer, order in ORDERS.items():
+        stored = f"model.layers.{layer}.{name}"
+        moved[stored] = donor[stored].flatten()[list(order)].view(shape)
+    folders = {
+        key: write_experts(tmp_path / key, tensors)
+        for key, tensors in {"father": father, "donor": donor, "moved": moved}.items()
+    }
+    straight, merger = (
+        open_merger({"a": folders["father"], "b": folders[key]}, folders["father"])
+        for key in ("donor", "moved")
+    )
+    transplanted = Selector(components=("expert",), experts=(1, 4))
+    rules = (
+        rule("passthrough", transplanted, source="b"),
+        rule("as_experts", Selector(components=("router",))),
+    )
+    child = realize(merger, ordered(merger, rules, "b"))
+    for layer in ORDERS:
+        stored = f"model.layers.{layer}.{name}"
+        own, other = father[stored].flatten(), donor[stored].flatten()
+        found = child[canonical_name(stored)]
+        assert torch.equal(found, torch.cat([own[:1], other[1:5], own[5:]]))
+    for blended in (rule("linear", weight=0.5), rule("ties", weight=0.5, density=0.4)):
+        expected = realize(straight, recipe_for(straight, blended))
+        assert_same_bits(realize(merger, ordered(merger, (blended,), "b")), expected)
+
+
+@pytest.mark.parametrize(("name", "shape"), BIASES_BESIDE_ROUTERS)
+def test_a_router_with_a_bias_beside_it_is_not_plain(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """It routes by more than one matrix, whatever the shape of its bias and wherever it is stored."""
+    plain = {k: v for k, v in random_experts(1).items() if not k.endswith("correction_bias")}
+    folder = write_experts(tmp_path / "plain", plain)
+    assert set(plain_routers(ArchitectureMap.of(open_checkpoint(str(folder))))) == {0, 1}
+    folder = write_experts(tmp_path / "biased", with_bias_beside(plain, name, shape))
+    with pytest.raises(BadInputError, match="belongs to a router that is more than one matrix"):
+        plain_routers(ArchitectureMap.of(open_checkpoint(str(folder))))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mlp.gate.wide.weight", (EXPERTS + 2, HIDDEN)),  # with places for no expert, as in LongCat
+        ("mlp.moe_statics.e_score_correction_bias", (2, EXPERTS)),
+        ("mlp.gate.tid2eid", (20, 2)),  # DeepSeek-V4: the experts of each token
+    ],
+)
+def test_experts_are_not_ordered_without_their_routers(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A router that names experts otherwise than by a row for each would go on naming the old ones."""
+    tensors = with_bias_beside(random_experts(1), name, shape)
+    folders = {key: write_experts(tmp_path / key, tensors) for key in "ab"}
+    merger = open_merger(folders)
+    rules = (rule("linear", weight=0.5),)
+    realize(merger, recipe_for(merger, *rules))
+    message = (
+        rf"experts: b: layer 0: tensor '{re.escape(f'layers.0.{name}')}' of shape .* has no row"
+    )
+    with pytest.raises(BadInputError, match=message):
+        merger.start(ordered(merger, rules, "b"))
 
 
 EXPERT_RULE = rule("linear", Selector(components=("expert",)), weight=0.5)

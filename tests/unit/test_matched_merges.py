@@ -18,7 +18,14 @@ from orchestrator.recipe_file import load_recipe_file
 from orchestrator.recipe_spelling import respell
 from orchestrator.single_merge import merge_recipe
 from tests.checkpoint_files import assert_same_bits, read_tensors
-from tests.expert_parents import copy_reordered, inverse
+from tests.expert_parents import (
+    EXPERTS,
+    copy_reordered,
+    inverse,
+    random_experts,
+    reordered,
+    write_experts,
+)
 from tests.families import write_model
 from tests.scripted_campaign import ScriptedCampaign, scripted
 from workers.errors import BadInputError
@@ -82,6 +89,36 @@ def test_a_merge_matches_first(
     assert told["donors"]["mother"]["moved"] == 9
     assert told["donors"]["mother"]["layers"]["1"]["moved"] == 0
     assert f"By their {by}, 9 of 16 experts of mother" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("block_sparse_moe.e_score_correction_bias", (EXPERTS,)),  # MiniMax-M2
+        ("mlp.moe_statics.e_score_correction_bias", (1, EXPERTS)),  # Ernie 4.5
+        ("feed_forward.expert_bias", (EXPERTS,)),  # LFM2
+    ],
+)
+def test_the_father_merged_with_himself_in_another_order_is_the_father(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Also where the biases of his routers are stored beside them."""
+    father = random_experts(3, dtype=torch.float32)
+    orders = {0: (3, 0, 5, 1, 4, 2), 1: (1, 2, 0, 3, 5, 4)}
+    donor = reordered(father, orders)
+    for layer, order in orders.items():
+        bias = torch.arange(1.0, EXPERTS + 1) * (layer + 1)
+        father[f"model.layers.{layer}.{name}"] = bias.view(shape)
+        donor[f"model.layers.{layer}.{name}"] = bias[list(order)].view(shape)
+    family = {
+        "father": write_experts(tmp_path / "father", father),
+        "mother": write_experts(tmp_path / "mother", donor),
+    }
+    recipe = recipe_file(tmp_path, family, "mother", match_experts="weights")
+    merge_recipe(recipe, str(tmp_path / "child"))
+    child = read_tensors(tmp_path / "child")
+    for key, values in father.items():
+        torch.testing.assert_close(child[key], values, msg=key)
 
 
 def test_routers_are_calibrated_for_matched_experts(

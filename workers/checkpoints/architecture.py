@@ -77,6 +77,8 @@ INSIDE_LAYERS = (
     ("shared_expert", re.compile(r"mlp\.(shared_experts?|shared_expert_gate|shared_mlp)\.")),
     ("expert", re.compile(r"(mlp\.)?experts\.")),
     ("router", re.compile(r"(mlp\.gate|mlp\.router|router)\.")),
+    # Beside the router, not in it: MiniMax-M2, Ernie 4.5 (under moe_statics), LFM2.
+    ("router", re.compile(r"mlp\.(moe_statics\.)?(e_score_correction_bias|expert_bias)$")),
     ("mlp", re.compile(r"mlp\.")),
     ("embedding", re.compile(r"(per_layer_input_gate|per_layer_projection)\.")),
 )

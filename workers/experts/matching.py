@@ -109,8 +109,9 @@ class Experts:
         self.routers = [
             tensor
             for tensor in architecture.tensors
-            if tensor.layer == layer and len(tensor.shape) == 2
-            if tensor.component == "router" and places.has_row_each(tensor)
+            if tensor.layer == layer and tensor.component == "router"
+            if places.has_row_each(tensor)
+            if len(tensor.shape) == 2 and tensor.shape[0] == len(names)  # no bias [1, E]
         ]
 
     def check_alike(self, other: Experts) -> None:

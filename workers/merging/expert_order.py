@@ -103,7 +103,8 @@ class ExpertPlaces:
     """The experts of a child, and where those of the parents that belong to them lie.
 
     `maps`: parents by name and the base as `base`. Raises `BadInputError` naming parent and layer for an
-    order that is not of as many experts as child and parent have there.
+    order that is not of as many experts as child and parent have there, and for a router that it would leave
+    behind.
     """
 
     def __init__(
@@ -122,6 +123,20 @@ class ExpertPlaces:
             for layer, order in layers.items():
                 _check_length(name, layer, len(order), child.location, self.experts)
                 _check_length(name, layer, len(order), maps[name].location, own)
+        self._check_routers(child)
+
+    def _check_routers(self, child: ArchitectureMap) -> None:
+        """Else a router would go on choosing ordered experts by the numbers that they had."""
+        for tensor in child.tensors:
+            if not self.is_of_all(tensor) or tensor.name.endswith(NOT_PER_EXPERT):
+                continue
+            for name in self._orders:
+                if self._order(name, tensor) is not None:
+                    raise BadInputError(
+                        f"experts: {name}: layer {tensor.layer}: tensor {tensor.name!r} of shape "
+                        f"{list(tensor.shape)} in {child.location} belongs to the router and has no row for "
+                        "each expert, so it cannot follow them: leave their order in this layer as it is"
+                    )
 
     def _is_per_expert(self, tensor: LogicalTensor) -> bool:
         experts = self.experts.get(tensor.layer, 0) if tensor.layer is not None else 0
@@ -129,7 +144,7 @@ class ExpertPlaces:
             tensor.component in ("router", "expert")
             and tensor.expert is None
             and experts > 0
-            and tensor.shape[:1] == (experts,)
+            and (tensor.shape[:1] == (experts,) or tensor.shape == (1, experts))  # so Ernie 4.5
             and not tensor.name.endswith(NOT_PER_EXPERT)
         )
 
@@ -150,7 +165,8 @@ class ExpertPlaces:
         return order if order is not None and self.has_row_each(tensor) else None
 
     def has_row_each(self, tensor: LogicalTensor) -> bool:
-        """Whether the child's `tensor` has a row (of a vector: an element) for each expert of its layer."""
+        """Whether the child's `tensor` has a row (of a vector, `[E]` or `[1, E]`: an element) for each expert
+        of its layer."""
         return tensor.name in self._with_rows
 
     def is_of_all(self, tensor: LogicalTensor) -> bool:
