@@ -292,9 +292,111 @@ def test_kinds_of_layers_known_by_their_place_are_spelt_out(tmp_path: Path) -> N
     child = child_of({"a": folder}, tmp_path / "child", layers=({"a": (0, 0)}, {"a": (2, 3)}))
     found = transformers.AutoConfig.from_pretrained(child)
     assert found.layer_types == ["linear_attention", "linear_attention", "full_attention"]
-    for key, value in (("sliding_window_pattern", 6), ("decoder_sparse_step", 2)):
-        config = {"model_type": "a", "num_hidden_layers": 4, key: value}
-        folder = write_checkpoint(tmp_path / key, tensors, config=config)
-        merger = open_merger({"a": folder})
-        with pytest.raises(BadInputError, match=f"config.json: {key}"):
-            merger.start(Recipe(merger.references, (), layers=({"a": (1, 1)},)))
+
+
+FOUR_LAYERS = {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(2, 2) * n for n in range(4)}
+HALF = ({"a": (0, 0)}, {"a": (2, 2)})
+
+
+def stacked_config(
+    tmp_path: Path, layers: Any = HALF, /, nested: bool = False, **said: Any
+) -> dict[str, Any]:
+    """The configuration of a child of four layers, of which so much is said."""
+    text = {"num_hidden_layers": 4} | said
+    config = {"model_type": "a"} | ({"text_config": text} if nested else text)
+    folder = write_checkpoint(tmp_path / "a", FOUR_LAYERS, config=config)
+    child = child_of({"a": folder}, tmp_path / "child", layers=layers)
+    found: dict[str, Any] = json.loads((child / "config.json").read_text())
+    return found["text_config"] if nested else found
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sliding_window_pattern", 6),
+        ("decoder_sparse_step", 2),
+        ("attn_layer_period", 8),  # Jamba
+        ("expert_layer_period", 2),
+        ("moe_layer_interval", 2),  # Ernie 4.5
+        ("moe_layer_start_index", 1),
+        ("moe_layer_end_index", 3),
+        ("moe_layer_end_index", 0),
+        ("full_attn_idxs", [1, 3]),  # LFM2
+        ("num_dense_layers", 2),
+        ("global_attn_every_n_layers", 4),  # AFMoE
+        ("attn_layer_indices", [2]),  # Bamba
+        ("hybrid_layer_ids", [2]),  # Zamba 2
+        ("num_hash_layers", 3),  # DeepSeek-V4
+        ("compress_ratios", [0, 4, 4, 128, 0]),  # with one for the prediction layer
+        ("moe_layers_enum", "2,3"),  # Step 3
+        ("linear_attn_config", {"kda_layers": [1, 2, 3], "full_attn_layers": [4]}),  # Kimi Linear
+    ],
+)
+def test_keys_that_speak_of_layers_by_number_are_refused(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInputError, match=f"config.json: {key}.* speaks of layers by number"):
+        stacked_config(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_layer_period", 1),
+        ("moe_layer_start_index", 0),
+        ("moe_layer_end_index", -1),  # the last layer, whichever that is
+        ("moe_layer_interval", 1),
+        ("linear_attn_config", {"head_dim": 128}),
+        ("linear_attn_config", None),
+        ("full_attn_idxs", None),
+        ("num_dense_layers", 0),
+    ],
+)
+def test_keys_that_mean_all_layers_alike_are_kept(key: str, value: Any, tmp_path: Path) -> None:
+    assert stacked_config(tmp_path, **{key: value})[key] == value
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("key", ["layer_types", "mlp_layer_types", "attn_type_list"])
+def test_lists_with_an_entry_for_each_layer_are_cut_along(
+    key: str, nested: bool, tmp_path: Path
+) -> None:
+    found = stacked_config(tmp_path, nested=nested, **{key: ["w", "x", "y", "z"]})
+    assert found[key] == ["w", "y"]
+    assert found["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_unknown_list_as_long_as_the_layers_is_refused(nested: bool, tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInputError, match=r"a/config\.json: limits has as many entries as layers"
+    ):
+        stacked_config(tmp_path, nested=nested, limits=[1, 2, 3, 4])
+
+
+def test_a_list_beside_the_text_configuration_is_refused_too(tmp_path: Path) -> None:
+    config = {"text_config": {"num_hidden_layers": 4}, "layer_types": ["w", "x", "y", "z"]}
+    folder = write_checkpoint(tmp_path / "a", FOUR_LAYERS, config=config)
+    with pytest.raises(BadInputError, match="layer_types has as many entries as layers"):
+        child_of({"a": folder}, tmp_path / "child", layers=HALF)
+
+
+def test_other_lists_are_kept(tmp_path: Path) -> None:
+    """Those of other lengths, those of tokens, and any where the layers stay what they were."""
+    lists = {"limits": [1, 2, 3], "eos_token_id": [1, 2, 3, 4]}
+    found = stacked_config(tmp_path / "half", **lists)
+    assert {key: found[key] for key in lists} == lists
+    halves = ({"a": (0, 1)}, {"a": (2, 3)})
+    found = stacked_config(tmp_path / "same", halves, limits=[1, 2, 3, 4])
+    assert found["limits"] == [1, 2, 3, 4]
+    turned = ({"a": (2, 3)}, {"a": (0, 1)})
+    with pytest.raises(BadInputError, match="limits has as many entries as layers"):
+        stacked_config(tmp_path / "turned", turned, limits=[1, 2, 3, 4])
+
+
+def test_a_list_of_one_layer_says_nothing_of_layers(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 1, "architectures": ["A"]}
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}
+    folder = write_checkpoint(tmp_path / "a", tensors, config=config)
+    child = child_of({"a": folder}, tmp_path / "child", layers=({"a": (0, 0)}, {"a": (0, 0)}))
+    assert json.loads((child / "config.json").read_text())["architectures"] == ["A"]

@@ -13,7 +13,7 @@ from workers.errors import BadInputError
 
 LAYER_NUMBER = re.compile(r"(\blayers\.)(\d+)(?=\.)")
 
-PER_LAYER_KEYS = ("layer_types", "mlp_layer_types")
+PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "attn_type_list")
 """Configuration lists that have an entry for each layer."""
 
 UNSTACKABLE_KEYS = (
@@ -25,16 +25,37 @@ UNSTACKABLE_KEYS = (
     "cross_attention_layers",
     "layers_block_type",
     "hybrid_override_pattern",
+    "num_dense_layers",
+    "num_hash_layers",
+    "compress_ratios",
+    "moe_layer_start_index",
+    "moe_layers_enum",
+    "full_attn_idxs",
+    "attn_layer_indices",
+    "hybrid_layer_ids",
+    "linear_attn_config.kda_layers",
+    "linear_attn_config.full_attn_layers",
 )
-"""Configuration keys that speak of layers by number; stacked layers would get another meaning."""
+"""Configuration keys that speak of layers by number; stacked layers would get another meaning. `table.key` is
+a key of a table in the configuration."""
 
 PERIODIC_KEYS = (
     "decoder_sparse_step",
     "moe_layer_freq",
     "interleave_moe_layer_step",
     "no_rope_layer_interval",
+    "attn_layer_period",
+    "expert_layer_period",
+    "moe_layer_interval",
 )
-"""The same, where they say that each layer of so many is of another kind."""
+"""The same, where they say that each layer of so many is of another kind. Which of so many it is
+(Jamba's `attn_layer_offset`) means nothing without them."""
+
+PERIODS_OF_LAYER_TYPES = ("sliding_window_pattern", "global_attn_every_n_layers")
+"""The same, where `layer_types` is not given."""
+
+LISTS_OF_TOKENS = ("token_id", "token_ids")
+"""Ends of keys whose lists are short, and of as many entries as a small model has layers only by chance."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +155,19 @@ def stack_config(
     location: str,
 ) -> None:
     text = text_of(config)
-    by_number = [key for key in UNSTACKABLE_KEYS if text.get(key)]
+    by_number = [key for key in UNSTACKABLE_KEYS if _said(text, key)]
     by_number += [key for key in PERIODIC_KEYS if text.get(key) not in (None, 0, 1)]
+    # -1 is the last layer, whichever that is.
+    by_number += [key for key in ("moe_layer_end_index",) if text.get(key) not in (None, -1)]
     if _kinds_in(text, "layer_types") is None:
-        by_number += [key for key in ("sliding_window_pattern",) if text.get(key)]
+        by_number += [key for key in PERIODS_OF_LAYER_TYPES if text.get(key)]
         by_number += [key for key in ("max_window_layers",) if text.get("use_sliding_window")]
     if by_number:
         raise BadInputError(
             f"{location}/config.json: {by_number[0]} speaks of layers by number, so the layers of this "
             "model cannot be stacked"
         )
+    _check_other_lists(config, maps, slices, location)
     for key in PER_LAYER_KEYS:
         own = _kinds_in(text, key)
         if own is not None:
@@ -157,6 +181,40 @@ def stack_config(
     text["num_hidden_layers"] = sum(last - first + 1 for first, last in (
         next(iter(part.values())) for part in slices
     ))  # fmt: skip
+
+
+def _check_other_lists(
+    config: dict[str, Any],
+    maps: dict[str, ArchitectureMap],
+    slices: tuple[dict[str, tuple[int, int]], ...],
+    location: str,
+) -> None:
+    """Refuse a list that may have an entry for each layer, unless each layer stays at its place."""
+    father, *_ = maps
+    layers = maps[father].layers
+    spans = [part.get(father, (-1, -1)) for part in slices]
+    places = [layer for first, last in spans for layer in range(first, last + 1)]
+    if layers == 1 or places == list(range(layers)):
+        return  # a list of one entry may be of anything
+    text = text_of(config)
+    for holder in (config, text):
+        for key, value in holder.items():
+            is_known = holder is text and key in PER_LAYER_KEYS
+            if is_known or key.endswith(LISTS_OF_TOKENS) or not isinstance(value, list):
+                continue
+            if len(value) == layers:
+                raise BadInputError(
+                    f"{location}/config.json: {key} has as many entries as layers, {layers}, and is not "
+                    "known: if it says something of each layer, the layers of this model cannot be stacked; "
+                    "if not, take it out of the configuration for the merge"
+                )
+
+
+def _said(text: dict[str, Any], key: str) -> Any:
+    """What a configuration has under `key`, or under `table.key`."""
+    table, _, inner = key.rpartition(".")
+    holder = text.get(table) if table else text
+    return holder.get(inner) if isinstance(holder, dict) else None
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
