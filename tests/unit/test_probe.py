@@ -72,6 +72,12 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
         **SMALL, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1,
         topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1,
     ),
+    "minimax_m2": lambda: T.MiniMaxM2Config(
+        **(SMALL | {"intermediate_size": 16}), num_local_experts=4, num_experts_per_tok=2
+    ),
+    "ernie4_5_moe": lambda: T.Ernie4_5_MoeConfig(
+        **SMALL, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1
+    ),
     "glm4": lambda: T.Glm4Config(**SMALL),
     "olmo2": lambda: T.Olmo2Config(**SMALL),
     "falcon_h1": lambda: T.FalconH1Config(
@@ -104,9 +110,9 @@ def write_kind(folder: Path, kind: str, seed: int = 1, **save: Any) -> Path:
         for weight in model.parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn(weight.shape) * 0.1)
-        for name, buffer in model.named_buffers():
+        for name, bias in (*model.named_buffers(), *model.named_parameters()):
             if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn(buffer.shape))
+                bias.copy_(torch.randn(bias.shape))
     model.save_pretrained(folder, **save)
     write_tokenizer(folder)
     return folder

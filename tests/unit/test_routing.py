@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from base64 import b64decode
 from copy import deepcopy
 from io import BytesIO
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -23,6 +25,7 @@ from orchestrator.mri.experts import (
     routing_by_layer,
     summarize_experts,
 )
+from tests.checkpoint_files import read_tensors
 from tests.families import EXPERTS, SMALL, write_tokenizer
 from tests.unit.test_probe import SETS, load, write_kind
 from workers.checkpoints import open_checkpoint
@@ -134,6 +137,29 @@ def test_a_sigmoid_has_no_entropy(tmp_path: Path) -> None:
         assert "load_entropy" in routing
         assert routing["overlap"]["same"] == 1.0
     assert min(routing["overlap"]["mother"] for routing in found) < 1.0
+
+
+@pytest.mark.parametrize("kind", ["minimax_m2", "ernie4_5_moe"])
+def test_choices_of_others_are_made_with_their_biases(kind: str, tmp_path: Path) -> None:
+    """Wherever these are kept: of two models that differ in the biases alone, where these are so large that
+    nothing else counts, the overlap is that of the experts with the largest."""
+    folder = write_kind(tmp_path / "own", kind)
+    tensors = read_tensors(folder)
+    biases = {key: value for key, value in tensors.items() if key.endswith("correction_bias")}
+    assert len(biases) in (3, 4)
+    found = {}
+    for name, large in (("own", (0, 1)), ("mother", (0, 2)), ("other", (2, 3))):
+        changed = dict(tensors)
+        for key, bias in biases.items():
+            row = torch.zeros(4).index_fill_(0, torch.tensor(large), 100.0)
+            changed[key] = row.view(bias.shape).to(bias.dtype)
+        target = shutil.copytree(folder, tmp_path / f"{name}_biased")
+        safetensors.torch.save_file(changed, target / "model.safetensors", {"format": "pt"})
+        found[name] = open_checkpoint(str(target))
+    others = {"same": found["own"], "mother": found["mother"], "other": found["other"]}
+    rows = probe_checkpoint(found["own"], SETS, others=others)["questions"]
+    overlaps = [row["routing"]["overlap"] for row in rows if "routing" in row]
+    assert overlaps == [{"same": 1.0, "mother": 0.5, "other": 0.0}] * len(biases)
 
 
 def test_a_router_of_another_shape_is_not_compared(tmp_path: Path) -> None:

@@ -47,11 +47,13 @@ PREFIXES = ("model.language_model.", "language_model.model.", "language_model.",
 
 CANONICAL_SPELLINGS = (
     (re.compile(r"\.(block_sparse_moe|feed_forward)\."), ".mlp."),
+    (re.compile(r"\.mlp\.gate\.moe_statics\."), ".mlp.moe_statics."),
     (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
     (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
     (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
 )
-"""The names of Mixtral and Llama 4, spelt as everybody else spells them."""
+"""The names of Mixtral and Llama 4, spelt as everybody else spells them; and what Ernie 4.5 calls otherwise
+in memory, as it is stored."""
 
 OUTSIDE_LAYERS = (
     ("mtp", re.compile(r"mtp\.")),

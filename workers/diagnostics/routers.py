@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from workers.checkpoints import ArchitectureMap, Checkpoint
-from workers.checkpoints.architecture import canonical_name
+from workers.checkpoints.architecture import canonical_name, classify
 from workers.merging.sources import TORCH_DTYPES, Source
 
 ROUTERS = ("gate", "router")
 """The last part of a router's name, in all mixtures of transformers 5."""
 
 Weights = dict[str, torch.Tensor]
-"""A router's parameters and buffers, by their names in it."""
+"""A router's parameters and buffers, by their names in the module around it: `gate.weight`. So are those that
+this module keeps beside the router and gives it as arguments: the correction biases of MiniMax-M2, LFM2."""
 
 
 class OtherRouters:
@@ -31,15 +32,17 @@ class OtherRouters:
     def __init__(self, parents: Mapping[str, Checkpoint], layers: int | None = 1) -> None:
         self._maps = {name: ArchitectureMap.of(parent) for name, parent in parents.items()}
         self._sources = {name: Source(parent) for name, parent in parents.items()}
-        self.of: Callable[[str, torch.nn.Module], dict[str, Weights]] = lru_cache(layers)(self._of)
-        """Parent -> its weights of a router, by the router's name in the model; without those that have no
-        router of the same shape there."""
+        self.of: Callable[[str, str, torch.nn.Module], dict[str, Weights]]
+        self.of = lru_cache(layers)(self._of)
+        """Parent -> its weights of a router, by the name in the model of the module around it, the router's
+        name in that, and that; without parents that have no router of the same shape there."""
 
-    def _of(self, called: str, router: torch.nn.Module) -> dict[str, Weights]:
-        own = router.state_dict(keep_vars=True)
+    def _of(self, place: str, name: str, around: torch.nn.Module) -> dict[str, Weights]:
+        router = around.get_submodule(name).state_dict(keep_vars=True)
+        own = {f"{name}.{key}": tensor for key, tensor in router.items()} | _beside(place, around)
         found = {}
         for parent in self._maps:
-            read = {name: self._read(parent, f"{called}.{name}", t) for name, t in own.items()}
+            read = {key: self._read(parent, f"{place}.{key}", t) for key, t in own.items()}
             weights = {name: values for name, values in read.items() if values is not None}
             if own and len(weights) == len(own):
                 found[parent] = weights
@@ -55,19 +58,42 @@ class OtherRouters:
         return values.to(like.dtype, copy=True).view(like.shape).to(like.device)
 
 
+def _beside(place: str, around: torch.nn.Module) -> Weights:
+    """What belongs to the router of the module `around`, of this place in the model, and is not in it."""
+    held = {**around._parameters, **around._buffers}
+    return {
+        name: tensor
+        for name, tensor in held.items()
+        if tensor is not None and classify(canonical_name(f"{place}.{name}"), {})[0] == "router"
+    }
+
+
 @contextmanager
 def observed_router(
-    router: torch.nn.Module,
+    name: str,
+    around: torch.nn.Module,
     keep: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], None],
     others: Callable[[], Mapping[str, Weights]],
 ) -> Iterator[None]:
-    """`keep` is told of each call of a router that is made inside: what it gives for all experts
-    `[tokens, E]`, which it chooses `[tokens, k]`, and which `others` would choose of the same hidden states.
+    """`keep` is told of each call, made inside, of the router `name` of the module `around`: what it gives
+    for all experts `[tokens, E]`, which it chooses `[tokens, k]`, and which `others` would choose of the same
+    hidden states.
 
     A choice is the module's own rule (groups, correction biases, whatever it does) with the other one's
     weights. Routers that do not give `(scores of all, weights, chosen)` are passed over.
     """
+    router = around.get_submodule(name)
     asking = False
+
+    def choose(weights: Weights, arguments: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+        inside = f"{name}."
+        own = {key[len(inside) :]: w for key, w in weights.items() if key.startswith(inside)}
+        held = {**around._parameters, **around._buffers}
+        beside = {id(held[key]): values for key, values in weights.items() if key in held}
+        given = tuple(beside.get(id(argument), argument) for argument in arguments)
+        by_name = {key: beside.get(id(argument), argument) for key, argument in named.items()}
+        chosen: torch.Tensor = torch.func.functional_call(router, own, given, by_name)[2]
+        return chosen
 
     def hook(
         module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
@@ -78,8 +104,7 @@ def observed_router(
         asking = True
         try:
             choices = {
-                name: torch.func.functional_call(module, weights, arguments, named)[2]
-                for name, weights in others().items()
+                parent: choose(weights, arguments, named) for parent, weights in others().items()
             }
         finally:
             asking = False

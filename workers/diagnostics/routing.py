@@ -122,9 +122,11 @@ def routed(
             )
             found = find_router(layer.module)
             if found is not None:
-                name, router = found
-                called = f"{layer.name}.{name}"
+                path, router = found
+                inside, _, name = path.rpartition(".")
+                around = layer.module.get_submodule(inside)
+                place = ".".join(filter(None, (layer.name, inside)))
                 keep = partial(keep_router, layer.index, has_softmax(router))
-                asked = partial(others.of, called, router) if others else dict
-                watching.enter_context(observed_router(router, keep, asked))
+                asked = partial(others.of, place, name, around) if others else dict
+                watching.enter_context(observed_router(name, around, keep, asked))
         yield seen
