@@ -18,6 +18,7 @@ from orchestrator.config import (
 from orchestrator.mri.probe import load_calibration_sets
 from orchestrator.objectives import task_weights
 from orchestrator.places import open_parent
+from orchestrator.weight_meaning import contradictions
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.diagnostics.calibration import CalibrationSet
@@ -25,14 +26,6 @@ from workers.errors import BadInputError
 from workers.evaluation import load_task
 from workers.evaluation.task import Task, check_disjoint
 from workers.merging import METHODS, MergeMethod, ParentReference
-
-MEANING_KEYS = (
-    "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "rope_theta", "rope_parameters", "num_experts_per_tok", "layer_types",
-    "rms_norm_eps", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-    "norm_topk_prob", "partial_rotary_factor",
-)  # fmt: skip
-"""Configuration keys that change what equally shaped weights mean."""
 
 SCORING = 2
 """Raised when Darwin asks or scores the same items otherwise: what one version began the other cannot end."""
@@ -191,13 +184,11 @@ def check_parents(parents: dict[str, Checkpoint], vocabulary: str | None = None)
     """
     (first, father), *others = parents.items()
     for name, parent in others:
-        for key in MEANING_KEYS:
-            own, other = _text_config(father).get(key), _text_config(parent).get(key)
-            if own is not None and other is not None and own != other:
-                raise BadInputError(
-                    f"{name} ({parent.location}): config.json has {key} {other!r}, but {first} has "
-                    f"{own!r}: such weights cannot be mixed"
-                )
+        for key, own, other in contradictions(father, parent):
+            raise BadInputError(
+                f"{name} ({parent.location}): config.json has {key} {other!r}, but {first} has "
+                f"{own!r}: such weights cannot be mixed"
+            )
         if _has_own_head(parent) and not _has_own_head(father):
             raise BadInputError(
                 f"{name} ({parent.location}): has an lm_head of its own, which {first} ties to its "
@@ -258,11 +249,6 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Whether it stores a head that is not its embedding."""
     stored = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
     return stored and not ArchitectureMap.of(checkpoint).ties_head
-
-
-def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    text = checkpoint.config.get("text_config")
-    return text if isinstance(text, dict) else checkpoint.config
 
 
 def _tokens_by_id(checkpoint: Checkpoint) -> dict[int, str]:

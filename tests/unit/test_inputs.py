@@ -179,7 +179,6 @@ def test_places_are_made_absolute_for_workers_elsewhere(
         ("num_attention_heads", 4),
         ("num_key_value_heads", 2),
         ("head_dim", 8),
-        ("rope_parameters", {"rope_theta": 5.0}),
         ("layer_types", ["full_attention"] * 4),
     ],
 )

@@ -1,0 +1,80 @@
+"""What configurations say of how weights are read: compared, whichever transformers wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from workers.checkpoints import Checkpoint
+
+MEANING_KEYS = (
+    "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_experts_per_tok", "layer_types", "rms_norm_eps", "sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob",
+)  # fmt: skip
+"""Configuration keys that change what equally shaped weights mean, beside those of rotary positions."""
+
+OLD_ROPE_TYPES = {"su": "longrope", "mrope": "default"}
+"""What transformers once called the ways to scale positions."""
+
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+
+
+class Difference(NamedTuple):
+    """A key that the configurations of father and mother both have, with other values."""
+
+    key: str
+    father: Any
+    mother: Any
+
+
+def contradictions(father: Checkpoint, mother: Checkpoint) -> Iterator[Difference]:
+    """The differences by which equally shaped weights mean something else.
+
+    What only one of them says is none: the other's model may have just that as its default.
+    """
+    own, other = (_meaning(_text_config(checkpoint)) for checkpoint in (father, mother))
+    for key, value in own.items():
+        if key in other and other[key] != value:
+            yield Difference(key, value, other[key])
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    text = checkpoint.config.get("text_config")
+    return text if isinstance(text, dict) else checkpoint.config
+
+
+def _meaning(config: dict[str, Any]) -> dict[str, Any]:
+    """Key -> value of all that is said; null says nothing."""
+    found = {key: config.get(key) for key in MEANING_KEYS}
+    for layers, parameters in _rope_parameters(config).items():
+        of = "" if layers == FULL_ATTENTION else f" of {layers}"
+        found |= {f"{key}{of}": value for key, value in parameters.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Kind of layers -> the parameters of their rotary positions, as transformers 5 spells them.
+
+    transformers 4 wrote `rope_theta`, `partial_rotary_factor` and `rope_scaling` beside one another, and for
+    the sliding windows of Gemma 3 `rope_local_base_freq`. Parameters of no kind stand under full attention:
+    so Gemma 3 meant them.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    given = given if isinstance(given, dict) else {}
+    by_layers = {layers: own for layers, own in given.items() if isinstance(own, dict)}
+    by_layers = by_layers or {FULL_ATTENTION: given}
+    if config.get("rope_local_base_freq") is not None:
+        by_layers.setdefault(SLIDING_ATTENTION, {"rope_theta": config["rope_local_base_freq"]})
+    beside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    return {layers: _in_new_spelling(beside | own) for layers, own in by_layers.items()}
+
+
+def _in_new_spelling(parameters: dict[str, Any]) -> dict[str, Any]:
+    """One kind's parameters, with the type `default` where they name none; none at all if nothing is said."""
+    said = {key: value for key, value in parameters.items() if value is not None}
+    old = said.pop("type", "default")
+    if said:
+        kind = said.get("rope_type", old)
+        said["rope_type"] = OLD_ROPE_TYPES.get(str(kind), kind)
+    return said
