@@ -18,7 +18,7 @@ from orchestrator.config import (
 from orchestrator.mri.probe import load_calibration_sets
 from orchestrator.objectives import task_weights
 from orchestrator.places import open_parent
-from orchestrator.weight_meaning import contradictions
+from orchestrator.weight_meaning import contradictions, meaning_warnings
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.diagnostics.calibration import CalibrationSet
@@ -76,6 +76,11 @@ class Inputs:
             name: sorted({t.stored for t in parent.tensors if t.name not in known})
             for name, parent in self.maps.items()
         }
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of the configurations of parents and base."""
+        return meaning_warnings(self.parents | ({"base": self.base} if self.base else {}))
 
     @property
     def same_checkpoints(self) -> list[list[str]]:

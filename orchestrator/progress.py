@@ -105,6 +105,10 @@ class ProgressView:
                 highlight=False,
                 soft_wrap=True,
             )
+        for warning in campaign.inputs.warnings:
+            self.console.print(
+                warning, style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
         for name, tensors in campaign.inputs.unused.items():
             if tensors:
                 self.console.print(

@@ -22,6 +22,7 @@ from orchestrator.pool.calls import open_calls
 from orchestrator.progress_bar import progress_bar
 from orchestrator.recipe_file import load_recipe_file
 from orchestrator.reporting.merge_card import build_merge_card
+from orchestrator.weight_meaning import meaning_warnings
 from orchestrator.workers_config import WorkersConfig
 from workers.errors import BadInputError
 from workers.storage import Store, open_store
@@ -57,7 +58,8 @@ def merge_recipe(
         loaded = calibrated.loaded
     if matching is not None or calibrated is not None:
         writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
-    for warning in [*loaded.warnings, *writer.plan.warnings]:
+    opened = loaded.parents | ({"base": loaded.base} if loaded.base else {})
+    for warning in [*loaded.warnings, *meaning_warnings(opened), *writer.plan.warnings]:
         print(f"darwin: warning: {warning}", file=sys.stderr)
     with (
         open_calls(

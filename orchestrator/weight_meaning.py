@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from workers.checkpoints import Checkpoint
@@ -13,6 +13,10 @@ MEANING_KEYS = (
     "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob",
 )  # fmt: skip
 """Configuration keys that change what equally shaped weights mean, beside those of rotary positions."""
+
+TOLERATED_KEYS = ("rms_norm_eps",)
+"""Those of `MEANING_KEYS` whose values may differ: some of Qwen2.5's base models have 1e-5 where the
+instruction-tuned ones have 1e-6."""
 
 OLD_ROPE_TYPES = {"su": "longrope", "mrope": "default"}
 """What transformers once called the ways to scale positions."""
@@ -29,11 +33,28 @@ class Difference(NamedTuple):
 
 
 def contradictions(father: Checkpoint, mother: Checkpoint) -> Iterator[Difference]:
-    """The differences by which equally shaped weights mean something else.
+    """The differences by which equally shaped weights mean something else."""
+    return (d for d in _differences(father, mother) if d.key not in TOLERATED_KEYS)
 
-    What only one of them says is none: the other's model may have just that as its default.
-    """
-    own, other = (_meaning(_text_config(checkpoint)) for checkpoint in (father, mother))
+
+def meaning_warnings(parents: Mapping[str, Checkpoint]) -> list[str]:
+    """What the user should know of differences to the first of `parents`, though they may be mixed."""
+    (first, father), *others = parents.items()
+    return [
+        f"{name} ({mother.location}): config.json has {key} {other!r}, but {first} has {own!r}, which the "
+        "child keeps"
+        for name, mother in others
+        for key, own, other in _differences(father, mother)
+        if key in TOLERATED_KEYS
+    ]
+
+
+def _differences(father: Checkpoint, mother: Checkpoint) -> Iterator[Difference]:
+    """What only one of them says is none: the other's model may have just that as its default."""
+    configs = [_text_config(checkpoint) for checkpoint in (father, mother)]
+    own, other = (_meaning(config) for config in configs)
+    if all(config.get("use_sliding_window") is False for config in configs):
+        own.pop("sliding_window", None)  # Qwen2.5 ships values that nothing reads, and that differ
     for key, value in own.items():
         if key in other and other[key] != value:
             yield Difference(key, value, other[key])

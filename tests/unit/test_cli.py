@@ -201,6 +201,20 @@ def test_merge_warns_of_what_a_mergekit_file_does_not_mean(
     assert f"darwin: warning: {file}: method ties needs 2 parents" in done.err
 
 
+def test_merge_warns_of_another_epsilon_and_keeps_the_fathers(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    mother = tmp_path / "mother"
+    shutil.copytree(family[2], mother)
+    config = json.loads((mother / "config.json").read_text())
+    (mother / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    done = darwin("merge", write_recipe(tmp_path, [*family[:2], mother]), tmp_path / "child")
+    assert done.code == 0
+    assert f"darwin: warning: b ({mother}): config.json has rms_norm_eps 0.5, but a" in done.err
+    child = json.loads((tmp_path / "child" / "config.json").read_text())
+    assert child["rms_norm_eps"] == config["rms_norm_eps"]
+
+
 def test_recipe_prints_the_other_spelling(
     darwin: Darwin, family: list[Path], tmp_path: Path
 ) -> None:

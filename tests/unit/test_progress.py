@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import threading
 from itertools import count
 from pathlib import Path
@@ -16,6 +18,7 @@ from orchestrator.ledger.state import CampaignState
 from orchestrator.progress import ProgressView, fitness_interval
 from orchestrator.statistics import Results, Score, score
 from tests.scripted_campaign import scripted
+from workers.checkpoints import open_checkpoint
 
 
 def results(right: int, n: int) -> Results:
@@ -61,6 +64,26 @@ def test_the_last_figures_are_printed_and_parents_given_twice_are_noticed(
     assert "one and two are the same checkpoint" in printed
     assert "5/5 evaluations" in printed
     assert "genes of components for dare_ties" in printed
+
+
+def test_another_epsilon_of_a_parent_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "[other]"  # a name that is no markup
+    shutil.copytree(open_checkpoint("shipped:strings/sort").folder or "", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    campaign = scripted(
+        tmp_path,
+        lambda recipe, item: True,
+        parents=[
+            {"name": "one", "path": "shipped:strings/sort"},
+            {"name": "two", "path": str(folder)},
+        ],
+    )
+    with ProgressView() as view:
+        view.begin(campaign)
+    assert f"two ({folder}): config.json has rms_norm_eps 0.5, but" in capsys.readouterr().err
 
 
 def test_the_rate_is_known_where_results_come_seldom(

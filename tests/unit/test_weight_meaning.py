@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from orchestrator.inputs import check_parents
+from orchestrator.weight_meaning import meaning_warnings
 from tests.checkpoint_files import write_checkpoint
 from workers.checkpoints import Checkpoint, open_checkpoint
 from workers.errors import BadInputError
@@ -165,3 +166,44 @@ def test_what_only_one_says_of_positions_is_no_contradiction(
     parents = opened(tmp_path, one, two)
     check_parents(parents)
     check_parents(dict(reversed(parents.items())))
+
+
+OFF, ON = {"use_sliding_window": False}, {"use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "fits"),
+    [
+        (OFF | {"sliding_window": 131072}, OFF | {"sliding_window": 32768}, True),
+        (OFF | {"sliding_window": 131072}, OFF | {"sliding_window": None}, True),
+        (OFF | {"sliding_window": 131072}, ON | {"sliding_window": 32768}, False),
+        (ON | {"sliding_window": 131072}, ON | {"sliding_window": 32768}, False),
+        ({"sliding_window": 4096}, {"sliding_window": 512}, False),
+    ],
+)
+def test_a_sliding_window_counts_where_it_is_used(
+    tmp_path: Path, one: dict[str, Any], two: dict[str, Any], fits: bool
+) -> None:
+    parents = opened(tmp_path, one, two)
+    windows = {
+        transformers.Qwen2Config(**config, num_hidden_layers=2).sliding_window
+        for config in (one, two)
+    }
+    if one.keys() & OFF.keys():
+        assert (len(windows) == 1) == fits
+    if fits:
+        check_parents(parents)
+        return
+    with pytest.raises(BadInputError, match="sliding_window"):
+        check_parents(parents)
+
+
+def test_another_epsilon_of_the_norms_is_a_warning(tmp_path: Path) -> None:
+    parents = opened(tmp_path, {"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6})
+    check_parents(parents)
+    (warning,) = meaning_warnings(parents)
+    assert warning == (
+        f"two ({parents['two'].location}): config.json has rms_norm_eps 1e-06, but one has 1e-05, which "
+        "the child keeps"
+    )
+    assert meaning_warnings({"one": parents["one"], "again": parents["one"]}) == []
