@@ -99,6 +99,15 @@ TRANSPOSED_FUSED_EXPERTS = {
 """Model types whose fused experts are `[E, in, out]`. Gate and up are then interleaved in memory, so
 each expert stays one logical tensor; orientation is never guessed from a shape."""
 
+TIED_BY_DEFAULT = {
+    "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ernie4_5", "ernie4_5_moe", "gemma",
+    "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "granite_swa",
+    "jetmoe", "lfm2", "lfm2_moe", "lfm3", "minicpm3", "recurrent_gemma", "smollm3", "starcoder2",
+    "vaultgemma", "xglm", "youtu", "zamba", "zamba2", "zaya",
+}  # fmt: skip
+"""Model types of transformers that tie the head to the embedding unless config.json says otherwise, and whose
+configurations therefore often say nothing of it; a test compares them with transformers' own."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
@@ -212,10 +221,11 @@ class ArchitectureMap:
 
     @property
     def ties_head(self) -> bool:
-        """Whether the configuration says that `lm_head` is the embedding."""
-        config = self.checkpoint.config
-        text = config.get("text_config") or {}
-        return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        """Whether `lm_head` is the embedding, by the configuration or else by the model type."""
+        text = _text_config(self.checkpoint)
+        by_type = str(text.get("model_type")) in TIED_BY_DEFAULT
+        of_text = text.get("tie_word_embeddings", by_type)
+        return bool(self.checkpoint.config.get("tie_word_embeddings", of_text))
 
     @property
     def unknown(self) -> list[str]:

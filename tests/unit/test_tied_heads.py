@@ -1,0 +1,110 @@
+"""Heads that are their embedding: which configurations say so, and what is merged of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from orchestrator.single_merge import merge_recipe
+from tests.checkpoint_files import read_tensors, write_checkpoint
+from workers.checkpoints import ArchitectureMap, open_checkpoint
+from workers.checkpoints.architecture import TIED_BY_DEFAULT
+from workers.errors import BadInputError
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def write(folder: Path, name: str, head: str, config: dict[str, Any]) -> Path:
+    """A checkpoint with a head of its `own`, its embedding `again` as one, or `none`."""
+    generator = torch.Generator().manual_seed(len(name))
+    embedding, own = torch.randn(2, 6, 4, generator=generator)
+    tensors = {EMBEDDING: embedding, NORM: torch.ones(4)}
+    if head != "none":
+        tensors[HEAD] = own if head == "own" else embedding.clone()
+    return write_checkpoint(folder / name, tensors, config={"num_hidden_layers": 0} | config)
+
+
+def merge(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """The tensors of the even mean of `father` and `mother`."""
+    recipe = {
+        "parents": [{"name": name, "path": str(folder / name)} for name in ("father", "mother")],
+        "rules": [{"method": "linear", "parameters": {"weight": 1}}],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
+    merge_recipe(str(folder / "recipe.yaml"), str(folder / "child"))
+    return read_tensors(folder / "child")
+
+
+def tied_in_transformers() -> set[str]:
+    """Language models with the names that we know, whose configurations tie their heads by default."""
+    found = set()
+    for kind, classes in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if "text_config" in CONFIG_MAPPING[kind].sub_configs:
+            continue  # its text model is looked at by itself
+        name = classes if isinstance(classes, str) else classes[0]
+        keys = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
+        is_named_so = isinstance(keys, dict) and keys.get(HEAD) == EMBEDDING
+        if is_named_so and CONFIG_MAPPING[kind]().tie_word_embeddings:
+            found.add(kind)
+    return found
+
+
+def test_the_model_types_that_tie_by_default_are_those_of_transformers() -> None:
+    assert tied_in_transformers() == TIED_BY_DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"model_type": "gemma2"}, True),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, False),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, True),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"model_type": "gemma3_text", "tie_word_embeddings": False},
+            },
+            False,
+        ),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "llama", "tie_word_embeddings": True}, True),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, False),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({}, False),
+    ],
+)
+def test_what_the_configuration_says_counts_before_the_default(
+    tmp_path: Path, config: dict[str, Any], tied: bool
+) -> None:
+    folder = write(tmp_path, "model", "again", config)
+    assert ArchitectureMap.of(open_checkpoint(str(folder))).ties_head == tied
+
+
+@pytest.mark.parametrize(("fathers", "mothers"), [("none", "again"), ("again", "none")])
+def test_a_redundant_head_of_a_model_that_ties_by_default_is_none_of_its_own(
+    tmp_path: Path, fathers: str, mothers: str
+) -> None:
+    gemma = {"model_type": "gemma2"}
+    father, mother = (
+        read_tensors(write(tmp_path, name, head, gemma))
+        for name, head in (("father", fathers), ("mother", mothers))
+    )
+    child = merge(tmp_path)
+    assert (HEAD in child) == (fathers == "again")
+    mean = (father[EMBEDDING] + mother[EMBEDDING]) / 2
+    for name in child.keys() & {EMBEDDING, HEAD}:
+        torch.testing.assert_close(child[name], mean)
+
+
+def test_a_head_of_a_mothers_own_is_refused_beside_a_tied_one(tmp_path: Path) -> None:
+    write(tmp_path, "father", "none", {"model_type": "gemma2"})
+    write(tmp_path, "mother", "own", {"model_type": "gemma2", "tie_word_embeddings": False})
+    with pytest.raises(BadInputError, match=r"^mother .* an lm_head of its own, which father ties"):
+        merge(tmp_path)
