@@ -172,6 +172,8 @@ def _changed_by_reading(
 
     names = {parent["fingerprint"]: parent["name"] for parent in lineage["parents"]}
     orders = _expert_orders(child, lineage)
+    # Older versions did not compare a head with a mother whose own is tied to her embedding.
+    compared = {tensor["name"]: tensor["changed"] for tensor in lineage["tensors"]}
     own, own_map = Source(child), ArchitectureMap.of(child)
     changed = {}
     for location in locations:
@@ -191,7 +193,10 @@ def _changed_by_reading(
         )
         total = 0
         for tensor in own_map.tensors:
-            match = other_map.by_name.get(places.counterpart(name, tensor))
+            wanted = places.counterpart(name, tensor)
+            match = other_map.by_name.get(wanted)
+            if name in compared.get(tensor.name, ()):
+                match = other_map.find(wanted)
             if match is None or match.shape != tensor.shape:
                 total += tensor.elements
                 continue

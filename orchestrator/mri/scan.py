@@ -182,7 +182,7 @@ def _maps(parents: dict[str, Checkpoint], base: Checkpoint | None) -> dict[str, 
 
 
 def _bytes(tensor: LogicalTensor, maps: dict[str, ArchitectureMap]) -> int:
-    found = (own for m in maps.values() if (own := m.by_name.get(tensor.name)) is not None)
+    found = (own for m in maps.values() if (own := m.find(tensor.name)) is not None)
     return sum(own.elements * BITS_PER_ELEMENT[own.dtype] // 8 for own in found)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchestrator.single_merge import merge_recipe
-from tests.checkpoint_files import read_tensors, write_checkpoint
+from orchestrator.verification import verify_child
+from tests.checkpoint_files import assert_same_bits, read_tensors, write_checkpoint
+from tests.families import write_tokenizer
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.checkpoints.architecture import TIED_BY_DEFAULT
 from workers.errors import BadInputError
@@ -23,7 +27,7 @@ EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.no
 
 def write(folder: Path, name: str, head: str, config: dict[str, Any]) -> Path:
     """A checkpoint with a head of its `own`, its embedding `again` as one, or `none`."""
-    generator = torch.Generator().manual_seed(len(name))
+    generator = torch.Generator().manual_seed(sum(name.encode()))
     embedding, own = torch.randn(2, 6, 4, generator=generator)
     tensors = {EMBEDDING: embedding, NORM: torch.ones(4)}
     if head != "none":
@@ -108,3 +112,72 @@ def test_a_head_of_a_mothers_own_is_refused_beside_a_tied_one(tmp_path: Path) ->
     write(tmp_path, "mother", "own", {"model_type": "gemma2", "tie_word_embeddings": False})
     with pytest.raises(BadInputError, match=r"^mother .* an lm_head of its own, which father ties"):
         merge(tmp_path)
+
+
+LLAMA = {"model_type": "llama"}
+TIED = LLAMA | {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_the_head_of_a_tied_mother_is_her_embedding(tmp_path: Path, with_base: bool) -> None:
+    father = read_tensors(write(tmp_path, "father", "own", LLAMA))
+    mother = read_tensors(write(tmp_path, "mother", "none", TIED))
+    base = read_tensors(write(tmp_path, "base", "none", TIED))
+    task = {"method": "task_arithmetic", "parameters": {"weight": 1}}
+    changes = {"base": str(tmp_path / "base"), "rules": [task]} if with_base else {}
+    child = merge(tmp_path, **changes)
+    expected = (father[HEAD] + mother[EMBEDDING]) / 2
+    if with_base:
+        expected = father[HEAD] + mother[EMBEDDING] - base[EMBEDDING]
+    torch.testing.assert_close(child[HEAD], expected)
+    lineage = json.loads((tmp_path / "child" / "lineage.json").read_text())
+    (head,) = [tensor for tensor in lineage["tensors"] if tensor["name"] == HEAD]
+    assert head["changed"] == {"father": 24, "mother": 24}
+    places = [str(tmp_path / name) for name in ("father", "mother")]
+    assert verify_child(str(tmp_path / "child"), places)["problems"] == []
+
+
+def test_a_head_that_was_not_compared_with_a_tied_mother_is_verified_so(tmp_path: Path) -> None:
+    """Children are older than the mother's head: their lineages count all of it as changed."""
+    head = {"where": {"names": [HEAD]}, "method": "passthrough", "parameters": {"source": "father"}}
+    father = read_tensors(write(tmp_path, "father", "own", LLAMA))
+    mother = write(tmp_path, "mother", "none", TIED)
+    tensors = read_tensors(mother) | {EMBEDDING: father[HEAD]}
+    shutil.rmtree(mother)
+    write_checkpoint(mother, tensors, config={"num_hidden_layers": 0} | TIED)
+    rest = {"method": "linear", "parameters": {"weight": 1}}
+    merge(tmp_path, rules=[head, rest])
+    file = tmp_path / "child" / "lineage.json"
+    lineage = json.loads(file.read_text())
+    (head,) = [tensor for tensor in lineage["tensors"] if tensor["name"] == HEAD]
+    assert head["changed"].pop("mother") == 0
+    for child in (lineage, json.loads(file.read_text())):
+        file.write_text(json.dumps(child))
+        places = [str(tmp_path / name) for name in ("father", "mother")]
+        assert verify_child(str(tmp_path / "child"), places)["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": "union"},
+        {"vocabulary": "mother"},
+        {"rules": [{"method": "passthrough", "parameters": {"source": "mother"}}]},
+        {"dtype": "BF16"},
+    ],
+)
+def test_a_tied_mother_is_merged_as_if_she_stored_her_head(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    children = []
+    for head, config in (("none", TIED), ("again", LLAMA)):
+        folder = tmp_path / head
+        father = write(folder, "father", "own", LLAMA)
+        mother = write(folder, "mother", head, config)
+        write_tokenizer(father, ["<pad>", *"abcd"])
+        write_tokenizer(mother, ["<pad>", *"adce"])
+        if "vocabulary" not in changes:
+            shutil.copy(father / "tokenizer.json", mother)
+        children.append(merge(folder, **changes))
+    assert HEAD in children[0]
+    assert_same_bits(*children)

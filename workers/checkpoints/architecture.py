@@ -26,6 +26,8 @@ from workers.checkpoints.quantization import BlockScales, ScaleTable, quantizati
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
 COMPONENTS = (
     "embedding",
     "attention",
@@ -208,6 +210,12 @@ class ArchitectureMap:
     @cached_property
     def by_name(self) -> dict[str, LogicalTensor]:
         return {tensor.name: tensor for tensor in self.tensors}
+
+    def find(self, name: str) -> LogicalTensor | None:
+        """The tensor of this name; for a tied head that is not stored, the embedding, whose values it has."""
+        if name == HEAD and name not in self.by_name and self.ties_head:
+            return self.by_name.get(EMBEDDING)
+        return self.by_name.get(name)
 
     @cached_property
     def layers(self) -> int:

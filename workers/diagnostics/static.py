@@ -72,7 +72,7 @@ class StaticScan:
         found = {
             checkpoint: tensor
             for checkpoint, values in self._values.items()
-            if (tensor := values.map.by_name.get(name)) is not None and has_values(tensor)
+            if (tensor := values.map.find(name)) is not None and has_values(tensor)
         }
         father = next(iter(found.values()))
         by_shape: dict[tuple[int, ...], dict[str, LogicalTensor]] = {}

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
+from workers.checkpoints.architecture import EMBEDDING, HEAD
 from workers.checkpoints.layout import Form, child_layout
 from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
@@ -31,8 +32,6 @@ CHUNK_ELEMENTS = 1 << 18
 
 BASE = "base"
 """What the base is called beside the parents; no parent may have this name."""
-
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 RECENT_CHOICES = 16
 """Of so many lists of selectors a plan remembers which rule each tensor takes: candidates of one search
@@ -120,7 +119,7 @@ class Plan:
         parent = self.base if name == BASE else self.maps[name]
         assert parent is not None
         if tensor.layer is None or not self._slices:
-            return parent.by_name.get(self.experts.counterpart(name, tensor))
+            return parent.find(self.experts.counterpart(name, tensor))
         part, offset = self._slices[tensor.layer]
         first, _ = part.get(name, next(iter(part.values())) if name == BASE else (-1, -1))
         if first < 0:

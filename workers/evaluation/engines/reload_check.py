@@ -18,9 +18,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from workers.checkpoints import ArchitectureMap
+from workers.checkpoints.architecture import EMBEDDING, HEAD
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe, Rule, Selector
-from workers.merging.plan import EMBEDDING, HEAD
 
 ADDING = (".o_proj.bias", ".down_proj.bias", ".per_layer_projection.weight")
 """What a layer adds whatever attention and mlp make of its hidden states."""

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from workers.checkpoints.architecture import EMBEDDING
 from workers.diagnostics.expert_outputs import standing_for
 from workers.errors import BadInputError
 from workers.evaluation.engines.reload_check import head_of
 from workers.experts.merged_model import MergedValues, StreamedChild
 from workers.merging import Recipe
-from workers.merging.plan import EMBEDDING
 
 
 class ScoredChild(StreamedChild):
