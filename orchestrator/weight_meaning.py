@@ -9,14 +9,15 @@ from workers.checkpoints import Checkpoint
 
 MEANING_KEYS = (
     "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "num_experts_per_tok", "layer_types", "rms_norm_eps", "sliding_window",
-    "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob",
+    "head_dim", "num_experts_per_tok", "layer_types", "sliding_window", "attn_logit_softcapping",
+    "final_logit_softcapping", "norm_topk_prob", "rope_theta", "partial_rotary_factor", "mrope_section",
+    "mrope_interleaved",
 )  # fmt: skip
-"""Configuration keys that change what equally shaped weights mean, beside those of rotary positions."""
+"""Configuration keys that change what equally shaped weights mean. What else is said of rotary positions is
+how longer texts are scaled, which many switch on or off with the same weights (YaRN)."""
 
 TOLERATED_KEYS = ("rms_norm_eps",)
-"""Those of `MEANING_KEYS` whose values may differ: some of Qwen2.5's base models have 1e-5 where the
-instruction-tuned ones have 1e-6."""
+"""What may differ: some of Qwen2.5's base models have 1e-5 where the instruction-tuned ones have 1e-6."""
 
 OLD_ROPE_TYPES = {"su": "longrope", "mrope": "default"}
 """What transformers once called the ways to scale positions."""
@@ -34,7 +35,7 @@ class Difference(NamedTuple):
 
 def contradictions(father: Checkpoint, mother: Checkpoint) -> Iterator[Difference]:
     """The differences by which equally shaped weights mean something else."""
-    return (d for d in _differences(father, mother) if d.key not in TOLERATED_KEYS)
+    return (found for found in _differences(father, mother) if _matters(found.key))
 
 
 def meaning_warnings(parents: Mapping[str, Checkpoint]) -> list[str]:
@@ -45,8 +46,12 @@ def meaning_warnings(parents: Mapping[str, Checkpoint]) -> list[str]:
         "child keeps"
         for name, mother in others
         for key, own, other in _differences(father, mother)
-        if key in TOLERATED_KEYS
+        if not _matters(key)
     ]
+
+
+def _matters(key: str) -> bool:
+    return key.partition(" of ")[0] in MEANING_KEYS
 
 
 def _differences(father: Checkpoint, mother: Checkpoint) -> Iterator[Difference]:
@@ -67,7 +72,7 @@ def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _meaning(config: dict[str, Any]) -> dict[str, Any]:
     """Key -> value of all that is said; null says nothing."""
-    found = {key: config.get(key) for key in MEANING_KEYS}
+    found = {key: config.get(key) for key in (*MEANING_KEYS, *TOLERATED_KEYS)}
     for layers, parameters in _rope_parameters(config).items():
         of = "" if layers == FULL_ATTENTION else f" of {layers}"
         found |= {f"{key}{of}": value for key, value in parameters.items()}

@@ -100,6 +100,15 @@ def transformers_reading(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def unscaled(positions: dict[str, Any]) -> Any:
+    """What positions are where texts are short: YaRN and its like are switched on and off with the same
+    weights."""
+    if any(isinstance(value, dict) for value in positions.values()):
+        return {layers: unscaled(own) for layers, own in positions.items()}
+    kept = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    return {key: positions.get(key) for key in kept}
+
+
 def pairs() -> list[Any]:
     return [
         pytest.param({"model_type": kind} | one, {"model_type": kind} | two, id=f"{kind}-{i}-{j}")
@@ -113,8 +122,13 @@ def test_positions_are_the_same_exactly_if_transformers_reads_them_alike(
     tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
 ) -> None:
     parents = opened(tmp_path, one, two)
-    if transformers_reading(one) == transformers_reading(two):
+    readings = transformers_reading(one), transformers_reading(two)
+    if readings[0] == readings[1]:
         check_parents(parents)
+        assert meaning_warnings(parents) == []
+    elif unscaled(readings[0]) == unscaled(readings[1]):
+        check_parents(parents)
+        assert meaning_warnings(parents)
     else:
         with pytest.raises(BadInputError, match=r"^two .*config.json has .* but one has"):
             check_parents(parents)
@@ -127,11 +141,6 @@ def test_positions_are_the_same_exactly_if_transformers_reads_them_alike(
             {"rope_theta": 1e4},
             {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
             "has rope_theta 1000000.0, but one has 10000.0",
-        ),
-        (
-            {"rope_theta": 1e4},
-            {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "has rope_type 'yarn', but one has 'default'",
         ),
         (
             {"rope_local_base_freq": 1e4},
@@ -196,6 +205,15 @@ def test_a_sliding_window_counts_where_it_is_used(
         return
     with pytest.raises(BadInputError, match="sliding_window"):
         check_parents(parents)
+
+
+def test_another_scaling_of_positions_is_a_warning(tmp_path: Path) -> None:
+    """Qwen's cards say how to switch YaRN on in config.json: the weights are the same."""
+    yarn = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    parents = opened(tmp_path, {"rope_theta": 1e6}, yarn)
+    check_parents(parents)
+    (warning,) = meaning_warnings(parents)
+    assert "has rope_type 'yarn', but one has 'default', which the child keeps" in warning
 
 
 def test_another_epsilon_of_the_norms_is_a_warning(tmp_path: Path) -> None:
