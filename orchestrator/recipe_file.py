@@ -226,9 +226,9 @@ def _rule(path: str, number: int, data: Any, names: list[str]) -> Rule:
         )
     try:
         selector = (
-            parse_selector(data["where"])
-            if data.get("where")
-            else Selector(components=tuple(c for c in COMPONENTS if c not in CARRIED))
+            Selector(components=tuple(c for c in COMPONENTS if c not in CARRIED))
+            if data.get("where") in (None, {})
+            else parse_selector(data["where"])
         )
     except BadInputError as error:
         raise BadInputError(f"{where}: {error}") from error

@@ -144,11 +144,11 @@ PLACES: dict[tuple[Any, ...], tuple[type, ...]] = {
     ("rules", 0, "method"): (str,),
     ("rules", 0, "parameters"): (dict,),
     ("rules", 0, "where"): (dict,),
-    ("rules", 0, "where", "components"): (list, type(None)),
+    ("rules", 0, "where", "components"): (type(None),),
     ("rules", 0, "where", "components", 0): (),
     ("rules", 0, "where", "layers"): (type(None),),
     ("rules", 0, "where", "layers", 0): (int,),
-    ("rules", 1, "where", "names"): (list, type(None)),
+    ("rules", 1, "where", "names"): (type(None),),
     ("rules", 1, "where", "names", 0): (str,),
 }
 """Every place of a recipe, and which types can stand there. Of lists and tables only empty ones can,
@@ -254,6 +254,8 @@ def test_a_selector_restricts_by_all_that_it_says(
         ({"components": ["mlps"]}, "'mlps'"),
         ({"components": "mlp"}, "components"),
         ({"components": 3}, "components"),
+        ({"components": []}, "components"),  # would select more than leaving it out
+        ({"names": []}, "names"),
         ({"layers": [1]}, "layers"),
         ({"layers": [1, 2, 3]}, "layers"),
         ({"layers": [0.0, 1]}, "layers"),

@@ -257,6 +257,17 @@ def test_a_degenerate_method_is_refused_unless_allowed(recipes: RecipeFolder) ->
         ({"rules": [LINEAR | {"where": "*norm*"}]}, "rules.0: where"),
         ({"rules": [LINEAR | {"where": ["norm"]}]}, "rules.0: where"),
         ({"rules": [LINEAR | {"where": 5}]}, "rules.0: where"),
+        ({"rules": [LINEAR | {"where": []}]}, "rules.0: where"),
+        ({"rules": [LINEAR | {"where": {"components": []}}]}, "rules.0: where.components"),
+        ({"rules": [LINEAR | {"where": {"names": []}}]}, "rules.0: where.names"),
+        (
+            {
+                "rules": [
+                    {"method": "slerp", "parameters": {"t": [{"where": {"names": []}, "value": 1}]}}
+                ]
+            },
+            "rules.0: where.names",
+        ),
         ({"rules": [LINEAR | {"where": {"name": ["x"]}}]}, "rules.0: where"),
         ({"rules": [LINEAR | {"where": {"names": "*norm*"}}]}, "rules.0: where.names"),
         ({"rules": [LINEAR | {"where": {"names": [5]}}]}, "rules.0: where.names"),

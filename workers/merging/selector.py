@@ -111,7 +111,11 @@ class Selector:
 
 def parse_selector(data: Any) -> Selector:
     """A selector from plain data: `{components: [...], layers: [first, last], experts: [first, last],
-    places: {layer: [[first, last], ...]}, names: [...]}`, each of them optional."""
+    places: {layer: [[first, last], ...]}, names: [...]}`, each of them optional.
+
+    Raises `BadInputError` naming the key for anything else, an empty list included: it selects nothing, and
+    what is left out does not restrict.
+    """
     typed(data, dict, "where")
     unknown = set(data) - set(KEYS)
     if unknown:
@@ -157,7 +161,11 @@ def _places(data: Any) -> tuple[tuple[int, Spans], ...]:
 
 def _list_or_none(data: dict[str, Any], key: str) -> list[Any]:
     value = data.get(key)
-    found: list[Any] = typed([] if value is None else value, list, f"where.{key}")
+    if value is None:
+        return []
+    found: list[Any] = typed(value, list, f"where.{key}")
+    if not found:
+        raise BadInputError(f"where.{key}: is an empty list: leave it out, or name what is meant")
     return found
 
 
