@@ -119,7 +119,7 @@ def name_patterns(text: str, father: ArchitectureMap) -> list[str]:
         for tensor in father.tensors
         if fnmatchcase(tensor.name, pattern) or fnmatchcase(tensor.stored, pattern)
     }
-    if wanted == selected:
+    if wanted and wanted == selected:
         return [pattern]
     return sorted({re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name) for name in wanted})
 

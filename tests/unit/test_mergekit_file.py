@@ -330,6 +330,30 @@ def test_a_filter_is_plain_text(configs: ConfigFolder) -> None:
     assert [value["m1"] for value in values_of(ways, "weight", "q_proj")] == [2.0, 1.0, 2.0, 2.0]
 
 
+def test_filters_may_match_nothing_in_the_child(configs: ConfigFolder, tmp_path: Path) -> None:
+    """As in mergekit; and what `darwin recipe` makes of such a file can be merged, too."""
+    source = {"model": configs.one, "layer_range": [0, 2]}
+    data = {
+        "slices": [{"sources": [source, source | {"model": configs.two}]}],
+        "merge_method": "linear",
+        "parameters": {
+            "weight": [
+                {"filter": "no_such", "value": 5},
+                {"filter": f"layers.{LAYERS - 1}.", "value": 6},  # cut off
+                {"filter": "q_proj", "value": 7},
+                {"value": 1},
+            ],
+            # Each layer has its own case, and the filter is of one of them alone.
+            "normalize": [{"filter": "layers.1.", "value": [True, False]}, {"value": True}],
+        },
+    }
+    ways = configs.assigned(data)
+    assert [value["m1"] for value in values_of(ways, "weight", "q_proj")] == [7.0, 7.0]
+    assert values_of(ways, "normalize", "q_proj") == [1.0, 0.0]
+    (tmp_path / "own.yaml").write_text(respell(str(configs.file)))
+    assert assigned(load_recipe_file(str(tmp_path / "own.yaml"))) == ways
+
+
 def test_experts_are_known_by_their_fused_names(tmp_path: Path, experts: list[str]) -> None:
     weight = [
         {"filter": "gate_proj", "value": 5},

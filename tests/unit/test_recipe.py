@@ -25,6 +25,7 @@ from workers.errors import BadInputError
 from workers.merging import (
     CARRIED,
     ParentReference,
+    PostStep,
     Recipe,
     Rule,
     Selector,
@@ -360,6 +361,48 @@ def test_a_rule_that_matches_nothing_is_refused(
     rules = (rule("linear", weight=1.0), rule("linear", parse_selector(where), weight=1.0))
     word = next(iter(where.values()))[0]
     refuse(parents, "matches no tensor", str(parents["a"]), str(word), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [
+        ({"names": ["*mpl*"]}, "names"),
+        ({"components": ["router"]}, "components"),
+        ({"layers": [2, 3], "names": ["*mlp*"]}, "layers"),
+        ({"experts": [0, 0]}, "experts"),
+    ],
+)
+@pytest.mark.parametrize("is_table", [False, True])
+def test_a_case_that_matches_nothing_is_refused(
+    parents: dict[str, Path], where: dict[str, Any], key: str, is_table: bool
+) -> None:
+    """What it is for would silently take another case's value."""
+    cases: Any = [{"where": where, "value": 0.25}, {"value": 0.5}]
+    weight = {"a": 1.0, "b": cases, "c": 1.0} if is_table else cases
+    words = ("components: [mlp]", "method linear", "'weight'", key, str(parents["a"]))
+    mlp = Selector(components=("mlp",))
+    refuse(parents, *words, rules=(rule("linear", mlp, weight=weight),))
+    refuse(parents, *words, rules=(rule("linear", weight=1.0), rule("linear", mlp, weight=weight)))
+
+
+def test_a_case_of_a_step_afterwards_that_matches_nothing_is_refused(
+    parents: dict[str, Path],
+) -> None:
+    post = PostStep("svc", {"alpha": [{"where": {"names": ["*mpl*"]}, "value": 0.5}, {"value": 1}]})
+    merger = open_merger({"a": parents["a"], "b": parents["b"]}, parents["c"])
+    way = Rule(Selector(components=("mlp",)), "task_arithmetic", {"weight": 1.0}, post)
+    with pytest.raises(BadInputError, match=r"method svc: parameter 'alpha'.*names.*\*mpl\*"):
+        realize(merger, recipe_for(merger, way))
+
+
+def test_a_case_may_match_no_tensor_of_its_rule(parents: dict[str, Path]) -> None:
+    """The same cases may stand in several rules, and the layers of each in one that is for few layers."""
+    cases = [
+        {"where": {"names": ["*q_proj*"], "layers": [0, 0]}, "value": 0.25},
+        {"where": {"names": ["model.odd.*"]}, "value": 0.25},
+        {"value": 1.0},
+    ]
+    run_once(parents, rule("linear", Selector(components=("mlp",)), weight=cases))
 
 
 def test_an_unknown_method_is_refused(parents: dict[str, Path]) -> None:

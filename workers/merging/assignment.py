@@ -10,7 +10,7 @@ from workers.errors import BadInputError
 from workers.merging.methods import METHODS, Grain, MergeMethod, get_method
 from workers.merging.methods.as_experts import AS_EXPERTS
 from workers.merging.methods.method import Values
-from workers.merging.parameters import parse_parameters, value_at, varies
+from workers.merging.parameters import parse_parameters, selectors_of, value_at, varies
 from workers.merging.recipe import CARRIED, PostStep, Recipe, Rule
 
 if TYPE_CHECKING:
@@ -70,11 +70,25 @@ class RuleOnPlan:
             (get_method(step.method), parse_parameters(step.parameters, f"method {step.method}"))
             for step in steps
         ]
+        self._check_cases()
         self._varies = any(varies(parameters) for _, parameters in self._steps)
         self._same: dict[tuple[str, ...], Assignment] = {}
         if not self._varies and not plan.form.layers:
             # Also where other rules hide this one: what cannot work is an error.
             self.assignment(plan.child.tensors[0], self.parents)
+
+    def _check_cases(self) -> None:
+        """Raise `BadInputError` for a case that can match no tensor."""
+        for method, parameters in self._steps:
+            for name, value in parameters.items():
+                for where in selectors_of(value):
+                    key = self._plan.unmatched_key(where)
+                    if key is not None:
+                        raise BadInputError(
+                            f"recipe: the rule for where: {self._where}: method {method.name}: parameter "
+                            f"{name!r}: the case for where: {where}: its {key} match no tensor of "
+                            f"{self._plan.layout.location}: correct the case, or leave it out"
+                        )
 
     def assignment(self, tensor: LogicalTensor, parents: tuple[str, ...]) -> Assignment:
         if self._varies:

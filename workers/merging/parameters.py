@@ -11,6 +11,7 @@ Anywhere that a recipe takes a number it also takes
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,18 @@ def varies(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(varies, value.values()))
     return isinstance(value, Gradient | Cases)
+
+
+def selectors_of(value: Any) -> Iterator[Selector]:
+    """The selectors of all cases in a parsed parameter, or in a table of these."""
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from selectors_of(part)
+    elif isinstance(value, Cases):
+        for where, found in value.cases:
+            if where is not None:
+                yield where
+            yield from selectors_of(found)
 
 
 def value_at(value: Any, tensor: LogicalTensor, depth: float) -> Any:

@@ -22,7 +22,7 @@ from workers.merging.expert_order import ExpertPlaces
 from workers.merging.methods import Grain
 from workers.merging.methods.as_experts import AS_EXPERTS
 from workers.merging.recipe import Recipe
-from workers.merging.selector import Selector
+from workers.merging.selector import Selector, parse_selector
 
 UNIT_BYTES = 32 << 20
 """A unit is at most this much of the child, whatever the size of a tensor; but for whole matrices."""
@@ -83,6 +83,7 @@ class Plan:
         self.experts = ExpertPlaces(form.experts, self.child, maps | ({BASE: base} if base else {}))
         self._slices = _slices_by_layer(form)
         self._selected: dict[Selector, frozenset[str]] = {}
+        self._unmatched: dict[Selector, str | None] = {}
         self._chosen: dict[tuple[Selector, ...], dict[str, int]] = {}
         self._checked: set[tuple[Any, ...]] = set()
         for other in [*maps.values(), *([base] if base else [])]:
@@ -219,6 +220,22 @@ class Plan:
         if not where.is_by_name and not where.is_by_place:
             self._selected[where] = names  # others differ from candidate to candidate of a search
         return names
+
+    def unmatched_key(self, where: Selector) -> str | None:
+        """The key of a case's selector that matches no tensor on its own; None if each matches some.
+
+        Together they may match nothing, and names may be the father's where the child has not his layers:
+        mergekit's gradients and filters, which need not match, become such cases.
+        """
+        if where not in self._unmatched:
+            self._unmatched[where] = None
+            for key, value in where.to_dict().items():
+                alone = parse_selector({key: value})
+                maps = (self.child, self.father) if key == "names" else (self.child,)
+                if not any(alone.matches(tensor) for found in maps for tensor in found.tensors):
+                    self._unmatched[where] = key
+                    break
+        return self._unmatched[where]
 
     @cached_property
     def _by_any_name(self) -> dict[str, list[LogicalTensor]]:
