@@ -142,7 +142,9 @@ class _Translator:
             for part, (first, _) in zip(self.given.slices, spans, strict=True)
             for source in part.sources
         )
-        if aligned and spans[-1][1] + 1 == self.father_map.layers:
+        # A model with further layers must be told which of them are left out.
+        counts = {ArchitectureMap.of(self.opened(place)).layers for place in self.places}
+        if aligned and counts == {spans[-1][1] + 1}:
             return None
         stack = []
         for part in self.given.slices:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.mergekit.methods import PEER_METHODS, REQUIRED
 from orchestrator.recipe_file import RecipeFile, load_recipe_file
 from orchestrator.recipe_spelling import respell
+from orchestrator.single_merge import merge_recipe
 from tests.families import write_family
 from workers.checkpoints import ArchitectureMap
 from workers.errors import BadInputError
@@ -431,6 +432,22 @@ def test_a_stack_of_differences_names_the_layers_of_its_base(configs: ConfigFold
     assert own is not None
     assert base is not None
     assert (own.layer, base.layer) == (1, 2)
+
+
+def test_models_of_other_depths_need_slices(configs: ConfigFolder, tmp_path: Path) -> None:
+    """mergekit refuses them in `models`, too; slices say which layers are wanted."""
+    sliced = {"model": configs.two, "layer_range": [0, LAYERS - 1]}
+    shallow = tmp_path / "shallow"
+    cut = {"slices": [{"sources": [sliced]}], "merge_method": "passthrough"}
+    configs.load(cut)
+    merge_recipe(str(configs.file), str(shallow))
+    models = [{"model": str(shallow)}, {"model": configs.one}]
+    data = {"models": models, "merge_method": "linear", "parameters": {"weight": 1}}
+    with pytest.raises(BadInputError, match=rf"m1 .*has {LAYERS} layers"):
+        configs.assigned(data)
+    sources = [part | {"layer_range": [0, LAYERS - 1]} for part in models]
+    ways = configs.assigned(data | {"models": None, "slices": [{"sources": sources}]})
+    assert values_of(ways, "weight", "q_proj") == [{"shallow": 1.0, "m1": 1.0}] * (LAYERS - 1)
 
 
 def test_a_filter_with_a_number_is_refused_where_layers_move(configs: ConfigFolder) -> None:

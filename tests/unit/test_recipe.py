@@ -21,6 +21,7 @@ from tests.checkpoint_files import (
     write_checkpoint,
 )
 from workers.checkpoints import LogicalTensor
+from workers.checkpoints.layout import Form
 from workers.errors import BadInputError
 from workers.merging import (
     CARRIED,
@@ -447,6 +448,90 @@ def test_a_tensor_that_a_parent_lacks_is_named(parents: dict[str, Path], tmp_pat
     )
     with_rest = merge(tmp_path / "child", parents | {"b": lacking}, elsewhere)
     assert_same_bits({missing: with_rest[missing]}, {missing: read_tensors(parents["c"])[missing]})
+
+
+LINEAR = rule("linear", weight=1.0)
+MORE = torch.ones(4, 6, dtype=torch.bfloat16)
+
+
+def with_more(folder: Path, *names: str, layers: int = 2) -> Path:
+    """A parent that has more tensors, and says that it has so many layers."""
+    own = write_parent(folder, 1)
+    tensors = read_tensors(own) | {f"model.{name}": MORE for name in names}
+    return write_checkpoint(folder / "more", tensors, config=CONFIG | {"num_hidden_layers": layers})
+
+
+def test_a_parent_with_more_layers_is_refused(parents: dict[str, Path], tmp_path: Path) -> None:
+    """Its lower layers alone are another model."""
+    deeper = with_more(tmp_path / "deeper", "layers.2.mlp.up_proj.weight", layers=3)
+    words = (f"b ({deeper})", "3 layers", "2", "model.layers.2.mlp.up_proj.weight", "`layers`")
+    refuse(parents | {"b": deeper}, *words, rules=(LINEAR,))
+    refuse(parents | {"b": deeper}, *words, rules=(rule("passthrough", source="b"),))
+    embeddings = rule("linear", Selector(components=("embedding",)), weight=1.0)
+    run_once(parents | {"b": deeper}, embeddings, rule("passthrough", source="a"))
+    merger = open_merger(parents, base=deeper)
+    realize(merger, recipe_for(merger, LINEAR))
+    with pytest.raises(BadInputError, match=r"base \(.*3 layers"):
+        realize(merger, recipe_for(merger, rule("task_arithmetic", weight=1.0)))
+
+
+def test_layers_of_a_parent_with_more_of_them_can_be_named(
+    parents: dict[str, Path], tmp_path: Path
+) -> None:
+    deeper = with_more(tmp_path / "deeper", "layers.2.mlp.up_proj.weight", layers=3)
+    part = {"a": (0, 1), "b": (0, 1)}
+    merger = open_merger({"a": parents["a"], "b": deeper}, form=Form(layers=(part,)))
+    realize(merger, Recipe(merger.references, (LINEAR,), layers=(part,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("layers.1.self_attn.q_proj.bias", "attention"),
+        ("layers.1.self_attn.q_norm.weight", "attention"),
+        ("layers.1.mlp.up_proj.bias", "mlp"),
+        ("layers.1.pre_feedforward_layernorm.weight", "mlp"),
+    ],
+)
+def test_a_parent_with_tensors_that_its_weights_need_is_refused(
+    parents: dict[str, Path], tmp_path: Path, name: str, component: str
+) -> None:
+    needing = with_more(tmp_path / "needing", name)
+    words = (f"b ({needing})", "1 tensor", f"'model.{name}'", "father", "passthrough")
+    refuse(parents | {"b": needing}, *words, rules=(LINEAR,))
+    own = Selector(components=(component,), layers=(1, 1))
+    refuse(parents | {"b": needing}, *words, rules=(rule("passthrough", own, source="b"),))
+    run_once(parents | {"b": needing}, rule("passthrough", own, source="a"))
+    merger = open_merger(parents, base=needing)
+    with pytest.raises(BadInputError, match=r"base \(.* 1 tensor"):
+        realize(merger, recipe_for(merger, rule("task_arithmetic", own, weight=1.0)))
+
+
+@pytest.mark.parametrize("component", ["attention", "mlp"])
+def test_what_is_left_out_matters_to_its_own_block_alone(
+    parents: dict[str, Path], tmp_path: Path, component: str
+) -> None:
+    other = {"attention": "mlp", "mlp": "attention"}[component]
+    name = {"attention": "self_attn.q_proj", "mlp": "mlp.up_proj"}[component]
+    needing = with_more(tmp_path / "needing", f"layers.1.{name}.bias")
+    run_once(parents | {"b": needing}, rule("linear", Selector(components=(other,)), weight=1.0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual.blocks.1.weight",
+        "layers.2.mlp.up_proj.weight",  # behind the last layer: for multi-token prediction
+        "layers.1.self_attn.rotary_emb.inv_freq",
+        "layers.1.odd.weight",
+        "layers.1.mlp.experts.7.up_proj.weight",
+        "layers.1.mlp.gate.weight",
+    ],
+)
+def test_what_the_child_can_do_without_may_be_left_out(
+    parents: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    run_once(parents | {"b": with_more(tmp_path / "more", name)}, LINEAR)
 
 
 def test_a_tensor_that_the_base_lacks_is_named(parents: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from workers.merging.assignment import is_linear_map as is_linear_map
 from workers.merging.expert_order import ExpertPlaces
 from workers.merging.methods import Grain
 from workers.merging.methods.as_experts import AS_EXPERTS
-from workers.merging.recipe import Recipe
+from workers.merging.recipe import CARRIED, Recipe
 from workers.merging.selector import Selector, parse_selector
 
 UNIT_BYTES = 32 << 20
@@ -36,6 +36,13 @@ BASE = "base"
 RECENT_CHOICES = 16
 """Of so many lists of selectors a plan remembers which rule each tensor takes: candidates of one search
 mostly share theirs."""
+
+BLOCKS = {
+    "attention": "mixer", "linear_attention": "mixer",
+    "mlp": "network", "expert": "network", "shared_expert": "network",
+    "router": "router",
+}  # fmt: skip
+"""The block of a layer that a component works in; norms, and what else is in a layer, are of all of it."""
 
 MERGEABLE_DTYPES = ("F16", "BF16", "F32", "F64")
 """Arithmetic on others would average codes, not values."""
@@ -83,6 +90,7 @@ class Plan:
         self.experts = ExpertPlaces(form.experts, self.child, maps | ({BASE: base} if base else {}))
         self._slices = _slices_by_layer(form)
         self._selected: dict[Selector, frozenset[str]] = {}
+        self._left_out: dict[str, list[LogicalTensor]] = {}
         self._unmatched: dict[Selector, str | None] = {}
         self._chosen: dict[tuple[Selector, ...], dict[str, int]] = {}
         self._checked: set[tuple[Any, ...]] = set()
@@ -117,8 +125,7 @@ class Plan:
 
     def source(self, name: str, tensor: LogicalTensor) -> LogicalTensor | None:
         """Where the values of the child's `tensor` lie in a parent, or in the base; None if it has none."""
-        parent = self.base if name == BASE else self.maps[name]
-        assert parent is not None
+        parent = self._input(name)
         if tensor.layer is None or not self._slices:
             return parent.find(self.experts.counterpart(name, tensor))
         part, offset = self._slices[tensor.layer]
@@ -278,6 +285,7 @@ class Plan:
                     "let a `passthrough` rule take it from the father"
                 )
             self._check_shape(name, tensor)
+            self._check_left_out(name, tensor)
         own = self.source(inputs[0], tensor)
         if not (way.copies and own is not None and own.values_dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
@@ -288,10 +296,51 @@ class Plan:
             _require_mergeable(tensor.dtype, tensor, self.layout.location, way.method.name)
         self._checked.add(key)
 
-    def _where(self, name: str) -> str:
+    def _check_left_out(self, name: str, tensor: LogicalTensor) -> None:
+        """Raise `BadInputError` if a parent's counterpart of `tensor` does something else in the child.
+
+        That is so if it has further layers, or beside it tensors (a bias, a norm) that the child has not.
+        Where layers are stacked anew, the recipe says itself which of them are wanted.
+        """
+        if tensor.layer is None or tensor.component in CARRIED or self.form.layers:
+            return
+        parent = self._input(name)
+        if name not in self._left_out:
+            # Routed experts beyond the father's may be left out: a transplant wants some of a donor's.
+            self._left_out[name] = [
+                other
+                for other in parent.tensors
+                if other.layer is not None
+                and other.name not in self.child.by_name
+                and other.component not in (*CARRIED, "expert")
+            ]
+        left_out = self._left_out[name]
+        if parent.layers > self.child.layers:
+            stored = [t.stored for t in parent.tensors if (t.layer or 0) >= self.child.layers]
+            raise BadInputError(
+                f"{self._where(name)} has {parent.layers} layers, but {self.layout.location} has "
+                f"{self.child.layers}: {len(stored)} tensors, the first of them {stored[0]!r}, would be "
+                "left out, and its other layers do something else without them: choose a father with as "
+                "many layers, or say in a recipe's `layers` which of them are merged"
+            )
+        block = BLOCKS.get(tensor.component)
+        for other in left_out:
+            if other.layer == tensor.layer and BLOCKS.get(other.component) in (block, None):
+                count = "1 tensor" if len(left_out) == 1 else f"{len(left_out)} tensors"
+                raise BadInputError(
+                    f"{self._where(name)} has {count} in its layers that {self.layout.location} has not, "
+                    f"such as {other.stored!r}, and its {tensor.name!r} does something else without it: "
+                    "choose it as the father, or let a `passthrough` rule take the "
+                    f"{tensor.component} tensors of such layers from the father"
+                )
+
+    def _input(self, name: str) -> ArchitectureMap:
         parent = self.base if name == BASE else self.maps[name]
         assert parent is not None
-        return f"{name} ({parent.location})"
+        return parent
+
+    def _where(self, name: str) -> str:
+        return f"{name} ({self._input(name).location})"
 
     def _check_shape(self, name: str, tensor: LogicalTensor) -> None:
         own = self.source(name, tensor)
