@@ -25,6 +25,7 @@ from orchestrator.config import config_to_dict, load_config
 from orchestrator.console import json_alone, print_json
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.prescription import prescribe
+from tests.checkpoint_files import write_checkpoint
 from tests.families import write_family
 from workers.checkpoints import open_checkpoint
 from workers.storage import StorageError, open_store
@@ -213,6 +214,33 @@ def test_merge_warns_of_another_epsilon_and_keeps_the_fathers(
     assert f"darwin: warning: b ({mother}): config.json has rms_norm_eps 0.5, but a" in done.err
     child = json.loads((tmp_path / "child" / "config.json").read_text())
     assert child["rms_norm_eps"] == config["rms_norm_eps"]
+
+
+def test_merge_warns_of_tensors_that_no_rule_knows(
+    darwin: Darwin, family: list[Path], tmp_path: Path
+) -> None:
+    places = []
+    for place in family[1:]:
+        tensors = weights(place) | {"output.weight": torch.ones(64, 64), "odd.x": torch.ones(3)}
+        copied = json.loads((place / "config.json").read_text())
+        places.append(write_checkpoint(tmp_path / place.name, tensors, config=copied))
+    known = sum(tensor.nbytes for tensor in weights(family[1]).values())
+    share = 100 * (64 * 64 + 3) * 4 / (known + (64 * 64 + 3) * 4)
+    parents = [{"name": place.name, "path": str(place)} for place in places]
+    linear = {"method": "linear", "parameters": {"weight": 1}}
+    file = tmp_path / "recipe.yaml"
+    for names, wanted in (
+        ([], ["2 tensors", f"{share:.3g} %", "'odd.x'", str(places[0])]),
+        (["odd.x"], ["1 tensor ", "'output.weight'"]),
+        (["odd.x", "output.*"], []),
+    ):
+        named = [{"where": {"names": [name]}} | linear for name in names]
+        file.write_text(yaml.safe_dump({"parents": parents, "rules": [linear, *named]}))
+        done = darwin("merge", file, tmp_path / f"child{len(names)}")
+        assert done.code == 0
+        assert ("warning" in done.err) == bool(wanted)
+        for part in wanted:
+            assert part in done.err
 
 
 def test_recipe_prints_the_other_spelling(

@@ -450,6 +450,28 @@ def test_a_tensor_that_a_parent_lacks_is_named(parents: dict[str, Path], tmp_pat
     assert_same_bits({missing: with_rest[missing]}, {missing: read_tensors(parents["c"])[missing]})
 
 
+@pytest.mark.parametrize(
+    "name", ["transformer.h.0.mlp.up_proj.weight", "model.layers.0.odd.weight"]
+)
+def test_a_father_whose_layers_are_not_recognised_is_refused(tmp_path: Path, name: str) -> None:
+    """All but the head would be his, and nothing would say so."""
+    parents = {
+        parent: write_checkpoint(
+            tmp_path / parent,
+            {name: torch.full((4, 6), value), "lm_head.weight": torch.full((4, 6), -value)},
+            config=CONFIG,
+        )
+        for parent, value in (("a", 1.0), ("b", 2.0))
+    }
+    known = rule("linear", Selector(components=("lm_head",)), weight=1.0)
+    words = (str(parents["a"]), repr(name), "names", "layers")
+    refuse(parents, *words, rules=(known,))
+    assert_same_bits(merge(tmp_path / "copy", parents, ()), read_tensors(parents["a"]))
+    by_name = rule("passthrough", Selector(names=("*.0.*",)), source="b")
+    child = merge(tmp_path / "child", parents, (known, by_name))
+    assert_same_bits({name: child[name]}, {name: read_tensors(parents["b"])[name]})
+
+
 LINEAR = rule("linear", weight=1.0)
 MORE = torch.ones(4, 6, dtype=torch.bfloat16)
 

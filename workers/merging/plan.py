@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -110,10 +110,20 @@ class Plan:
         base = cast(Checkpoint, self.base.checkpoint) if self.base else None
         return child_vocabulary(checkpoints, base, self.form.vocabulary)
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know of the child's form."""
-        return self.vocabulary.warnings if self.vocabulary else []
+    def warnings(self, recipe: Recipe) -> list[str]:
+        """What the user should know of the child: of its vocabulary, and of what its rules did not know."""
+        found = list(self.vocabulary.warnings) if self.vocabulary else []
+        chosen = self._choose(tuple(rule.where for rule in recipe.rules))
+        left = [tensor for tensor in self._unknown if tensor.name not in chosen]
+        if recipe.rules and left:
+            share = 100 * _bits(left) / max(_bits(self.child.tensors), 1)
+            count = "1 tensor has a name" if len(left) == 1 else f"{len(left)} tensors have names"
+            found.append(
+                f"{self.father.location}: {count} of no known kind, such as {left[0].stored!r}: "
+                f"{share:.3g} % of the child's bytes are the father's as they are. Name them in a rule "
+                "(where: names) to merge them"
+            )
+        return found
 
     def has_mapped_rows(self, tensor: LogicalTensor) -> bool:
         """Whether the tensor's rows are those of tokens, which each parent may have at another place."""
@@ -167,6 +177,8 @@ class Plan:
         parents = tuple(parent.name for parent in recipe.parents)
         ways = [RuleOnPlan(self, recipe, rule) for rule in recipe.rules]
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
+        if recipe.rules:
+            self._check_recognised(chosen)
         assigned: dict[str, Assignment] = {}
         as_experts = []
         for tensor in self.child.tensors:
@@ -191,6 +203,23 @@ class Plan:
             for row in {id(row): row for row in way.rows}.values():
                 self._check_inputs(tensor, row, recipe.base is not None)
         return assigned
+
+    @cached_property
+    def _unknown(self) -> list[LogicalTensor]:
+        return [tensor for tensor in self.child.tensors if tensor.component == "unknown"]
+
+    def _check_recognised(self, chosen: dict[str, int]) -> None:
+        """Raise `BadInputError` if nothing in any layer is known by name, and no rule names what is not.
+
+        A model that calls its layers otherwise would be merged in its head alone, say.
+        """
+        known = any(t.layer is not None and t.component != "unknown" for t in self.child.tensors)
+        if not known and self._unknown and not any(t.name in chosen for t in self._unknown):
+            raise BadInputError(
+                f"{self.father.location}: none of its layers is known by name: {len(self._unknown)} tensors, "
+                f"such as {self._unknown[0].stored!r}, would be the father's as they are. Name them in rules "
+                "(where: names), or merge checkpoints whose layers are called model.layers.N"
+            )
 
     def _choose(self, selectors: tuple[Selector, ...]) -> dict[str, int]:
         """Logical name -> the number of the first rule that matches it, if one does."""
@@ -353,6 +382,10 @@ class Plan:
                 f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture and "
                 "vocabulary"
             )
+
+
+def _bits(tensors: Iterable[LogicalTensor]) -> int:
+    return sum(tensor.elements * BITS_PER_ELEMENT[tensor.dtype] for tensor in tensors)
 
 
 def form_of(recipe: Recipe) -> Form:
