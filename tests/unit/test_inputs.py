@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from orchestrator import inputs
 from orchestrator.config import OPERATIONAL_KEYS, CampaignConfig, load_config
@@ -390,6 +392,25 @@ def test_what_does_not_count_is_not_in_the_identity(tmp_path: Path) -> None:
     assert identity["genome"]["content"] == (
         "c8754287b5c4aaf0bae8937a0a1ff445b5dfe5f4faa55eb1462e663b4c7633cd"
     )
+
+
+def test_a_campaign_of_parents_that_no_merge_takes_is_refused(
+    project: Project, tmp_path: Path
+) -> None:
+    """Before anything is begun, as `darwin merge` refuses them."""
+    parents = [{"name": name, "path": str(project.model(name))} for name in ("one", "two")]
+    given: dict[str, Any] = {"parents": parents, "base": str(project.model("base"))}
+    weights = project.model("two") / "model.safetensors"
+    tensors = load_file(weights)
+    bias = "model.layers.0.mlp.up_proj.bias"
+    save_file(tensors | {bias: torch.ones(4)}, weights)
+    with pytest.raises(BadInputError, match=rf"two \(.*{bias}"):
+        scripted(tmp_path, lambda recipe, item: True, **given)
+    for name in ("one", "two"):
+        renamed = {name.replace("layers.", "h."): found for name, found in tensors.items()}
+        save_file(renamed, project.model(name) / "model.safetensors")
+    with pytest.raises(BadInputError, match="one: none of its layers is known by name"):
+        scripted(tmp_path, lambda recipe, item: True, **given)
 
 
 def test_a_campaign_that_another_version_began_is_refused_for_that_reason(
