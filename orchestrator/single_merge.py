@@ -59,8 +59,8 @@ def merge_recipe(
     if matching is not None or calibrated is not None:
         writer = ChildWriter.create(loaded.recipe, loaded.parents, loaded.base, target)
     opened = loaded.parents | ({"base": loaded.base} if loaded.base else {})
-    warnings = loaded.warnings + meaning_warnings(opened) + writer.plan.warnings(loaded.recipe)
-    for warning in warnings:
+    told = [*loaded.warnings, *meaning_warnings(opened), *writer.plan.warnings(loaded.recipe)]
+    for warning in told:
         print(f"darwin: warning: {warning}", file=sys.stderr)
     with (
         open_calls(
