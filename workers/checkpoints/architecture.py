@@ -73,8 +73,11 @@ OUTSIDE_LAYERS = (
     ("lm_head", re.compile(r"lm_head\.")),
 )
 
+CONSTANTS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
+"""What old files hold that follows from the configuration."""
+
 INSIDE_LAYERS = (
-    ("unknown", re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")),  # constants of old files
+    ("unknown", CONSTANTS),
     ("norm", re.compile(r"((.*\.)?\w*(layernorm|norm)(_\d+)?\.(weight|bias)|layer_scalar)$")),
     ("linear_attention", re.compile(r"(linear_attn|mamba|mixer)\.")),
     ("attention", re.compile(r"(self_attn|attention|attn)\.")),

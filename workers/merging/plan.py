@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -19,9 +19,10 @@ from workers.merging.assignment import Assignment as Assignment
 from workers.merging.assignment import RuleOnPlan, carried
 from workers.merging.assignment import is_linear_map as is_linear_map
 from workers.merging.expert_order import ExpertPlaces
+from workers.merging.left_out import LeftOut, check_recognised, unknown_warnings
 from workers.merging.methods import Grain
 from workers.merging.methods.as_experts import AS_EXPERTS
-from workers.merging.recipe import CARRIED, Recipe
+from workers.merging.recipe import Recipe
 from workers.merging.selector import Selector, parse_selector
 
 UNIT_BYTES = 32 << 20
@@ -36,13 +37,6 @@ BASE = "base"
 RECENT_CHOICES = 16
 """Of so many lists of selectors a plan remembers which rule each tensor takes: candidates of one search
 mostly share theirs."""
-
-BLOCKS = {
-    "attention": "mixer", "linear_attention": "mixer",
-    "mlp": "network", "expert": "network", "shared_expert": "network",
-    "router": "router",
-}  # fmt: skip
-"""The block of a layer that a component works in; norms, and what else is in a layer, are of all of it."""
 
 MERGEABLE_DTYPES = ("F16", "BF16", "F32", "F64")
 """Arithmetic on others would average codes, not values."""
@@ -90,7 +84,7 @@ class Plan:
         self.experts = ExpertPlaces(form.experts, self.child, maps | ({BASE: base} if base else {}))
         self._slices = _slices_by_layer(form)
         self._selected: dict[Selector, frozenset[str]] = {}
-        self._left_out: dict[str, list[LogicalTensor]] = {}
+        self._left_out = LeftOut(self.child)
         self._unmatched: dict[Selector, str | None] = {}
         self._chosen: dict[tuple[Selector, ...], dict[str, int]] = {}
         self._checked: set[tuple[Any, ...]] = set()
@@ -114,15 +108,8 @@ class Plan:
         """What the user should know of the child: of its vocabulary, and of what its rules did not know."""
         found = list(self.vocabulary.warnings) if self.vocabulary else []
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
-        left = [tensor for tensor in self._unknown if tensor.name not in chosen]
-        if recipe.rules and left:
-            share = 100 * _bits(left) / max(_bits(self.child.tensors), 1)
-            count = "1 tensor has a name" if len(left) == 1 else f"{len(left)} tensors have names"
-            found.append(
-                f"{self.father.location}: {count} of no known kind, such as {left[0].stored!r}: "
-                f"{share:.3g} % of the child's bytes are the father's as they are. Name them in a rule "
-                "(where: names) to merge them"
-            )
+        if recipe.rules:
+            found += unknown_warnings(self.child, self.father.location, chosen)
         return found
 
     def has_mapped_rows(self, tensor: LogicalTensor) -> bool:
@@ -178,7 +165,7 @@ class Plan:
         ways = [RuleOnPlan(self, recipe, rule) for rule in recipe.rules]
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
         if recipe.rules:
-            self._check_recognised(chosen)
+            check_recognised(self.child, self.father.location, chosen)
         assigned: dict[str, Assignment] = {}
         as_experts = []
         for tensor in self.child.tensors:
@@ -203,23 +190,6 @@ class Plan:
             for row in {id(row): row for row in way.rows}.values():
                 self._check_inputs(tensor, row, recipe.base is not None)
         return assigned
-
-    @cached_property
-    def _unknown(self) -> list[LogicalTensor]:
-        return [tensor for tensor in self.child.tensors if tensor.component == "unknown"]
-
-    def _check_recognised(self, chosen: dict[str, int]) -> None:
-        """Raise `BadInputError` if nothing in any layer is known by name, and no rule names what is not.
-
-        A model that calls its layers otherwise would be merged in its head alone, say.
-        """
-        known = any(t.layer is not None and t.component != "unknown" for t in self.child.tensors)
-        if not known and self._unknown and not any(t.name in chosen for t in self._unknown):
-            raise BadInputError(
-                f"{self.father.location}: none of its layers is known by name: {len(self._unknown)} tensors, "
-                f"such as {self._unknown[0].stored!r}, would be the father's as they are. Name them in rules "
-                "(where: names), or merge checkpoints whose layers are called model.layers.N"
-            )
 
     def _choose(self, selectors: tuple[Selector, ...]) -> dict[str, int]:
         """Logical name -> the number of the first rule that matches it, if one does."""
@@ -314,7 +284,8 @@ class Plan:
                     "let a `passthrough` rule take it from the father"
                 )
             self._check_shape(name, tensor)
-            self._check_left_out(name, tensor)
+            if not self.form.layers:  # else the recipe says itself which of them are wanted
+                self._left_out.check(name, self._input(name), tensor)
         own = self.source(inputs[0], tensor)
         if not (way.copies and own is not None and own.values_dtype == tensor.dtype):
             # Else it is copied bit by bit, whatever the bits stand for.
@@ -324,44 +295,6 @@ class Plan:
                 _require_mergeable(found.values_dtype, found, self._where(name), way.method.name)
             _require_mergeable(tensor.dtype, tensor, self.layout.location, way.method.name)
         self._checked.add(key)
-
-    def _check_left_out(self, name: str, tensor: LogicalTensor) -> None:
-        """Raise `BadInputError` if a parent's counterpart of `tensor` does something else in the child.
-
-        That is so if it has further layers, or beside it tensors (a bias, a norm) that the child has not.
-        Where layers are stacked anew, the recipe says itself which of them are wanted.
-        """
-        if tensor.layer is None or tensor.component in CARRIED or self.form.layers:
-            return
-        parent = self._input(name)
-        if name not in self._left_out:
-            # Routed experts beyond the father's may be left out: a transplant wants some of a donor's.
-            self._left_out[name] = [
-                other
-                for other in parent.tensors
-                if other.layer is not None
-                and other.name not in self.child.by_name
-                and other.component not in (*CARRIED, "expert")
-            ]
-        left_out = self._left_out[name]
-        if parent.layers > self.child.layers:
-            stored = [t.stored for t in parent.tensors if (t.layer or 0) >= self.child.layers]
-            raise BadInputError(
-                f"{self._where(name)} has {parent.layers} layers, but {self.layout.location} has "
-                f"{self.child.layers}: {len(stored)} tensors, the first of them {stored[0]!r}, would be "
-                "left out, and its other layers do something else without them: choose a father with as "
-                "many layers, or say in a recipe's `layers` which of them are merged"
-            )
-        block = BLOCKS.get(tensor.component)
-        for other in left_out:
-            if other.layer == tensor.layer and BLOCKS.get(other.component) in (block, None):
-                count = "1 tensor" if len(left_out) == 1 else f"{len(left_out)} tensors"
-                raise BadInputError(
-                    f"{self._where(name)} has {count} in its layers that {self.layout.location} has not, "
-                    f"such as {other.stored!r}, and its {tensor.name!r} does something else without it: "
-                    "choose it as the father, or let a `passthrough` rule take the "
-                    f"{tensor.component} tensors of such layers from the father"
-                )
 
     def _input(self, name: str) -> ArchitectureMap:
         parent = self.base if name == BASE else self.maps[name]
@@ -382,10 +315,6 @@ class Plan:
                 f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture and "
                 "vocabulary"
             )
-
-
-def _bits(tensors: Iterable[LogicalTensor]) -> int:
-    return sum(tensor.elements * BITS_PER_ELEMENT[tensor.dtype] for tensor in tensors)
 
 
 def form_of(recipe: Recipe) -> Form:
