@@ -8,10 +8,30 @@ from typing import Any, NamedTuple
 from workers.checkpoints import Checkpoint
 
 MEANING_KEYS = (
-    "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "num_experts_per_tok", "layer_types", "sliding_window", "attn_logit_softcapping",
-    "final_logit_softcapping", "norm_topk_prob", "rope_theta", "partial_rotary_factor", "mrope_section",
-    "mrope_interleaved",
+    "model_type",
+    # How matrices are cut into heads and groups.
+    "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads", "n_head_kv",
+    "head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "multi_query",
+    "new_decoder_architecture",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "mamba_num_heads", "mamba_n_heads", "mamba_head_dim", "mamba_d_head", "n_groups", "mamba_n_groups",
+    "ssm_state_size", "mamba_d_state", "state_size",
+    # What is done between them.
+    "hidden_act", "hidden_activation", "activation_function", "activation", "mlp_hidden_act",
+    "mamba_hidden_act", "swiglu_limit", "parallel_attn", "use_parallel_residual",
+    "apply_residual_connection_post_layernorm", "layer_types", "layers_block_type",
+    "hybrid_override_pattern", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+    # Positions.
+    "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved", "rotary_dim", "rotary_pct",
+    "rotary_emb_base", "rope_interleave", "compress_rope_theta", "alibi",
+    # How experts are chosen and weighed.
+    "num_experts_per_tok", "moe_topk", "moe_k", "norm_topk_prob", "n_group", "topk_group", "scoring_func",
+    "routed_scaling_factor", "router_scaling_factor",
+    # What activations are multiplied by.
+    "query_pre_attn_scalar", "attention_multiplier", "embedding_multiplier", "residual_multiplier",
+    "logits_scaling", "logit_scale", "scale_emb", "scale_depth", "dim_model_base", "attention_in_multiplier",
+    "attention_out_multiplier", "key_multiplier", "lm_head_multiplier", "mlp_multipliers",
+    "ssm_in_multiplier", "ssm_out_multiplier", "ssm_multipliers",
 )  # fmt: skip
 """Configuration keys that change what equally shaped weights mean. What else is said of rotary positions is
 how longer texts are scaled, which many switch on or off with the same weights (YaRN)."""

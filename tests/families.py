@@ -40,6 +40,16 @@ EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+OLDER = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""What the configurations of GPT-2 and its like know by these names, too."""
+STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 VISION = {
     "depth": 1,
     "hidden_size": 16,
@@ -80,6 +90,29 @@ def configuration(kind: str) -> Any:
         )
     if kind == "qwen3_5_moe":
         return transformers.Qwen3_5MoeTextConfig(**SMALL, **LINEAR_ATTENTION, **EXPERTS)
+    if kind in ("gpt2", "bloom", "falcon", "gpt_neox"):
+        return transformers.AutoConfig.for_model(kind, **OLDER, num_hidden_layers=4)
+    if kind == "nemotron_h":
+        return transformers.NemotronHConfig(
+            **{key: value for key, value in SMALL.items() if key != "num_hidden_layers"},
+            layers_block_type=["mamba", "moe", "attention", "mlp"],
+            mamba_num_heads=4,
+            mamba_head_dim=16,
+            ssm_state_size=8,
+            n_groups=2,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            moe_shared_expert_intermediate_size=16,
+        )
+    if kind == "granitemoehybrid":
+        return transformers.GraniteMoeHybridConfig(
+            **SMALL | STATE_SPACE,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            shared_intermediate_size=16,
+            layer_types=["mamba", "attention"] * 2,
+        )
     if kind == "qwen3_5_vision":
         return transformers.Qwen3_5Config(
             text_config=SMALL | LINEAR_ATTENTION,

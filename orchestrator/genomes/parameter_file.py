@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import GenomeConfig, find_shipped, read_yaml
-from workers.checkpoints.architecture import COMPONENTS
+from workers.checkpoints.names import COMPONENTS
 from workers.errors import BadInputError
 from workers.merging import METHODS, MergeMethod
 

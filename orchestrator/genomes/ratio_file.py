@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.config import GenomeConfig, find_shipped, read_yaml
 from orchestrator.genomes.parameter_file import parse_exceptions, parse_number
 from orchestrator.mother_centric import PRESET
-from workers.checkpoints.architecture import COMPONENTS
+from workers.checkpoints.names import COMPONENTS
 from workers.errors import BadInputError
 from workers.merging import MergeMethod
 

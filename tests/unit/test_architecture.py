@@ -115,19 +115,6 @@ DECODER_LAYERS = {
         "mlp.shared_experts.down_proj.weight": "shared_expert",
     }
     | NORMS,
-    "minimax_m2, exaone_moe": {
-        "mlp.gate.weight": "router",
-        "mlp.e_score_correction_bias": "router",
-    },
-    "ernie4_5_moe": {
-        "mlp.gate.weight": "router",
-        "mlp.moe_statics.e_score_correction_bias": "router",
-    },
-    "lfm2_moe, afmoe": {
-        "mlp.router.gate.weight": "router",
-        "mlp.expert_bias": "router",
-        "mlp.gate_proj.bias": "mlp",
-    },
     "unknown": {"something.weight": "unknown", "self_attention_bias": "unknown"},
 }
 
@@ -228,14 +215,75 @@ def test_the_router_of_mixtral() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "name"),
+    "stored",
     [
-        ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"),  # MiniMax-M2
-        ("feed_forward.expert_bias", "mlp.expert_bias"),  # LFM2
+        "block_sparse_moe.e_score_correction_bias",  # MiniMax-M2
+        "mlp.e_score_correction_bias",  # EXAONE, as MiniMax-M2 in memory
+        "mlp.gate.e_score_correction_bias",
+        "feed_forward.expert_bias",  # LFM2
+        "mlp.gate.expert_bias",  # Ling
+        "mlp.moe_statics.e_score_correction_bias",  # Ernie 4.5
+        "mlp.gate.moe_statics.e_score_correction_bias",  # the same, in memory
+        "moe.router_bias",  # Step
+        "ffn.gate.bias",  # DeepSeek-V4
     ],
 )
-def test_a_bias_beside_the_router_belongs_to_it(stored: str, name: str) -> None:
-    assert role(f"model.layers.2.{stored}") == (f"layers.2.{name}", "router", 2, None)
+def test_what_is_added_to_the_scores_of_experts_belongs_to_the_router(stored: str) -> None:
+    name = "layers.2.mlp.gate.e_score_correction_bias"
+    assert role(f"model.layers.2.{stored}") == (name, "router", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("stored", "name", "component"),
+    [
+        ("transformer.h.2.attn.c_attn.weight", "attn.c_attn.weight", "attention"),
+        ("h.2.attn.c_attn.weight", "attn.c_attn.weight", "attention"),  # as on the hub
+        ("transformer.h.2.ln_1.bias", "ln_1.bias", "norm"),
+        ("transformer.blocks.2.ffn.up_proj.weight", "mlp.up_proj.weight", "mlp"),
+        ("h.2.attn.bias", "attn.bias", "unknown"),  # the causal mask
+        ("gpt_neox.layers.2.attention.dense.bias", "attention.dense.bias", "attention"),
+        ("backbone.layers.2.mixer.q_proj.weight", "self_attn.q_proj.weight", "attention"),
+        ("backbone.layers.2.mixer.in_proj.weight", "mixer.in_proj.weight", "linear_attention"),
+        ("backbone.layers.2.mixer.norm.weight", "mixer.norm.weight", "norm"),
+        ("backbone.layers.2.mixer.gate.weight", "mlp.gate.weight", "router"),
+        ("layers.2.gate.weight", "mlp.gate.weight", "router"),  # Mistral's own files
+        ("layers.2.shared_experts.w3.weight", "mlp.shared_experts.up_proj.weight", "shared_expert"),
+        ("layers.2.feed_forward.w2.weight", "mlp.down_proj.weight", "mlp"),
+        ("layers.2.hc_ffn_scale", "ffn_hc.scale", "norm"),  # DeepSeek-V4
+        ("model.layers.2.post_attention_residual", "post_attention_residual", "norm"),
+    ],
+)
+def test_layers_by_other_names(stored: str, name: str, component: str) -> None:
+    assert role(stored) == (f"layers.2.{name}", component, 2, None)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["wte", "transformer.wte", "gpt_neox.embed_in", "backbone.embeddings", "tok_embeddings", "embed",
+     "model.word_embeddings"],
+)  # fmt: skip
+def test_embeddings_by_other_names(stored: str) -> None:
+    assert role(f"{stored}.weight") == ("embed_tokens.weight", "embedding", None, None)
+
+
+@pytest.mark.parametrize("stored", ["embed_out", "output", "head"])
+def test_heads_by_other_names(stored: str) -> None:
+    assert role(f"{stored}.weight") == ("lm_head.weight", "lm_head", None, None)
+
+
+def test_experts_whose_gate_and_up_are_stored_apart() -> None:
+    """As Step has them, `[E, I, H]` and `[E, H, I]`."""
+    roles = ("gate_proj", "up_proj", "down_proj")
+    stored = [f"model.layers.4.moe.{name}.weight" for name in roles]
+    found = map_of(dict.fromkeys(stored, (2, 3, 5)))
+    assert found.tensors == tuple(
+        LogicalTensor(
+            f"layers.4.mlp.experts.{expert}.{part}.weight", "expert", 4, expert, (3, 5), "BF16", name,
+            expert * 15,
+        )
+        for name, part in zip(stored, roles, strict=True)
+        for expert in range(2)
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight"])

@@ -41,7 +41,7 @@ from tests.expert_parents import (
 )
 from tests.references import REFERENCES
 from workers.checkpoints import ArchitectureMap, open_checkpoint
-from workers.checkpoints.architecture import canonical_name
+from workers.checkpoints.names import canonical_name
 from workers.diagnostics.attribution import attribute, cut_chunks, measure_chunk
 from workers.errors import BadInputError
 from workers.experts.plain_routers import plain_routers
@@ -64,9 +64,10 @@ BIASES_BESIDE_ROUTERS = [
 
 
 def with_bias_beside(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Tensors:
-    """The same model with one more tensor in each layer."""
+    """The same model with one more tensor in each layer, instead of the biases in its routers."""
     generator = torch.Generator().manual_seed(int(tensors[f"model.{GATE.format(0)}"].sum() * 100))
-    return tensors | {
+    plain = {key: tensor for key, tensor in tensors.items() if not key.endswith("correction_bias")}
+    return plain | {
         f"model.layers.{layer}.{name}": torch.randn(shape, generator=generator) for layer in ORDERS
     }
 
@@ -407,9 +408,8 @@ def test_experts_are_not_ordered_without_their_routers(
     merger = open_merger(folders)
     rules = (rule("linear", weight=0.5),)
     realize(merger, recipe_for(merger, *rules))
-    message = (
-        rf"experts: b: layer 0: tensor '{re.escape(f'layers.0.{name}')}' of shape .* has no row"
-    )
+    known_as = re.escape(canonical_name(f"model.layers.0.{name}"))
+    message = rf"experts: b: layer 0: tensor '{known_as}' of shape .* has no row"
     with pytest.raises(BadInputError, match=message):
         merger.start(ordered(merger, rules, "b"))
 
@@ -451,6 +451,22 @@ def test_what_cannot_be_merged_as_experts(
     merger = open_merger({"a": parents["a"], "b": parents["b"]}, parents["base"])
     with pytest.raises(BadInputError, match=message):
         merger.start(recipe_for(merger, *rules))
+
+
+def test_a_router_without_a_row_for_each_expert_is_not_merged_as_them(tmp_path: Path) -> None:
+    """LongCat's has further rows, for experts that do nothing: it would stay the father's, unsaid."""
+    tensors = {
+        key.replace("mlp.gate.weight", "mlp.router.classifier.weight"): values
+        for key, values in random_experts(1).items()
+        if not key.endswith("correction_bias")
+    }
+    for layer in ORDERS:
+        key = f"model.layers.{layer}.mlp.router.classifier.weight"
+        tensors[key] = torch.cat([tensors[key], tensors[key][:2]])
+    merger = open_merger({key: write_experts(tmp_path / key, tensors) for key in "ab"})
+    merger.start(recipe_for(merger, EXPERT_RULE))
+    with pytest.raises(BadInputError, match=r"layers.0.mlp.router.classifier.*as_experts is for"):
+        merger.start(recipe_for(merger, EXPERT_RULE, ROUTER_RULE))
 
 
 @pytest.mark.parametrize(

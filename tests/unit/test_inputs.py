@@ -182,12 +182,20 @@ def test_places_are_made_absolute_for_workers_elsewhere(
         ("num_key_value_heads", 2),
         ("head_dim", 8),
         ("layer_types", ["full_attention"] * 4),
+        ("n_head", 2),  # GPT-2
+        ("mamba_num_heads", 8),
+        ("query_pre_attn_scalar", 8),
+        ("routed_scaling_factor", 2.5),
     ],
 )
 @pytest.mark.parametrize("name", ["two", "base"])
 def test_weights_of_another_meaning_are_refused(
     project: Project, name: str, key: str, value: Any
 ) -> None:
+    father = json.loads((project.model("one") / "config.json").read_text())
+    if key not in father:
+        for other in ("one", "two", "base"):
+            project.edit_json(other, "config.json", **{key: 1})
     project.edit_json(name, "config.json", **{key: value})
     message = project.refusal()
     assert message.startswith(f"{name} ({project.model(name)}): config.json has {key} {value!r}")

@@ -30,7 +30,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Pa
     root = tmp_path_factory.mktemp("families")
     return {
         kind: dict(zip(("base", "a", "b"), write_family(root / kind, kind), strict=True))
-        for kind in ("qwen3", "qwen3_5", "qwen3_moe")
+        for kind in ("qwen3", "qwen3_5", "qwen3_moe", "gpt2")
     }
 
 
@@ -73,6 +73,18 @@ def test_stacked_layers_are_those_of_the_parents(
         assert all(torch.equal(found[key], expected[key]) for key in found)
     assert torch.equal(child.model.embed_tokens.weight, loaded["a"].model.embed_tokens.weight)
     assert torch.equal(child.model.norm.weight, loaded["a"].model.norm.weight)
+    child(torch.tensor([[1, 5, 6]]))
+
+
+def test_layers_that_are_called_otherwise_are_stacked(
+    families: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    """GPT-2 has `transformer.h`, and `n_layer` of them."""
+    parents = {name: families["gpt2"][name] for name in "ab"}
+    child = load(child_of(parents, tmp_path / "child", layers=STACK))
+    assert child.config.n_layer == len(child.transformer.h) == 7
+    last = load(parents["a"]).transformer.h[3].state_dict()
+    assert all(torch.equal(w, last[key]) for key, w in child.transformer.h[6].state_dict().items())
     child(torch.tensor([[1, 5, 6]]))
 
 

@@ -451,7 +451,7 @@ def test_a_tensor_that_a_parent_lacks_is_named(parents: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer.h.0.mlp.up_proj.weight", "model.layers.0.odd.weight"]
+    "name", ["model.decoder.layers.0.mlp.up_proj.weight", "model.layers.0.odd.weight"]
 )
 def test_a_father_whose_layers_are_not_recognised_is_refused(tmp_path: Path, name: str) -> None:
     """All but the head would be his, and nothing would say so."""

@@ -20,6 +20,7 @@ from tests.checkpoint_files import assert_same_bits, read_tensors, write_checkpo
 from tests.families import write_tokenizer
 from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.checkpoints.architecture import TIED_BY_DEFAULT
+from workers.checkpoints.names import canonical_name
 from workers.errors import BadInputError
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -54,7 +55,8 @@ def tied_in_transformers() -> set[str]:
             continue  # its text model is looked at by itself
         name = classes if isinstance(classes, str) else classes[0]
         keys = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
-        is_named_so = isinstance(keys, dict) and keys.get(HEAD) == EMBEDDING
+        names = {canonical_name(k): canonical_name(v) for k, v in dict(keys or {}).items()}
+        is_named_so = names.get("lm_head.weight") == "embed_tokens.weight"
         if is_named_so and CONFIG_MAPPING[kind]().tie_word_embeddings:
             found.add(kind)
     return found
@@ -64,7 +66,10 @@ def test_the_model_types_that_tie_by_default_do_so_in_transformers() -> None:
     """Of what this release of it has; of the architectures that are known by name, all that do are listed."""
     there = TIED_BY_DEFAULT & set(CONFIG_MAPPING)
     assert {kind for kind in there if CONFIG_MAPPING[kind]().tie_word_embeddings} == there
-    named = ("llama", "qwen", "gemma", "mixtral", "deepseek")
+    named = (
+        "llama", "qwen", "gemma", "mixtral", "deepseek", "gpt", "bloom", "falcon", "mpt", "mamba",
+        "nemotron", "granite", "lfm",
+    )  # fmt: skip
     assert {kind for kind in tied_in_transformers() if kind.startswith(named)} <= TIED_BY_DEFAULT
 
 
@@ -81,6 +86,7 @@ def test_the_model_types_that_tie_by_default_do_so_in_transformers() -> None:
             },
             False,
         ),
+        ({"model_type": "gpt2"}, True),
         ({"model_type": "llama"}, False),
         ({"model_type": "llama", "tie_word_embeddings": True}, True),
         ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, False),

@@ -21,7 +21,10 @@ from workers.evaluation.engines.transformers_engine import TransformersEngine
 from workers.merging import Recipe, Rule, Selector
 from workers.merging.executor import Merger
 
-KINDS = ["qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"]
+KINDS = [
+    "qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "gpt2",
+    "bloom", "falcon", "gpt_neox", "nemotron_h", "granitemoehybrid",
+]  # fmt: skip
 PROMPT = "what is this?"
 
 

@@ -6,9 +6,10 @@ written files a checkpoint. `ArchitectureMap` names the component,
 layer and expert of every stored element. Nothing here imports torch.
 """
 
-from workers.checkpoints.architecture import COMPONENTS, ArchitectureMap, LogicalTensor
+from workers.checkpoints.architecture import ArchitectureMap, LogicalTensor
 from workers.checkpoints.checkpoint import Checkpoint, WeightFile
 from workers.checkpoints.layout import Form, Layout, child_layout
+from workers.checkpoints.names import COMPONENTS
 from workers.checkpoints.opening import absolute_checkpoint_location, check_same, open_checkpoint
 from workers.checkpoints.publishing import publish_companions
 from workers.checkpoints.reader import CheckpointReader, localize

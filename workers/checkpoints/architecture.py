@@ -6,8 +6,7 @@ cuts every stored tensor into *logical tensors* with canonical names, each a con
 stored tensor, so that parents pair by name whatever their layout. Together the logical tensors and the
 block scales of quantized ones cover every stored element exactly once: nothing can be lost.
 
-Recognition is by name patterns (the tables below) for Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next,
-Qwen3.5, Qwen3.5-MoE, Gemma 3 and 4, Mixtral and DeepSeek names; a tensor that fits none is `unknown`.
+Recognition is by names alone (`names.py`); a tensor that fits no pattern is `unknown`.
 """
 
 from __future__ import annotations
@@ -22,78 +21,16 @@ from typing import Any
 
 from workers.checkpoints.adapter import Adapter, AdapterChange, apply_adapter
 from workers.checkpoints.checkpoint import Checkpoint, Stored
+from workers.checkpoints.names import EMBEDDING, HEAD, canonical_name, classify
 from workers.checkpoints.quantization import BlockScales, ScaleTable, quantization_name
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-
-COMPONENTS = (
-    "embedding",
-    "attention",
-    "linear_attention",
-    "mlp",
-    "router",
-    "expert",
-    "shared_expert",
-    "norm",
-    "lm_head",
-    "vision",
-    "mtp",
-    "unknown",
-)
-"""`vision` stands for the towers and projectors of all other modalities; `mtp` for multi-token
-prediction layers."""
-
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
-
-CANONICAL_SPELLINGS = (
-    (re.compile(r"\.(block_sparse_moe|feed_forward)\."), ".mlp."),
-    (re.compile(r"\.mlp\.gate\.moe_statics\."), ".mlp.moe_statics."),
-    (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
-    (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
-    (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
-)
-"""The names of Mixtral and Llama 4, spelt as everybody else spells them; and what Ernie 4.5 calls otherwise
-in memory, as it is stored."""
-
-OUTSIDE_LAYERS = (
-    ("mtp", re.compile(r"mtp\.")),
-    (
-        "vision",
-        re.compile(
-            r"(visual|vision_\w+|multi_modal_\w+|mm_projector|audio_tower|embed_audio|embed_vision)\."
-        ),
-    ),
-    ("norm", re.compile(r"(norm|final_layernorm|per_layer_projection_norm)\.")),
-    (
-        "embedding",
-        re.compile(r"(embed_tokens|embed_tokens_per_layer|per_layer_model_projection)\."),
-    ),
-    ("lm_head", re.compile(r"lm_head\.")),
-)
-
-CONSTANTS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
-"""What old files hold that follows from the configuration."""
-
-INSIDE_LAYERS = (
-    ("unknown", CONSTANTS),
-    ("norm", re.compile(r"((.*\.)?\w*(layernorm|norm)(_\d+)?\.(weight|bias)|layer_scalar)$")),
-    ("linear_attention", re.compile(r"(linear_attn|mamba|mixer)\.")),
-    ("attention", re.compile(r"(self_attn|attention|attn)\.")),
-    ("shared_expert", re.compile(r"mlp\.(shared_experts?|shared_expert_gate|shared_mlp)\.")),
-    ("expert", re.compile(r"(mlp\.)?experts\.")),
-    ("router", re.compile(r"(mlp\.gate|mlp\.router|router)\.")),
-    # Beside the router, not in it: MiniMax-M2, Ernie 4.5 (under moe_statics), LFM2.
-    ("router", re.compile(r"mlp\.(moe_statics\.)?(e_score_correction_bias|expert_bias)$")),
-    ("mlp", re.compile(r"mlp\.")),
-    ("embedding", re.compile(r"(per_layer_input_gate|per_layer_projection)\.")),
-)
-
-LAYER = re.compile(r"layers\.([0-9]{1,6})\.(.+)")
 EXPERT = re.compile(r"(?:mlp\.)?experts\.([0-9]{1,6})\.")
 MTP_LAYER = re.compile(r"^mtp\.layers\.[0-9]+\.")
-FUSED_EXPERTS = re.compile(r"(?:mlp\.)?experts\.(gate_up_proj|down_proj)(?:\.weight)?$")
+FUSED_EXPERTS = re.compile(
+    r"(?:mlp\.)?experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?$"
+)
 
 MOST_TENSORS = 1 << 19
 """More logical tensors than any model has; a small file could claim any number of tiny experts."""
@@ -105,9 +42,10 @@ TRANSPOSED_FUSED_EXPERTS = {
 each expert stays one logical tensor; orientation is never guessed from a shape."""
 
 TIED_BY_DEFAULT = {
-    "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ernie4_5", "ernie4_5_moe", "gemma",
-    "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "granite_swa",
-    "jetmoe", "lfm2", "lfm2_moe", "lfm3", "minicpm3", "recurrent_gemma", "smollm3", "starcoder2",
+    "bloom", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ernie4_5", "ernie4_5_moe",
+    "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
+    "gemma4_unified_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "granite_swa", "jetmoe", "lfm2",
+    "lfm2_moe", "lfm3", "mamba", "minicpm3", "mpt", "recurrent_gemma", "smollm3", "starcoder2",
     "vaultgemma", "xglm", "youtu", "zamba", "zamba2", "zaya",
 }  # fmt: skip
 """Model types of transformers that tie the head to the embedding unless config.json says otherwise, and whose
@@ -273,36 +211,6 @@ def name_tensors(
             0,
             scales.of_matrix(entry) if scales else None,
         )
-
-
-def canonical_name(stored: str) -> str:
-    """The name without wrapper prefixes and in the common spelling."""
-    for prefix in PREFIXES:
-        if stored.startswith(prefix):
-            stored = stored[len(prefix) :]
-            break
-    for pattern, spelling in CANONICAL_SPELLINGS:
-        stored = pattern.sub(spelling, stored)
-    return stored
-
-
-def classify(name: str, text_config: dict[str, Any]) -> tuple[str, int | None, str]:
-    """(component, layer, rest of the name behind the layer) of a canonical name."""
-    inside = LAYER.match(name)
-    if inside is None:
-        for component, pattern in OUTSIDE_LAYERS:
-            if pattern.match(name):
-                return component, None, name
-        return "unknown", None, name
-    layer, rest = int(inside[1]), inside[2]
-    layers = text_config.get("num_hidden_layers")
-    if layers is not None and layer >= layers:
-        # DeepSeek stores its multi-token prediction as layers behind the last one.
-        return "mtp", None, rest
-    for component, pattern in INSIDE_LAYERS:
-        if pattern.match(rest):
-            return component, layer, rest
-    return "unknown", layer, rest
 
 
 def _split_experts(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workers.checkpoints.architecture import LAYER, ArchitectureMap, LogicalTensor
+from workers.checkpoints.architecture import ArchitectureMap, LogicalTensor
+from workers.checkpoints.names import LAYER, LAYER_NUMBER
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
 
-LAYER_NUMBER = re.compile(r"(\blayers\.)(\d+)(?=\.)")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Configuration keys that say how many layers there are."""
 
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "attn_type_list")
 """Configuration lists that have an entry for each layer."""
@@ -178,9 +179,11 @@ def stack_config(
                 found = _kinds_in(text_of(maps[name].checkpoint.config), key)
                 values += (own if found is None else found)[first : last + 1]
             text[key] = values
-    text["num_hidden_layers"] = sum(last - first + 1 for first, last in (
-        next(iter(part.values())) for part in slices
-    ))  # fmt: skip
+    counts = [key for key in LAYER_COUNT_KEYS if key in text] or LAYER_COUNT_KEYS[:1]
+    for key in counts:
+        text[key] = sum(last - first + 1 for first, last in (
+            next(iter(part.values())) for part in slices
+        ))  # fmt: skip
 
 
 def _check_other_lists(

@@ -22,8 +22,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from workers.checkpoints.architecture import canonical_name
 from workers.checkpoints.checkpoint import Checkpoint
+from workers.checkpoints.names import canonical_name
 from workers.checkpoints.tokenizer_files import (
     TOKENIZER_FILES,
     appended_files,

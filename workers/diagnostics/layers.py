@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from workers.checkpoints.architecture import PREFIXES
+from workers.checkpoints.names import PREFIXES
 from workers.errors import BadInputError
 
 COMPONENTS = ("attention", "mlp")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from workers.checkpoints import ArchitectureMap, Checkpoint
-from workers.checkpoints.architecture import canonical_name
+from workers.checkpoints.names import canonical_name
 from workers.errors import BadInputError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from workers.checkpoints import ArchitectureMap, Checkpoint
-from workers.checkpoints.architecture import canonical_name, classify
+from workers.checkpoints.names import canonical_name, classify
 from workers.merging.sources import TORCH_DTYPES, Source
 
 ROUTERS = ("gate", "router")

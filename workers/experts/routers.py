@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from workers.checkpoints.architecture import canonical_name, classify
+from workers.checkpoints.names import canonical_name, classify
 from workers.diagnostics.layers import DecoderLayer
 from workers.diagnostics.routers import has_softmax
 from workers.errors import BadInputError

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
-from workers.checkpoints.architecture import CONSTANTS
+from workers.checkpoints.names import CONSTANTS
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
 from workers.merging.recipe import CARRIED

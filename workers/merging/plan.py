@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, cast
 
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
-from workers.checkpoints.architecture import EMBEDDING, HEAD
 from workers.checkpoints.layout import Form, child_layout
+from workers.checkpoints.names import EMBEDDING, HEAD
 from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.checkpoints.vocabulary import ChildVocabulary, child_vocabulary, is_token_indexed
@@ -167,7 +167,7 @@ class Plan:
         if recipe.rules:
             check_recognised(self.child, self.father.location, chosen)
         assigned: dict[str, Assignment] = {}
-        as_experts = []
+        as_experts, of_all = [], []
         for tensor in self.child.tensors:
             if tensor.name == self.tied:
                 continue  # merged as the embedding
@@ -178,12 +178,19 @@ class Plan:
             else:
                 way = ways[number].assignment(tensor, self.parents_of(tensor, ways[number].parents))
                 if way.method is AS_EXPERTS and self.experts.is_of_all(tensor):
+                    of_all.append((tensor, way))
                     way = carried(tensor, parents, present)
             assigned[tensor.name] = way
             if way.method is AS_EXPERTS:
                 as_experts.append(tensor)
             else:
                 self._check_inputs(tensor, way, recipe.base is not None)
+        followed = {tensor.layer for tensor in as_experts}
+        for tensor, way in of_all:
+            if (
+                tensor.layer not in followed
+            ):  # nothing of this layer's router would follow its experts
+                with_rows(tensor, way, self.experts, assigned)
         for tensor in as_experts:
             way = with_rows(tensor, assigned[tensor.name], self.experts, assigned)
             assigned[tensor.name] = way

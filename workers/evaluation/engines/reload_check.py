@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from workers.checkpoints import ArchitectureMap
-from workers.checkpoints.architecture import EMBEDDING, HEAD
+from workers.checkpoints.names import EMBEDDING, HEAD
 from workers.errors import BadInputError
 from workers.merging import ParentReference, Recipe, Rule, Selector
 

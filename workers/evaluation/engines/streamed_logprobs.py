@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from workers.checkpoints.architecture import EMBEDDING
+from workers.checkpoints.names import EMBEDDING
 from workers.diagnostics.expert_outputs import standing_for
 from workers.errors import BadInputError
 from workers.evaluation.engines.reload_check import head_of
