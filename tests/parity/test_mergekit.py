@@ -29,7 +29,7 @@ SPREAD = 0.01
 
 FAMILIES = [
     pytest.param((kind, dtype), id=f"{kind}-{str(dtype).removeprefix('torch.')}")
-    for kind in ("llama", "qwen3", "qwen3_moe")
+    for kind in ("llama", "qwen3", "qwen3_moe", "gpt2")
     for dtype in (torch.float32, torch.bfloat16)
 ]
 
