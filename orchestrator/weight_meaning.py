@@ -60,6 +60,8 @@ def contradictions(father: Checkpoint, mother: Checkpoint) -> Iterator[Differenc
 
 def meaning_warnings(parents: Mapping[str, Checkpoint]) -> list[str]:
     """What the user should know of differences to the first of `parents`, though they may be mixed."""
+    if not parents:
+        return []
     (first, father), *others = parents.items()
     return [
         f"{name} ({mother.location}): config.json has {key} {other!r}, but {first} has {own!r}, which the "

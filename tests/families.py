@@ -90,8 +90,10 @@ def configuration(kind: str) -> Any:
         )
     if kind == "qwen3_5_moe":
         return transformers.Qwen3_5MoeTextConfig(**SMALL, **LINEAR_ATTENTION, **EXPERTS)
-    if kind in ("gpt2", "bloom", "falcon", "gpt_neox"):
+    if kind in ("gpt2", "bloom", "falcon"):
         return transformers.AutoConfig.for_model(kind, **OLDER, num_hidden_layers=4)
+    if kind == "gpt_neox":
+        return transformers.GPTNeoXConfig(**OLDER, num_hidden_layers=4, intermediate_size=48)
     if kind == "nemotron_h":
         return transformers.NemotronHConfig(
             **{key: value for key, value in SMALL.items() if key != "num_hidden_layers"},

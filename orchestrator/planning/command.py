@@ -49,6 +49,11 @@ def render_plan(plan: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_facts(plan), "", _memory(plan), "", _stages(plan)]
     if not plan["score_seconds"]:
         parts.append(Text("without the scoring of candidates: give --score SECONDS", style="dim"))
+    if plan["warnings"]:
+        parts += [
+            "",
+            *(Text(f"warning: {warning}", style="yellow") for warning in plan["warnings"]),
+        ]
     if plan["problems"]:
         parts += ["", Text("It does not fit:", style="bold red")]
         parts += [f"- {problem}" for problem in plan["problems"]]

@@ -55,6 +55,7 @@ def estimate(
     return {
         "status": "does not fit" if problems else "fits",
         "problems": problems,
+        "warnings": inputs.warnings,
         "campaign": config.name,
         "parents": [
             {"name": name, "place": parent.place, "kind": parent.kind, "like": parent.like,

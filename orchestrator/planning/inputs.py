@@ -14,6 +14,7 @@ from orchestrator.genomes.build import build_space
 from orchestrator.inputs import check_parents, too_few_task_vectors
 from orchestrator.places import open_parent
 from orchestrator.planning.traffic import Traffic, traffic_of
+from orchestrator.weight_meaning import meaning_warnings
 from workers.checkpoints import ArchitectureMap, Checkpoint
 from workers.checkpoints.description import Description, parse_description
 from workers.errors import BadInputError
@@ -78,6 +79,17 @@ class PlannedInputs:
     def all(self) -> dict[str, PlannedParent]:
         """Parents and base, by the names that a recipe has for them."""
         return self.parents | ({BASE: self.base} if self.base is not None else {})
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a campaign's user would be told of the configurations of those that were opened."""
+        return meaning_warnings(
+            {
+                name: parent.headers
+                for name, parent in self.all.items()
+                if isinstance(parent.headers, Checkpoint)
+            }
+        )
 
     @cached_property
     def maps(self) -> list[ArchitectureMap]:

@@ -40,6 +40,7 @@ from workers.checkpoints import (
     open_checkpoint,
 )
 from workers.checkpoints.adapter import HANDLED_KEYS, KEYS_WITHOUT_EFFECT
+from workers.checkpoints.names import canonical_name
 from workers.errors import BadInputError
 from workers.evaluation.engines.transformers_engine import TransformersEngine
 from workers.merging.sources import TORCH_DTYPES, Source
@@ -240,7 +241,7 @@ def test_conv1d_layers_store_in_out(said: bool, tmp_path: Path) -> None:
         "h.0.attn.c_attn.weight": tuple(pairs.values())[:2],
         "h.0.mlp.c_proj.weight": tuple(pairs.values())[2:],
     }.items():
-        assert_adapted(found[name].t(), weights[name].t(), 1.5, a, b)
+        assert_adapted(found[canonical_name(name)].t(), weights[name].t(), 1.5, a, b)
 
 
 @given(

@@ -221,7 +221,7 @@ def test_merge_warns_of_tensors_that_no_rule_knows(
 ) -> None:
     places = []
     for place in family[1:]:
-        tensors = weights(place) | {"output.weight": torch.ones(64, 64), "odd.x": torch.ones(3)}
+        tensors = weights(place) | {"outer.weight": torch.ones(64, 64), "odd.x": torch.ones(3)}
         # Follows from the configuration: nobody misses it.
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         copied = json.loads((place / "config.json").read_text())
@@ -233,8 +233,8 @@ def test_merge_warns_of_tensors_that_no_rule_knows(
     file = tmp_path / "recipe.yaml"
     for names, wanted in (
         ([], ["2 tensors", f"{share:.3g} %", "'odd.x'", str(places[0])]),
-        (["odd.x"], ["1 tensor ", "'output.weight'"]),
-        (["odd.x", "output.*"], []),
+        (["odd.x"], ["1 tensor ", "'outer.weight'"]),
+        (["odd.x", "outer.*"], []),
     ):
         named = [{"where": {"names": [name]}} | linear for name in names]
         file.write_text(yaml.safe_dump({"parents": parents, "rules": [linear, *named]}))

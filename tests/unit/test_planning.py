@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from orchestrator.child_writer import ChildWriter
 from orchestrator.config import SHIPPED, load_config, read_yaml
 from orchestrator.planning.cluster import GB, load_cluster
-from orchestrator.planning.command import plan_campaign
+from orchestrator.planning.command import plan_campaign, render_plan
 from orchestrator.planning.estimate import estimate
 from orchestrator.planning.inputs import PlannedInputs, open_planned
 from orchestrator.planning.traffic import live_tensors, total
@@ -34,7 +37,7 @@ from workers.merging.sources import TORCH_DTYPES
 from workers.storage.folder import FolderStore
 
 EXPERTS, HIDDEN, INNER, LAYERS = 8, 32, 16, 2
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "qwen3_5_moe",
     "text_config": {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "num_experts_per_tok": 2},
 }
@@ -313,6 +316,23 @@ def told(problems: list[str], pattern: str) -> int:
     found = re.search(pattern, problem)
     assert found is not None, problem
     return int(found[1])
+
+
+def test_a_plan_tells_what_the_campaign_would_warn_of(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
+    assert plan(tmp_path, mixtures, {})["warnings"] == []
+    for name, epsilon in (("a", 1e-6), ("b", 1e-3)):
+        folder = shutil.copytree(mixtures[name], tmp_path / name)
+        config = CONFIG | {"text_config": {**CONFIG["text_config"], "rms_norm_eps": epsilon}}
+        (folder / "config.json").write_text(json.dumps(config))
+    planned = plan(tmp_path, mixtures | {name: tmp_path / name for name in "ab"}, {})
+    (warning,) = planned["warnings"]
+    assert warning.startswith("b (")
+    assert "rms_norm_eps 0.001" in warning
+    console = Console(width=1000, record=True, file=io.StringIO())
+    console.print(render_plan(planned))
+    assert f"warning: {warning}" in console.export_text()
 
 
 def test_workers_that_have_no_place(mixtures: dict[str, Path], tmp_path: Path) -> None:

@@ -639,12 +639,6 @@ def test_layers_are_those_of_the_configuration(kind: str) -> None:
     [
         (T.GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=40), "transformer.h"),
         (
-            T.GPTNeoXConfig(
-                num_hidden_layers=2, num_attention_heads=1, hidden_size=8, vocab_size=40
-            ),
-            "gpt_neox.layers",
-        ),
-        (
             T.OPTConfig(
                 num_hidden_layers=2, num_attention_heads=1, hidden_size=8, vocab_size=40,
                 word_embed_proj_dim=8,
@@ -662,6 +656,22 @@ def test_layers_of_other_names_are_found_by_their_number(config: Any, names: str
         find_decoder(model)
     config.num_hidden_layers = 3
     assert find_layers(model) == {}
+
+
+def test_layers_behind_another_prefix_are_found_by_name() -> None:
+    config = T.GPTNeoXConfig(
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        hidden_size=8,
+        intermediate_size=8,
+        vocab_size=40,
+    )
+    model = T.AutoModelForCausalLM.from_config(config)
+    decoder = find_decoder(model)
+    assert decoder.module is model.gpt_neox
+    for layer, module in zip(decoder.layers, model.gpt_neox.layers, strict=True):
+        assert layer.module is module
+        assert layer.outputs == {"attention": module.attention, "mlp": module.mlp}
 
 
 def test_a_tower_of_as_many_layers_is_not_the_decoder() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workers.checkpoints.checkpoint import Checkpoint, open_weight_file, read_json
+from workers.checkpoints.names import EMBEDDING, HEAD
 from workers.checkpoints.quantization import FLOAT_DTYPES
 from workers.checkpoints.safetensors_format import TensorEntry
 from workers.errors import BadInputError
@@ -54,9 +55,6 @@ CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", 
 CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Layers of those models that store `[in, out]`. PEFT goes by the layer too, whatever `fan_in_fan_out`
 says."""
-
-TIED = ("embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")
-"""Embedding and head; where they are one tensor, PEFT would change one of the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +149,7 @@ def apply_adapter(
     keys |= {name: tensor.stored for name, tensor in replacements.items()}
     known = {tensor.name for tensor in tensors}
     for name, key in keys.items():
-        if tied and name in TIED:
+        if tied and name in (EMBEDDING, HEAD):  # PEFT would change one of the two
             raise BadInputError(
                 f"{file}: tensor {key!r} changes one of embedding and head, which are one tensor in the "
                 "base: give the base a head of its own (tie_word_embeddings: false)"
