@@ -20,6 +20,7 @@ from orchestrator.objectives import task_weights
 from orchestrator.places import open_parent
 from orchestrator.weight_meaning import contradictions, meaning_warnings
 from workers.checkpoints import ArchitectureMap, Checkpoint
+from workers.checkpoints.names import HEAD
 from workers.checkpoints.tokens import has_tokens, read_tokens
 from workers.diagnostics.calibration import CalibrationSet
 from workers.errors import BadInputError
@@ -27,8 +28,9 @@ from workers.evaluation import load_task
 from workers.evaluation.task import Task, check_disjoint
 from workers.merging import METHODS, MergeMethod, ParentReference
 
-SCORING = 2
-"""Raised when Darwin asks or scores the same items otherwise: what one version began the other cannot end."""
+SCORING = 3
+"""Raised when Darwin asks or scores the same items otherwise, or merges the same genomes otherwise: what one
+version began the other cannot end."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,8 @@ def too_few_task_vectors(
 
 def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Whether it stores a head that is not its embedding."""
-    stored = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
-    return stored and not ArchitectureMap.of(checkpoint).ties_head
+    architecture = ArchitectureMap.of(checkpoint)
+    return HEAD in architecture.by_name and not architecture.ties_head
 
 
 def _tokens_by_id(checkpoint: Checkpoint) -> dict[int, str]:

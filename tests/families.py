@@ -94,6 +94,10 @@ def configuration(kind: str) -> Any:
         return transformers.AutoConfig.for_model(kind, **OLDER, num_hidden_layers=4)
     if kind == "gpt_neox":
         return transformers.GPTNeoXConfig(**OLDER, num_hidden_layers=4, intermediate_size=48)
+    if kind == "lfm2":
+        return transformers.Lfm2Config(
+            **SMALL, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 2
+        )
     if kind == "nemotron_h":
         return transformers.NemotronHConfig(
             **{key: value for key, value in SMALL.items() if key != "num_hidden_layers"},

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from orchestrator.weight_meaning import SAME_ACTIVATION
 from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.checkpoints.stacking import text_of
 
@@ -21,12 +22,6 @@ LEAST_COMPATIBILITY = 0.5
 
 FURTHEST_DEPTH = 0.25
 """Layers whose places in their models, from 0 to 1, are further apart are not matched."""
-
-SAME_ACTIVATION = {
-    "swish": "silu",
-    "gelu_new": "gelu_pytorch_tanh",
-    "gelu_fast": "gelu_pytorch_tanh",
-}
 
 ROLES = ("gate_proj", "up_proj", "down_proj")
 

@@ -21,6 +21,7 @@ from workers.checkpoints import ArchitectureMap, LogicalTensor
 from workers.errors import BadInputError
 
 TRUE, FALSE = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
+EXPERT_NUMBER = re.compile(r"\bexperts\.\d+\.")
 EXPERT_PART = re.compile(r"experts\.\d+\.(?:gate_proj|up_proj|gate_up_proj|(down_proj))\b.*")
 
 
@@ -128,8 +129,8 @@ def _peer_name(tensor: LogicalTensor) -> str:
     if tensor.expert is None:
         return tensor.stored
     part = EXPERT_PART.search(tensor.name)
-    if part is None:
-        return tensor.stored
+    if part is None or not EXPERT_NUMBER.search(tensor.stored):
+        return tensor.stored  # that of all experts, as mergekit has it
     return f"model.{tensor.name[: part.start()]}experts.{part[1] or 'gate_up_proj'}"
 
 

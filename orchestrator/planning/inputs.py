@@ -82,14 +82,8 @@ class PlannedInputs:
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What a campaign's user would be told of the configurations of those that were opened."""
-        return meaning_warnings(
-            {
-                name: parent.headers
-                for name, parent in self.all.items()
-                if isinstance(parent.headers, Checkpoint)
-            }
-        )
+        """What the campaign would tell its user of the configurations."""
+        return meaning_warnings({name: parent.headers for name, parent in self.all.items()})
 
     @cached_property
     def maps(self) -> list[ArchitectureMap]:

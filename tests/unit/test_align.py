@@ -258,6 +258,18 @@ def test_a_mixture_of_experts_is_skipped(models: Path, tmp_path: Path) -> None:
     assert_same_bits(read_tensors(tmp_path / "out"), read_tensors(models / "gemma3"))
 
 
+def test_a_father_whose_networks_have_no_activation_of_their_own_is_refused(
+    models: Path, tmp_path: Path
+) -> None:
+    """In LFM2 it is part of the code."""
+    father, mother = (
+        write_model(tmp_path / str(seed), "lfm2", seed, max_shard_size="10GB") for seed in (0, 1)
+    )
+    with pytest.raises(BadInputError, match=r"^Lfm2ForCausalLM: the feed-forward network of layer"):
+        align(models, father, mother, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mother_with_values_that_are_no_numbers_is_refused(models: Path, tmp_path: Path) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors[mlp(1, "down")][3, :] = float("inf")

@@ -187,6 +187,12 @@ def test_decoder_layers(model: str, prefix: str) -> None:
         ("mtp.layers.0.self_attn.q_proj.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp"),
         ("score.weight", "score.weight", "unknown"),
         ("normal.weight", "normal.weight", "unknown"),
+        ("model.embedding_norm.weight", "embedding_norm.weight", "norm"),  # LFM2
+        (
+            "roberta_prelayernorm.encoder.layer.0.attention.self.query.weight",
+            "roberta_prelayernorm.encoder.layer.0.attention.self.query.weight",
+            "unknown",
+        ),
         ("model.layers.x.mlp.up_proj.weight", "layers.x.mlp.up_proj.weight", "unknown"),
     ],
 )

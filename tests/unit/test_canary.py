@@ -16,15 +16,15 @@ import yaml
 from orchestrator.config import OPERATIONAL_KEYS, engine_settings, load_config
 from tests import fake_vllm, families
 from tests.campaigns import write_campaign
-from tests.checkpoint_files import recipe_for, rule, write_child
+from tests.checkpoint_files import described, recipe_for, rule, write_child
 from tests.fake_vllm import Disorder
 from tests.families import write_family, write_model
 from tests.unit.test_transformers_engine import dare_ties_recipe
-from workers.checkpoints import open_checkpoint
+from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.errors import BadInputError, CanaryError
 from workers.evaluation.engines import build_engine
 from workers.evaluation.engines.canary import Canary
-from workers.evaluation.engines.reload_check import fixed_prompts
+from workers.evaluation.engines.reload_check import check_reload, fixed_prompts
 from workers.evaluation.engines.streamed_logprobs import ScoredChild
 from workers.evaluation.engines.vllm_engine import VllmEngine
 from workers.merging import ParentReference, Recipe, Rule, Selector
@@ -235,3 +235,24 @@ def test_a_campaign_says_how_often(tmp_path: Path) -> None:
     assert "engine.canary" in OPERATIONAL_KEYS
     with pytest.raises(BadInputError, match=r"engine\.canary: -1 must be 0 or more"):
         load_config(str(write_campaign(tmp_path)), ["engine.canary=-1"])
+
+
+@pytest.mark.parametrize(
+    "lacking", ["attn.Wqkv", "attn.out", "ffn.fc1", "mlp.experts.0.w4", "mixer.in_proj"]
+)
+def test_an_engine_is_not_accused_for_names_that_the_check_at_the_start_does_not_know(
+    lacking: str,
+) -> None:
+    """It would leave weights in place that it wants to be zero."""
+    known = ("self_attn.o_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.up_proj")
+    layers = {0: known, 1: known[2:] if lacking.startswith("attn") else known[:2]}
+    layers[1] = (*layers[1], lacking)
+    names = [f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in layers[layer]]
+    shapes = dict.fromkeys(["model.embed_tokens.weight", *names], (4, 4))
+
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("nothing is asked of the engine")
+
+    father = ArchitectureMap(described(shapes, {}))
+    with pytest.raises(BadInputError, match="other names than those by which it is checked"):
+        check_reload(father, (ParentReference("a", "0"),), never, never, "vLLM")

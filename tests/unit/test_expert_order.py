@@ -436,7 +436,7 @@ ROUTER_RULE = rule("as_experts", Selector(components=("router",)))
         ),
         (
             (rule("as_experts", Selector(components=("attention",))),),
-            "o_proj.weight': method as_experts is for routers",
+            r"o_proj.weight' of shape .*: method as_experts is for routers.*give it a rule of its own",
         ),
         (
             (EXPERT_RULE, replace(ROUTER_RULE, parents=("b",))),
@@ -467,6 +467,26 @@ def test_a_router_without_a_row_for_each_expert_is_not_merged_as_them(tmp_path: 
     merger.start(recipe_for(merger, EXPERT_RULE))
     with pytest.raises(BadInputError, match=r"layers.0.mlp.router.classifier.*as_experts is for"):
         merger.start(recipe_for(merger, EXPERT_RULE, ROUTER_RULE))
+
+
+@pytest.mark.parametrize("router", [(), (ROUTER_RULE,)])
+def test_a_table_of_each_tokens_experts_is_not_averaged(
+    router: tuple[Rule, ...], tmp_path: Path
+) -> None:
+    """DeepSeek-V4's first routers look experts up by the token: numbers, in integers."""
+    name = "model.layers.0.mlp.gate.tid2eid"
+    tensors = {key: random_experts(seed) for seed, key in enumerate("ab")}
+    for seed, key in enumerate("ab"):
+        tensors[key][name] = torch.arange(40).roll(seed).reshape(20, 2) % EXPERTS
+    parents = {key: write_experts(tmp_path / key, own) for key, own in tensors.items()}
+    merger = open_merger(parents)
+    child = realize(merger, recipe_for(merger, *router, rule("linear", weight=0.5)))
+    stored = canonical_name(name)
+    assert torch.equal(child[stored], tensors["a"][name].flatten())
+    other = "layers.0.mlp.experts.0.down_proj.weight"
+    assert not torch.equal(child[other], realize(merger, recipe_for(merger))[other])
+    taken = realize(merger, recipe_for(merger, rule("passthrough", source="b")))
+    assert torch.equal(taken[stored], tensors["b"][name].flatten())
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_places_are_made_absolute_for_workers_elsewhere(
         ("layer_types", ["full_attention"] * 4),
         ("n_head", 2),  # GPT-2
         ("mamba_num_heads", 8),
-        ("query_pre_attn_scalar", 8),
+        ("attention_multiplier", 8),
         ("routed_scaling_factor", 2.5),
     ],
 )

@@ -341,6 +341,7 @@ def stacked_config(
         ("num_hash_layers", 3),  # DeepSeek-V4
         ("compress_ratios", [0, 4, 4, 128, 0]),  # with one for the prediction layer
         ("moe_layers_enum", "2,3"),  # Step 3
+        ("scale_attn_by_inverse_layer_idx", True),  # GPT-2
         ("linear_attn_config", {"kda_layers": [1, 2, 3], "full_attn_layers": [4]}),  # Kimi Linear
     ],
 )

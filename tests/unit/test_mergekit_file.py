@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.mergekit.methods import PEER_METHODS, REQUIRED
+from orchestrator.mergekit.settings import name_patterns
 from orchestrator.recipe_file import RecipeFile, load_recipe_file
 from orchestrator.recipe_spelling import respell
 from orchestrator.single_merge import merge_recipe
 from tests.families import write_family
-from workers.checkpoints import ArchitectureMap
+from workers.checkpoints import ArchitectureMap, open_checkpoint
 from workers.errors import BadInputError
-from workers.merging import METHODS
+from workers.merging import METHODS, Selector
 from workers.merging.plan import Assignment, Plan, form_of
 
 LAYERS = 4
@@ -373,6 +374,27 @@ def test_experts_are_known_by_their_fused_names(tmp_path: Path, experts: list[st
         ("q_proj", 3.0),
     ]:
         assert [value["m1"] for value in values_of(ways, "weight", part)] == [wanted] * LAYERS, part
+
+
+@pytest.mark.parametrize(
+    ("text", "reached"),
+    [
+        ("block_sparse_moe", {"router", "expert"}),
+        ("input_linear", {"expert", "mlp"}),  # that of shared_mlp, too
+        ("router", {"router"}),
+        ("experts", set()),
+    ],
+)
+def test_experts_that_are_stored_as_one_tensor_are_known_by_its_name(
+    text: str, reached: set[str], tmp_path: Path
+) -> None:
+    """Of Granite mergekit knows `block_sparse_moe.input_linear.weight`, as it is stored."""
+    family = write_family(tmp_path / "granite", "granitemoehybrid")
+    father = ArchitectureMap(open_checkpoint(str(family[1])))
+    patterns = name_patterns(text, father)
+    found = {t for t in father.tensors if patterns and Selector(names=tuple(patterns)).matches(t)}
+    assert {tensor.component for tensor in found} == reached
+    assert found == {tensor for tensor in father.tensors if text in tensor.stored}
 
 
 # -- stacked layers --------------------------------------------------------------------------

@@ -117,9 +117,16 @@ def test_a_redundant_head_of_a_model_that_ties_by_default_is_none_of_its_own(
         torch.testing.assert_close(child[name], mean)
 
 
-def test_a_head_of_a_mothers_own_is_refused_beside_a_tied_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "head", [HEAD, "embed_out.weight", "output.weight", "language_model.lm_head.weight"]
+)
+def test_a_head_of_a_mothers_own_is_refused_beside_a_tied_one(head: str, tmp_path: Path) -> None:
     write(tmp_path, "father", "none", {"model_type": "gemma2"})
-    write(tmp_path, "mother", "own", {"model_type": "gemma2", "tie_word_embeddings": False})
+    config = {"model_type": "gemma2", "tie_word_embeddings": False, "num_hidden_layers": 0}
+    tensors = read_tensors(write(tmp_path, "mother", "own", config))
+    tensors[head] = tensors.pop(HEAD)
+    shutil.rmtree(tmp_path / "mother")
+    write_checkpoint(tmp_path / "mother", tensors, config=config)
     with pytest.raises(BadInputError, match=r"^mother .* an lm_head of its own, which father ties"):
         merge(tmp_path)
 

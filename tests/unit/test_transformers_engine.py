@@ -23,7 +23,7 @@ from workers.merging.executor import Merger
 
 KINDS = [
     "qwen3", "llama", "qwen3_moe", "mixtral", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "gpt2",
-    "bloom", "falcon", "gpt_neox", "nemotron_h", "granitemoehybrid",
+    "bloom", "falcon", "gpt_neox", "nemotron_h", "granitemoehybrid", "lfm2",
 ]  # fmt: skip
 PROMPT = "what is this?"
 

@@ -216,6 +216,60 @@ def test_another_scaling_of_positions_is_a_warning(tmp_path: Path) -> None:
     assert "has rope_type 'yarn', but one has 'default', which the child keeps" in warning
 
 
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"activation_function": "gelu_new"}, {"activation_function": "gelu_pytorch_tanh"}),
+        ({"mamba_d_head": "auto"}, {"mamba_d_head": 64}),
+        ({"moe_topk": [8, 8]}, {"moe_topk": 8}),
+        ({"topk_method": "greedy", "n_group": 1}, {"topk_method": "greedy", "n_group": 8}),
+        (
+            {"rotary_pct": 0.25, "rotary_emb_base": 10000},
+            {"rope_parameters": {"rope_theta": 10000, "partial_rotary_factor": 0.25}},
+        ),
+    ],
+)
+def test_what_is_said_otherwise_and_means_the_same(
+    tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    parents = opened(tmp_path, one, two)
+    check_parents(parents)
+    assert meaning_warnings(parents) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "told"),
+    [
+        (
+            {"activation_function": "gelu"},
+            {"activation_function": "gelu_new"},
+            "has activation_fun",
+        ),
+        ({"moe_topk": [8, 8]}, {"moe_topk": 4}, "has moe_topk 4, but one has 8"),
+        ({"moe_topk": [8, 8]}, {"moe_topk": [8, 4]}, "has moe_topk"),
+        ({"n_group": 1}, {"topk_method": "greedy", "n_group": 8}, "has n_group 8, but one has 1"),
+        (
+            {"rotary_pct": 0.25, "rotary_emb_base": 10000},
+            {"rope_parameters": {"rope_theta": 10000, "partial_rotary_factor": 1.0}},
+            "has partial_rotary_factor 1.0, but one has 0.25",
+        ),
+    ],
+)
+def test_what_means_something_else_is_refused(
+    tmp_path: Path, one: dict[str, Any], two: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(BadInputError, match=told):
+        check_parents(opened(tmp_path, one, two))
+
+
+def test_another_scale_of_queries_is_a_warning(tmp_path: Path) -> None:
+    """Gemma-2-9B's configuration was mended after it was published: the weights are the same."""
+    parents = opened(tmp_path, {"query_pre_attn_scalar": 256}, {"query_pre_attn_scalar": 224})
+    check_parents(parents)
+    (warning,) = meaning_warnings(parents)
+    assert "has query_pre_attn_scalar 224, but one has 256, which the child keeps" in warning
+
+
 def test_another_epsilon_of_the_norms_is_a_warning(tmp_path: Path) -> None:
     parents = opened(tmp_path, {"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6})
     check_parents(parents)

@@ -85,7 +85,10 @@ OUTSIDE_LAYERS = (
             r"sam_model|qformer|query_tokens|mlp1)(\.|$)"
         ),
     ),
-    ("norm", re.compile(r"((\w*norm|\w*layernorm|norm_f|ln_f)\.|hc_head\.)")),
+    (
+        "norm",
+        re.compile(r"(\w*norm|\w*layernorm|norm_f|ln_f)(\.norm)?\.(weight|bias)$|hc_head\."),
+    ),
     (
         "embedding",
         re.compile(
@@ -95,11 +98,13 @@ OUTSIDE_LAYERS = (
     ("lm_head", re.compile(r"lm_head\.")),
 )
 
-CONSTANTS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|(attn|attention)\.bias)$")
-"""What old files hold that follows from the configuration."""
+CONSTANTS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias)$")
+CAUSAL_MASK = re.compile(r"(.*\.)?(attn|attention)\.bias$")
+"""What old files hold that follows from the configuration. A mask is `[1, 1, n, n]`."""
 
 INSIDE_LAYERS = (
     ("unknown", CONSTANTS),
+    ("unknown", CAUSAL_MASK),
     (
         "norm",
         re.compile(
@@ -118,6 +123,9 @@ INSIDE_LAYERS = (
 )
 
 LAYER = re.compile(r"layers\.([0-9]{1,6})\.(.+)")
+
+TOKEN_TABLE = re.compile(r"\.tid2eid$")
+"""DeepSeek-V4's routers that look up a token's experts: numbers of experts, which no arithmetic is for."""
 
 
 def canonical_name(stored: str) -> str:

@@ -34,6 +34,7 @@ UNSTACKABLE_KEYS = (
     "full_attn_idxs",
     "attn_layer_indices",
     "hybrid_layer_ids",
+    "scale_attn_by_inverse_layer_idx",
     "linear_attn_config.kda_layers",
     "linear_attn_config.full_attn_layers",
 )

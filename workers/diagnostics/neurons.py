@@ -34,7 +34,7 @@ CHANCE_PAIRS = 1 << 20
 MOST_SHUFFLES = 32
 """So many pairs are looked at for what chance attains, but in so many shuffles at most."""
 
-GATE = re.compile(r"layers\.(\d+)\.mlp\.gate_proj")
+GATE = re.compile(r"layers\.(\d+)\.mlp\.gate_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def calibration_states(
     """Run `model` (of transformers) over `texts`, each cut to `window` tokens, until there are `tokens`.
 
     A text's first token is left out: what reaches the networks there is the same in every text, and so
-    large that correlations would be about it alone. Raises `BadInputError` if no text has a second one.
+    large that correlations would be about it alone. Raises `BadInputError` if no text has a second one,
+    or a network has no activation function of its own (LFM2).
     """
     import torch
 
@@ -100,11 +101,17 @@ def calibration_states(
     count = 0
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            match = GATE.fullmatch(canonical_name(name))
+            match = GATE.fullmatch(canonical_name(f"{name}.weight"))
             if match is None or int(match[1]) not in found:
                 continue
             layer = int(match[1])
-            activations[layer] = model.get_submodule(name.rpartition(".")[0]).act_fn
+            network = model.get_submodule(name.rpartition(".")[0])
+            if not hasattr(network, "act_fn"):
+                raise BadInputError(
+                    f"{type(model).__name__}: the feed-forward network of layer {layer} is no gated network "
+                    "of the common form (act_fn): its neurons cannot be aligned"
+                )
+            activations[layer] = network.act_fn
             kept = found[layer]
 
             def keep(module: Any, given: Any, kept: list[torch.Tensor] = kept) -> None:

@@ -23,9 +23,11 @@ def with_rows(
     method that needs them whole.
     """
     if not places.has_row_each(tensor):
+        experts = places.experts.get(tensor.layer, 0) if tensor.layer is not None else 0
         raise BadInputError(
-            f"tensor {tensor.name!r}: method as_experts is for routers, which have a row for each expert of "
-            "their layer; this is none"
+            f"{places.location}: tensor {tensor.name!r} of shape {list(tensor.shape)}: method as_experts is "
+            f"for routers, which have a row for each expert of their layer, here {experts}: give it a rule "
+            "of its own (linear, passthrough)"
         )
     assert tensor.layer is not None
     rows = tuple(

@@ -111,6 +111,8 @@ class ExpertPlaces:
         self, orders: ExpertOrders, child: ArchitectureMap, maps: dict[str, ArchitectureMap]
     ) -> None:
         self._orders = orders
+        self.location = child.location
+        """Where the child's father lies."""
         self.experts = experts_by_layer(child)
         """Layer -> how many experts it has."""
         self.matrices = _matrices_by_layer(child, self.experts)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from workers.checkpoints import ArchitectureMap, LogicalTensor
-from workers.checkpoints.names import CONSTANTS
+from workers.checkpoints.names import CAUSAL_MASK, CONSTANTS
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
 from workers.merging.recipe import CARRIED
@@ -91,8 +91,13 @@ def _unknown(child: ArchitectureMap) -> list[LogicalTensor]:
     return [
         tensor
         for tensor in child.tensors
-        if tensor.component == "unknown" and not CONSTANTS.fullmatch(tensor.name)
+        if tensor.component == "unknown" and not _is_constant(tensor)
     ]
+
+
+def _is_constant(tensor: LogicalTensor) -> bool:
+    is_mask = len(tensor.shape) == 4 and CAUSAL_MASK.fullmatch(tensor.name)
+    return bool(is_mask or CONSTANTS.fullmatch(tensor.name))
 
 
 def _count(tensors: Collection[LogicalTensor]) -> str:

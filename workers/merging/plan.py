@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from workers.checkpoints import ArchitectureMap, Checkpoint, LogicalTensor
 from workers.checkpoints.layout import Form, child_layout
-from workers.checkpoints.names import EMBEDDING, HEAD
+from workers.checkpoints.names import EMBEDDING, HEAD, TOKEN_TABLE
 from workers.checkpoints.quantization import check_values_readable
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.checkpoints.vocabulary import ChildVocabulary, child_vocabulary, is_token_indexed
@@ -179,6 +179,8 @@ class Plan:
                 way = ways[number].assignment(tensor, self.parents_of(tensor, ways[number].parents))
                 if way.method is AS_EXPERTS and self.experts.is_of_all(tensor):
                     of_all.append((tensor, way))
+                    way = carried(tensor, parents, present)
+                if TOKEN_TABLE.search(tensor.name) and not way.copies:
                     way = carried(tensor, parents, present)
             assigned[tensor.name] = way
             if way.method is AS_EXPERTS:

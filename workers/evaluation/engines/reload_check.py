@@ -36,6 +36,8 @@ READING = (
 )  # fmt: skip
 """Tensors without which layers add nothing: of matrices that kernels fuse with others, at least one."""
 
+ADDING_COMPONENTS = ("attention", "linear_attention", "mlp", "expert", "shared_expert")
+
 CONTEXTS = 8
 TOKENS = 12
 
@@ -64,7 +66,16 @@ def check_reload(
     def layers(endings: tuple[str, ...]) -> list[str]:
         return [t.name for t in father.tensors if t.layer is not None and t.name.endswith(endings)]
 
-    if EMBEDDING not in father.by_name or not layers(WRITING) or not layers(READING):
+    def blocks(*endings: str) -> set[tuple[int | None, str]]:
+        """What adds to hidden states: (layer, component), of tensors whose names end so."""
+        return {
+            (t.layer, t.component)
+            for t in father.tensors
+            if t.layer is not None and t.component in ADDING_COMPONENTS and t.name.endswith(endings)
+        }
+
+    known = [blocks(*endings) == blocks("") for endings in (WRITING, READING)]
+    if EMBEDDING not in father.by_name or not blocks("") or not all(known):
         raise BadInputError(
             f"{father.location}: its tensors have other names than those by which it is checked whether "
             f"{engine} takes new weights: use engine.kind: transformers"
