@@ -27,6 +27,10 @@ KINDS = [
     "qwen3_5_moe",
     "gemma3",
     "gemma4",
+    "gpt2",
+    "bloom",
+    "gpt_neox",
+    "nemotron_h",
 ]
 UNLIKE = ["a", "what is this", "xyzzy = ", "abcdefghijklmnopqrstuvwxyz", "bb", "what is that", "q"]
 SHOTS = "ab = ba? cd = dc? ef = fe? gh = hg? " * 3

@@ -14,7 +14,7 @@ from workers.evaluation import Continuation, Decoding
 from workers.evaluation.engines import likelihood
 from workers.evaluation.engines.transformers_engine import TransformersEngine
 
-KINDS = ["qwen3", "mixtral", "qwen3_5", "gemma3", "gemma4"]
+KINDS = ["qwen3", "mixtral", "qwen3_5", "gemma3", "gemma4", "gpt2", "bloom", "nemotron_h"]
 SHOTS = "ab = ba? cd = dc? "
 ITEMS = {
     "what is this? ": ("a long answer", "a short one", "a", "none of these at all"),
