@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint_files import write_child
-from tests.families import write_family
+from tests.families import write_family, write_tokenizer
 from workers.checkpoints import open_checkpoint
 from workers.diagnostics.lazy_model import LazyModel
 from workers.errors import BadInputError
@@ -130,6 +130,34 @@ def test_stop_texts_end_an_answer(families: dict[str, list[Path]]) -> None:
     (cut,) = engine.generate(["abc"], Decoding(8, (word,)))
     assert cut.text == whole.text[: whole.text.index(word)]
     assert not cut.truncated
+
+
+def test_a_model_with_a_table_of_positions_reads_as_far_as_it_goes(
+    families: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Of GPT-2, 24 of them: an answer ends there, cut; and a text that is longer is refused."""
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=24, eos_token_id=None
+    )
+    folder = tmp_path / "short"
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    engine = TransformersEngine({"a": open_checkpoint(str(folder))}, None, "float32", batch_size=2)
+    prompts = ["a" * 19, "abc"]  # and what begins a text
+    long, short = engine.generate(prompts, Decoding(8))
+    assert (long.tokens, long.truncated) == (4, True)
+    assert (short.tokens, short.truncated) == (8, True)
+    (alone,) = engine.generate(prompts[:1], Decoding(4))
+    assert alone.text == long.text
+    assert engine.loglikelihood([("a" * 19, "bc")])[0].tokens == 2
+    for ask in (
+        lambda: engine.generate(["a" * 23], Decoding(1)),
+        lambda: engine.loglikelihood([("a" * 19, "bcde")]),
+    ):
+        with pytest.raises(
+            BadInputError, match=r"GPT2LMHeadModel: a text has 24 tokens.* the 24 po"
+        ):
+            ask()
 
 
 def test_a_father_without_all_weights_is_refused(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from workers.errors import BadInputError
 from workers.evaluation.engines.key_values import CacheForm, repeat
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -20,6 +21,10 @@ WORTH_TOKENS = 64
 """So many tokens saved are worth a pass of their own."""
 
 
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+"""Modules and buffers that have a row for each position (GPT-2, GPT-J, OPT)."""
+
+
 class LiveModel:
     """A model whose weights change, and how it is called. Nothing is kept from one call to the next."""
 
@@ -30,6 +35,17 @@ class LiveModel:
         """At once, at most."""
         self.form = CacheForm(model)
         self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.longest = _positions(model)
+        """Tokens of the longest text that it can read; None if nothing limits them."""
+
+    def check_lengths(self, texts: Iterable[Ids]) -> None:
+        """Raise `BadInputError` for a text that has no position left for one more token."""
+        longest = max(map(len, texts), default=0)
+        if self.longest is not None and longest >= self.longest:
+            raise BadInputError(
+                f"{type(self.model).__name__}: a text has {longest} tokens, and with one more it must fit "
+                f"into the {self.longest} positions of the model: leave the item out"
+            )
 
     def logits(
         self,
@@ -77,6 +93,14 @@ class LiveModel:
         if prefix is None:
             return self.form.make() if self.form.argument else None
         return repeat(prefix, rows, self.device)
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions the model has a table of; None if it has none."""
+    parts = [name for name, _ in (*model.named_modules(), *model.named_buffers())]
+    if not any(name.rpartition(".")[2] in POSITION_TABLES for name in parts):
+        return None
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def fill(rows: Sequence[Ids], left: bool = False) -> torch.Tensor:

@@ -43,6 +43,8 @@ class Answer:
     prompt: int
     """Its number in the call."""
     stream: Stream | None
+    most: int
+    """Tokens, at most."""
     tokens: list[int] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
 
@@ -61,7 +63,7 @@ class Ending:
         """Whether the last token was the last."""
         return (
             answer.tokens[-1] in self._ends
-            or len(answer.tokens) >= self._decoding.max_new_tokens
+            or len(answer.tokens) >= answer.most
             or self._stopped(answer.tokens)
         )
 
@@ -144,6 +146,7 @@ def plan_generation(live: LiveModel, prompts: Sequence[Ids]) -> GenerationPlan:
         raise BadInputError(
             "an empty prompt has no token to begin with, as this tokenizer adds none: give each item a prompt"
         )
+    live.check_lengths(prompts)
     if live.form.argument is None:
         raise BadInputError(
             f"{type(live.model).__name__} has no cache that answers could be written with: use a task "
@@ -168,8 +171,13 @@ def generate(
 ) -> list[Generation]:
     """Execute a plan with the weights of now; in the order of its prompts."""
     results: dict[int, Generation] = {}
+    longest = live.longest or math.inf
     waiting = [
-        Answer(number, Stream(seeds[number]) if decoding.temperature else None)
+        Answer(
+            number,
+            Stream(seeds[number]) if decoding.temperature else None,
+            int(min(decoding.max_new_tokens, longest - len(plan.prompts[number]))),
+        )
         for number in plan.order
     ]
     prefix = None

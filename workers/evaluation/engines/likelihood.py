@@ -87,6 +87,7 @@ def plan_likelihoods(
 ) -> LikelihoodPlan:
     """The plan for texts of which the tokens from `starts` on are predicted; `prompts` tell which pairs
     have theirs in common."""
+    live.check_lengths(wholes)
     groups = _group(live, wholes, starts, prompts)
     prefix = 0
     if live.form.continues and len(groups) > 1:
