@@ -140,6 +140,7 @@ def test_a_model_with_a_table_of_positions_reads_as_far_as_it_goes(
         vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=24, eos_token_id=None
     )
     folder = tmp_path / "short"
+    torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     write_tokenizer(folder)
     engine = TransformersEngine({"a": open_checkpoint(str(folder))}, None, "float32", batch_size=2)
