@@ -296,6 +296,8 @@ def attribute(
     if as_json:
         _print_json(result)
     else:
+        for warning in result["warnings"]:
+            complain(f"warning: {warning}")
         _say(render_attribution(result))
 
 

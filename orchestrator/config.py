@@ -351,10 +351,24 @@ def _fetch(location: str) -> Path:
 def read_yaml(file: Path) -> Any:
     """What a YAML file of one's own holds. Raises `BadInputError` naming the file."""
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: not UTF-8, or a date that no calendar has.
         raise BadInputError(f"{file}: not valid YAML ({_first_line(error)})") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that stands twice in a table the last would count, unsaid."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: the key {key.value!r} stands twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def engine_settings(engine: EngineConfig) -> dict[str, Any]:

@@ -80,7 +80,10 @@ def load_recipe_file(
     if not is_mergekit(data):
         return load_recipe_data(path, _placed(path, data, places or {}, base), opened)
     if places or base:
-        raise BadInputError(f"{path}: --parent and --base are not for mergekit's files")
+        raise BadInputError(
+            f"{path}: --parent and --base are not for mergekit's files: change the file, or convert it first "
+            "(darwin recipe)"
+        )
     translated = from_mergekit(path, data, opened)
     loaded = load_recipe_data(path, translated.data, opened)
     # What mergekit merges is merged; the numbers of our rules would mean nothing to the user.
@@ -134,13 +137,16 @@ def load_recipe_data(
     if PRESET in data:
         father = opened(next(iter(_parents(path, data.get("parents")).values())))
         data = expand(path, data, ArchitectureMap.of(father))
-    if not {"parents", "rules"} <= data.keys():
-        raise BadInputError(f"{path}: a recipe needs the keys parents and rules")
     if data.keys() - KEYS:
         raise BadInputError(
             f"{path}: unknown key {sorted(data.keys() - KEYS, key=str)[0]!r}; allowed are "
             f"{', '.join(sorted(KEYS))}"
         )
+    for key in ("parents", "rules"):
+        if key not in data:
+            raise BadInputError(
+                f"{path}: the key {key!r} is missing: a recipe needs parents and rules"
+            )
     places = _parents(path, data["parents"])
     seed = data.get("seed", 0)
     if type(seed) is not int:

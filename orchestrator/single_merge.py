@@ -70,7 +70,7 @@ def merge_recipe(
             address,
             lambda worker: worker.start(loaded.recipe),
         ) as calls,
-        progress_bar(f"merging {len(loaded.parents)} parents", writer.total_bytes) as notify,
+        progress_bar(f"merging {', '.join(loaded.parents)}", writer.total_bytes) as notify,
     ):
         report = writer.write(calls, notify)
     lineage = {

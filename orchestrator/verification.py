@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator.descent.lineage import LINEAGE_FILE, LINEAGE_FORMAT
-from orchestrator.places import open_parent
+from orchestrator.places import open_parent, resolve
 from workers.checkpoints import ArchitectureMap, Checkpoint, WeightFile
 from workers.checkpoints.health import count_not_finite
 from workers.errors import BadInputError
 from workers.merging.expert_order import ExpertOrders, ExpertPlaces, parse_orders
 from workers.storage import ObjectNotFoundError
 from workers.storage.documents import parse_json
+from workers.storage.locations import find_store
 
 READ_BYTES = 16 << 20
 
@@ -31,7 +32,15 @@ def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
     `parents` (any of those in the lineage) also element by element against these. Raises
     `BadInputError` for what is no child of Darwin, or no checkpoint at all.
     """
-    child = open_parent(location)
+    try:
+        child = open_parent(location)
+    except BadInputError as error:
+        if not _was_written(location):
+            raise
+        return {
+            "status": "damaged", "child": location, "files": 0, "tensors": 0, "bytes": 0, "changed": {},
+            "problems": [str(error)],
+        }  # fmt: skip
     lineage = _read_lineage(child)
     problems = [*_check_files(child, lineage), *_check_tensors(child, lineage)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
@@ -66,6 +75,15 @@ def verify_child(location: str, parents: list[str]) -> dict[str, Any]:
         "changed": changed,
         "problems": problems,
     }
+
+
+def _was_written(location: str) -> bool:
+    """Whether a child of Darwin was once whole here, though it can no longer be opened."""
+    try:
+        find_store(resolve(location)).info(LINEAGE_FILE)
+    except ObjectNotFoundError:
+        return False
+    return True
 
 
 def _read_lineage(child: Checkpoint) -> dict[str, Any]:

@@ -126,7 +126,25 @@ def attribute_checkpoint(
         "recipe_id": lineage.get("recipe_id"),
         **measured,
         "intended": _intended(lineage),
+        "warnings": _warnings(lineage, names, base),
     }
+
+
+def _warnings(lineage: dict[str, Any], names: list[str], base: str | None) -> list[str]:
+    """Where the numbers would be read as another thing than they are."""
+    found = []
+    if lineage.get("base") and base is None:
+        found.append(
+            "the child was merged with a base, and none is given: what comes from that is counted as the "
+            "parents'; give it with --base"
+        )
+    theirs = [str(parent.get("name")) for parent in lineage.get("parents") or ()]
+    if theirs and not set(names) <= set(theirs):
+        found.append(
+            f"the lineage calls the parents {', '.join(theirs)}: under other names the recipe's shares are "
+            "not shown beside the measured ones"
+        )
+    return found
 
 
 def render_attribution(result: dict[str, Any]) -> Any:

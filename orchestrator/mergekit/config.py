@@ -117,7 +117,10 @@ class MergekitConfiguration:
             if models.count(model) > 1:
                 raise BadInputError(f"{part.where}: the model {model!r} is given twice")
         if self.peer.base == "required" and part.base is None:
-            raise BadInputError(f"{part.where}: {self.name} needs a base_model")
+            raise BadInputError(
+                f"base_model: is missing: {self.name} merges differences to one"
+                + (f" ({part.where})" if part.where != "models" else "")
+            )
         if self.peer.base != "ignored" and part.base is not None and part.base not in models:
             raise BadInputError(
                 f"{part.where}: the base_model {part.base!r} must be one of the sources, with the "

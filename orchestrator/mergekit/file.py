@@ -30,6 +30,7 @@ from orchestrator.mergekit.settings import (
     Span,
     default_value,
     first_that_count,
+    name_patterns,
     own_value,
     same_for_all,
 )
@@ -243,8 +244,13 @@ class _Translator:
             entries = [*entries, Entry(None, default)]
         if not entries:
             return None
-        named = any(entry.filter is not None for entry in entries)
-        value = own_value(entries, parameter, span, self.father_map if named else None)
+        filters = [entry.filter for entry in entries if entry.filter is not None]
+        value = own_value(entries, parameter, span, self.father_map if filters else None)
+        self.given.warnings += [
+            f"parameter {parameter.name!r}: the filter {text!r} is in the name of no tensor of {self.father}"
+            for text in filters
+            if not name_patterns(text, self.father_map)
+        ]
         same = default is not REQUIRED and value == default_value(parameter)
         if same and (own is None or (not given and own.default == value)):
             return None

@@ -13,16 +13,23 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TAKEN_NAMES = ("base", "union", "child")
 
 
+INSTEAD = {
+    "modules": "models of several modules are merged by rules of a recipe file instead",
+    "random_seed": "remove it: masks are drawn with seed 0, or with the `seed` of a recipe file, into which "
+    "`darwin recipe` converts this one",
+}
+"""Key of a file -> what to do."""
+
+
 def check_keys(data: Any, keys: tuple[str, ...], where: str) -> dict[Any, Any]:
     prefix = f"{where}." if where else ""
     if not isinstance(data, dict):
         raise BadInputError(f"{where}: {data!r} is not a table of {', '.join(keys)}")
     for key in data:
         if key not in keys:
-            reason = "models of several modules are merged by rules of a recipe file instead"
+            reason = None if where else INSTEAD.get(key)
             raise BadInputError(
-                f"{prefix}{key}: is not supported: "
-                f"{reason if key == 'modules' and not where else 'known are ' + ', '.join(keys)}"
+                f"{prefix}{key}: is not supported: {reason or 'known are ' + ', '.join(keys)}"
             )
     return data
 

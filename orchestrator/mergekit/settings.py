@@ -22,7 +22,6 @@ from workers.errors import BadInputError
 
 TRUE, FALSE = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
 EXPERT_NUMBER = re.compile(r"\bexperts\.\d+\.")
-EXPERT_PART = re.compile(r"experts\.\d+\.(?:gate_proj|up_proj|gate_up_proj|(down_proj))\b.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ def name_patterns(text: str, father: ArchitectureMap) -> list[str]:
     mergekit knows the experts of a layer as one fused tensor, whatever their layout is.
     """
     pattern = f"*{escape(text)}*"
-    wanted = {tensor.name for tensor in father.tensors if text in _peer_name(tensor)}
+    wanted = {tensor.name for tensor in father.tensors if text in _peer_name(tensor, father)}
     selected = {
         tensor.name
         for tensor in father.tensors
@@ -125,13 +124,17 @@ def name_patterns(text: str, father: ArchitectureMap) -> list[str]:
     return sorted({re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name) for name in wanted})
 
 
-def _peer_name(tensor: LogicalTensor) -> str:
-    if tensor.expert is None:
-        return tensor.stored
-    part = EXPERT_PART.search(tensor.name)
-    if part is None or not EXPERT_NUMBER.search(tensor.stored):
-        return tensor.stored  # that of all experts, as mergekit has it
-    return f"model.{tensor.name[: part.start()]}experts.{part[1] or 'gate_up_proj'}"
+def _peer_name(tensor: LogicalTensor, father: ArchitectureMap) -> str:
+    stored = tensor.stored
+    if father.model_type == "mixtral":
+        stored = stored.replace(".block_sparse_moe.", ".mlp.")  # as transformers has it in memory
+    number = EXPERT_NUMBER.search(stored)
+    if number is None:
+        return stored  # that of all experts, too, where they are one tensor
+    *_, role, _ = tensor.name.split(".")
+    gated = tensor.name.replace("up_proj", "gate_proj") in father.by_name
+    part = "gate_up_proj" if role in ("gate_proj", "up_proj") and gated else role
+    return f"{stored[: number.start()]}experts.{part}"
 
 
 def _in_span(value: Any, span: Span) -> Any:

@@ -15,6 +15,7 @@ from orchestrator.planning.estimate import estimate
 from orchestrator.planning.fits import gigabytes
 from orchestrator.planning.inputs import open_planned
 from orchestrator.pool.placement import check_placement
+from orchestrator.search.optimizer import check_optimizer
 from workers.errors import BadInputError
 
 PARENTS = {
@@ -41,6 +42,7 @@ def plan_campaign(
     machines = load_cluster(cluster, changes)
     config = load_config(path, overrides)
     check_placement(config.workers, config.address)
+    check_optimizer(config.search.optimizer)
     return estimate(config, open_planned(config, likes), machines, keeps, score_seconds)
 
 

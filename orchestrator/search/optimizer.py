@@ -118,6 +118,13 @@ class OnePoint:
         return "there are no genes to search" if self._told or self._asked else None
 
 
+def check_optimizer(name: str) -> None:
+    """Raise `BadInputError` listing the optimizers there are if there is none of this name."""
+    if name not in OPTIMIZERS | STEADY_OPTIMIZERS:
+        known = ", ".join(sorted(OPTIMIZERS | STEADY_OPTIMIZERS))
+        raise BadInputError(f"search.optimizer: {name!r} is none of {known}")
+
+
 def build_optimizer(
     name: str,
     start: Sequence[float],
@@ -130,9 +137,7 @@ def build_optimizer(
 
     Raises `BadInputError` listing those there are.
     """
-    if name not in OPTIMIZERS | STEADY_OPTIMIZERS:
-        known = ", ".join(sorted(OPTIMIZERS | STEADY_OPTIMIZERS))
-        raise BadInputError(f"search.optimizer: {name!r} is none of {known}")
+    check_optimizer(name)
     if not start:
         return OnePoint()
     if name in STEADY_OPTIMIZERS:

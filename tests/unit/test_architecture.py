@@ -263,6 +263,13 @@ def test_layers_by_other_names(stored: str, name: str, component: str) -> None:
     assert role(stored) == (f"layers.2.{name}", component, 2, None)
 
 
+@pytest.mark.parametrize(("experts", "component"), [(8, "shared_expert"), (0, "mlp")])
+def test_the_shared_network_of_granite(experts: int, component: str) -> None:
+    """In its dense models it is the only one."""
+    found = role("model.layers.1.shared_mlp.input_linear.weight", num_local_experts=experts)
+    assert found == ("layers.1.shared_mlp.input_linear.weight", component, 1, None)
+
+
 @pytest.mark.parametrize(
     "stored",
     ["wte", "transformer.wte", "gpt_neox.embed_in", "backbone.embeddings", "tok_embeddings", "embed",

@@ -297,6 +297,25 @@ def test_a_lineage_that_lies_is_unmasked(tmp_path: Path) -> None:
     assert found["total"]["explained"] < 0.9
 
 
+def test_numbers_that_are_read_as_others_than_they_are_are_told_of(tmp_path: Path) -> None:
+    folders = write_family(tmp_path, torch.float32, {})
+    places = [{"name": name, "path": str(folders[name])} for name in "ab"]
+    rules = [{"method": "task_arithmetic", "parameters": {"weight": 0.5}}]
+    recipe = {"parents": places, "base": str(folders["base"]), "rules": rules}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merge_recipe(str(tmp_path / "recipe.yaml"), str(tmp_path / "child"))
+    assert measured(tmp_path / "child", folders, "ab", True)["warnings"] == []
+    (warning,) = measured(tmp_path / "child", folders, "ab", False)["warnings"]
+    assert "was merged with a base, and none is given" in warning
+    other = attribute_checkpoint(
+        str(tmp_path / "child"),
+        {"x": str(folders["a"]), "b": str(folders["b"])},
+        str(folders["base"]),
+    )
+    (warning,) = other["warnings"]
+    assert "the lineage calls the parents a, b" in warning
+
+
 @pytest.mark.parametrize(("group_bytes", "processes"), [(1, 1), (1, 3), (1 << 12, 1), (1 << 30, 1)])
 def test_the_same_numbers_however_the_work_is_cut(
     group_bytes: int, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -380,7 +380,7 @@ def test_experts_are_known_by_their_fused_names(tmp_path: Path, experts: list[st
     ("text", "reached"),
     [
         ("block_sparse_moe", {"router", "expert"}),
-        ("input_linear", {"expert", "mlp"}),  # that of shared_mlp, too
+        ("input_linear", {"expert", "shared_expert"}),  # that of shared_mlp, too
         ("router", {"router"}),
         ("experts", set()),
     ],
@@ -395,6 +395,41 @@ def test_experts_that_are_stored_as_one_tensor_are_known_by_its_name(
     found = {t for t in father.tensors if patterns and Selector(names=tuple(patterns)).matches(t)}
     assert {tensor.component for tensor in found} == reached
     assert found == {tensor for tensor in father.tensors if text in tensor.stored}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("mlp", {"mlp.gate", "gate_proj", "up_proj", "down_proj"}),
+        ("block_sparse_moe", set()),
+        ("gate_up_proj", {"gate_proj", "up_proj"}),
+        ("mlp.gate.", {"mlp.gate"}),
+        ("w2", set()),
+    ],
+)
+def test_mixtral_is_known_by_the_names_it_has_in_memory(
+    text: str, parts: set[str], tmp_path: Path
+) -> None:
+    """mergekit's own: `mlp.gate.weight` and `mlp.experts.gate_up_proj`, though neither is stored so."""
+    father = ArchitectureMap(open_checkpoint(str(write_family(tmp_path / "m", "mixtral")[0])))
+    patterns = name_patterns(text, father)
+    found = {
+        t.name for t in father.tensors if patterns and Selector(names=tuple(patterns)).matches(t)
+    }
+    network = {t.name for t in father.tensors if t.component in ("router", "expert")}
+    assert found == {name for name in network if any(f"{part}." in name for part in parts)}
+
+
+def test_a_filter_that_matches_nothing_is_told_of(configs: ConfigFolder) -> None:
+    weight = [{"filter": "self_atn", "value": 5}, {"filter": "self_attn", "value": 2}, {"value": 1}]
+    (warning,) = configs.load(configs.two_models(parameters={"weight": weight})).warnings
+    assert "parameter 'weight': the filter 'self_atn' is in the name of no tensor of" in warning
+
+
+def test_a_key_that_stands_twice_is_refused(configs: ConfigFolder) -> None:
+    configs.file.write_text(f"merge_method: linear\nmodels: [{configs.one}]\nmerge_method: slerp\n")
+    with pytest.raises(BadInputError, match=r"merge.yaml: .*line 3: the key 'merge_method' stands"):
+        load_recipe_file(str(configs.file))
 
 
 # -- stacked layers --------------------------------------------------------------------------

@@ -45,7 +45,7 @@ FAMILIES: dict[str, set[str]] = {
     "gptj": DENSE,
     "granite": DENSE,
     "granitemoe": SPARSE,
-    "granitemoehybrid": {"linear_attention", "router", "expert", "mlp"},
+    "granitemoehybrid": {"linear_attention", "router", "expert", "shared_expert"},
     "jamba": SPARSE | {"linear_attention", "mlp"},
     "lfm2": DENSE,
     "longcat_flash": SPARSE | {"mlp"},

@@ -335,6 +335,11 @@ def test_a_plan_tells_what_the_campaign_would_warn_of(
     assert f"warning: {warning}" in console.export_text()
 
 
+def test_an_optimizer_that_is_none_is_refused(mixtures: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"search.optimizer: 'cma' is none of .*cma_es"):
+        plan(tmp_path, mixtures, {}, search={"optimizer": "cma"})
+
+
 def test_workers_that_have_no_place(mixtures: dict[str, Path], tmp_path: Path) -> None:
     workers = {"count": 5, "gang": 6}
     nodes = told(

@@ -212,7 +212,7 @@ def test_a_degenerate_method_is_refused_unless_allowed(recipes: RecipeFolder) ->
         ({"layers": [{"c": [0, 1]}]}, "layers"),
         ({"layers": [{"base": [0, 1]}]}, "layers"),
         ({"layers": [{"a": [0, 1], "b": [0, 2]}]}, "layers"),
-        ({"dtype": "bfloat16"}, "dtype"),
+        ({"dtype": "int8"}, "dtype"),
         ({"shard_bytes": "5 apples"}, "shard_bytes"),
         ({"shard_bytes": "0GB"}, "shard_bytes"),
         ({"shard_bytes": 1.5}, "shard_bytes"),

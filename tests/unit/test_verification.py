@@ -13,6 +13,7 @@ import yaml
 
 from orchestrator.single_merge import merge_recipe
 from orchestrator.verification import verify_child
+from tests.campaigns import run_darwin
 from tests.checkpoint_files import INDEX, read_tensors, weight_files, write_checkpoint
 from workers.errors import BadInputError
 
@@ -63,6 +64,25 @@ def test_a_byte_that_is_another_is_found(parents: dict[str, Path], tmp_path: Pat
     file.write_bytes(content)
     (found,) = problems(child)
     assert found.startswith(f"{file.name}: has SHA-256")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_child_that_cannot_be_opened_any_more_is_damaged(
+    damage: str, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    child = child_of(parents, tmp_path)
+    file = weight_files(child)[1]
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-8])
+    result = verify_child(str(child), [])
+    assert result["status"] == "damaged"
+    (problem,) = result["problems"]
+    assert file.name in problem
+    assert run_darwin("verify", str(child), expect=1)["problems"] == result["problems"]
+    with pytest.raises(BadInputError):
+        verify_child(str(tmp_path / "nowhere"), [])
 
 
 def test_a_tensor_that_is_gone_is_found(parents: dict[str, Path], tmp_path: Path) -> None:

@@ -156,5 +156,7 @@ def classify(name: str, text_config: dict[str, Any]) -> tuple[str, int | None, s
         return "mtp", None, rest
     for component, pattern in INSIDE_LAYERS:
         if pattern.match(rest):
+            if rest.startswith("shared_mlp.") and text_config.get("num_local_experts"):
+                component = "shared_expert"  # Granite calls the network of its dense models so, too
             return component, layer, rest
     return "unknown", layer, rest

@@ -65,7 +65,7 @@ def find_decoder(model: torch.nn.Module) -> Decoder:
     if not found or any(_number(name) is None for name in found):
         raise BadInputError(
             f"{kind}: no decoder layers found in it (modules named layers.0, layers.1, ...): it cannot be "
-            "probed"
+            "probed; without a probe (scan.probe: false) it is scanned all the same"
         )
     layers = tuple(
         DecoderLayer(index, name, module, _outputs(module, f"{kind}, {name}"))

@@ -10,6 +10,7 @@ from workers.checkpoints.names import CAUSAL_MASK, CONSTANTS
 from workers.checkpoints.safetensors_format import BITS_PER_ELEMENT
 from workers.errors import BadInputError
 from workers.merging.recipe import CARRIED
+from workers.merging.selector import Selector
 
 BLOCKS = {
     "attention": "mixer", "linear_attention": "mixer",
@@ -60,14 +61,15 @@ class LeftOut:
         return tensor.layer is not None and not is_there and not does_without
 
 
-def check_recognised(child: ArchitectureMap, father: str, chosen: Collection[str]) -> None:
-    """Raise `BadInputError` if nothing in any layer is known by name, and no rule has `chosen` what is not.
+def check_recognised(child: ArchitectureMap, father: str, rules: Collection[Selector]) -> None:
+    """Raise `BadInputError` if nothing in any layer is known by name, and no rule is for what is not.
 
     A model that calls its layers otherwise would be merged in its head alone, say.
     """
+    if any(t.layer is not None and t.component != "unknown" for t in child.tensors):
+        return
     unknown = _unknown(child)
-    known = any(t.layer is not None and t.component != "unknown" for t in child.tensors)
-    if not known and unknown and not any(tensor.name in chosen for tensor in unknown):
+    if unknown and not any(where.matches(tensor) for where in rules for tensor in unknown):
         raise BadInputError(
             f"{father}: none of its layers is known by name: {_count(unknown)}, such as "
             f"{unknown[0].stored!r}, would be the father's as they are. Name them in rules (where: names), "

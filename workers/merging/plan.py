@@ -110,6 +110,13 @@ class Plan:
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
         if recipe.rules:
             found += unknown_warnings(self.child, self.father.location, chosen)
+        unused = set(range(len(recipe.rules))) - set(chosen.values())
+        found += [
+            f"the rule for where: {rule.where} ({rule.method}) is never used: rules before it are for all of "
+            "its tensors, and the first that matches counts"
+            for number, rule in enumerate(recipe.rules)
+            if number in unused
+        ]
         return found
 
     def has_mapped_rows(self, tensor: LogicalTensor) -> bool:
@@ -162,10 +169,11 @@ class Plan:
         Raises `BadInputError` for a rule that cannot work, naming the tensor where it is about one.
         """
         parents = tuple(parent.name for parent in recipe.parents)
+        if recipe.rules:
+            selectors = [rule.where for rule in recipe.rules]
+            check_recognised(self.child, self.father.location, selectors)
         ways = [RuleOnPlan(self, recipe, rule) for rule in recipe.rules]
         chosen = self._choose(tuple(rule.where for rule in recipe.rules))
-        if recipe.rules:
-            check_recognised(self.child, self.father.location, chosen)
         assigned: dict[str, Assignment] = {}
         as_experts, of_all = [], []
         for tensor in self.child.tensors:
@@ -216,7 +224,7 @@ class Plan:
         """The names of the tensors that `where` selects; none is a `BadInputError`."""
         if where in self._selected:
             return self._selected[where]
-        where.check_experts(self.child.layers, self.child.experts, self.layout.location)
+        where.check_numbers(self.child.layers, self.child.experts, self.layout.location)
         if where.is_by_name:
             # A rule for each tensor must not cost a look at every tensor.
             found = (tensor for name in where.names for tensor in self._by_any_name.get(name, ()))
@@ -321,8 +329,9 @@ class Plan:
         if own.shape[first:] != tensor.shape[first:]:
             raise BadInputError(
                 f"tensor {tensor.name!r} has shape {list(tensor.shape)} in {self.layout.location} but "
-                f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture and "
-                "vocabulary"
+                f"{list(own.shape)} in {self._where(name)}: the parents must be of one architecture; if they "
+                "differ in their tokens alone, say whose the child has (vocabulary; in mergekit's files "
+                "tokenizer_source)"
             )
 
 

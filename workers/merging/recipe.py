@@ -60,6 +60,7 @@ LayerSlice = dict[str, tuple[int, int]]
 The base's span is called "base"; left out, it is that of the first parent."""
 
 OUTPUT_DTYPES = ("F32", "BF16", "F16")
+OTHER_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def parse_slice(data: Any, parents: list[str]) -> LayerSlice:
 def parse_form(data: dict[str, Any], parents: list[str]) -> dict[str, Any]:
     """The keys dtype, shard_bytes and vocabulary, each checked and None if it is not given."""
     dtype, shard_bytes = data.get("dtype"), data.get("shard_bytes")
+    dtype = OTHER_DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise BadInputError(f"dtype: {dtype!r} is none of {', '.join(OUTPUT_DTYPES)}")
     if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes <= 0):
