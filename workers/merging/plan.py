@@ -224,7 +224,7 @@ class Plan:
         """The names of the tensors that `where` selects; none is a `BadInputError`."""
         if where in self._selected:
             return self._selected[where]
-        where.check_numbers(self.child.layers, self.child.experts, self.layout.location)
+        where.check_experts(self.child.layers, self.child.experts, self.layout.location)
         if where.is_by_name:
             # A rule for each tensor must not cost a look at every tensor.
             found = (tensor for name in where.names for tensor in self._by_any_name.get(name, ()))

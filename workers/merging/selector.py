@@ -70,16 +70,11 @@ class Selector:
                 for expert in range(max(first, 0), min(last + 1, experts)):
                     yield layer, expert
 
-    def check_numbers(self, layers: int, experts: int, location: str) -> None:
-        """Raise `BadInputError` for a layer or routed expert that a model of so many has not.
+    def check_experts(self, layers: int, experts: int, location: str) -> None:
+        """Raise `BadInputError` for a routed expert that a model of so many layers and experts has not.
 
         What was meant by it is not known, so it is not left out silently.
         """
-        if self.layers is not None and self.layers[1] >= layers:
-            raise BadInputError(
-                f"recipe: where.layers: {list(self.layers)}: {location} has {layers} layers, from 0 to "
-                f"{layers - 1}; both ends are included"
-            )
         spans = [("experts", self.experts)] if self.experts is not None else []
         for layer, of_layer in self.places:
             if layer >= layers:
