@@ -18,7 +18,6 @@ from orchestrator.jobs.cli import register
 
 app = typer.Typer(
     name="darwin",
-    help="Breed language models without training: search for the merge that beats every parent.",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -30,6 +29,26 @@ DONE, FAILED, BAD_INPUT, REJECTED, INTERRUPTED = 0, 1, 2, 3, 130
 CampaignPlace = Annotated[
     str, typer.Argument(metavar="STORE/NAME", help="Where the campaign is kept.")
 ]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from orchestrator.descent.lineage import package_version
+
+        _say(f"darwin {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def darwin(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Breed language models without training: search for the merge that beats every parent."""
 
 
 @app.command()

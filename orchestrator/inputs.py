@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,8 @@ class Inputs:
     """The prompts of the scan's probe; empty if the campaign does not probe."""
     expert_prompts: tuple[CalibrationSet, ...] = ()
     """Those that experts are matched with; empty if they are not matched by outputs."""
+    scarce: tuple[str, ...] = ()
+    """Splits of tasks with fewer items than the campaign asks for, each in a sentence."""
 
     @property
     def father(self) -> Checkpoint:
@@ -81,8 +83,9 @@ class Inputs:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of the configurations of parents and base."""
-        return meaning_warnings(self.parents | ({"base": self.base} if self.base else {}))
+        """What the user should know of the configurations of parents and base, and of the tasks."""
+        models = self.parents | ({"base": self.base} if self.base else {})
+        return [*meaning_warnings(models), *self.scarce]
 
     @property
     def same_checkpoints(self) -> list[list[str]]:
@@ -146,7 +149,8 @@ def open_inputs(config: CampaignConfig) -> Inputs:
     calibration = load_calibration_sets(config.scan.sets) if config.scan.probe else ()
     by_outputs = config.experts.match == "outputs"
     prompts = load_calibration_sets(config.experts.sets) if by_outputs else ()
-    return Inputs(parents, base, tasks, calibration, prompts)
+    scarce = tuple(_scarce_splits(config.tasks, tasks))
+    return Inputs(parents, base, tasks, calibration, prompts, scarce)
 
 
 def open_tasks(wanted: Sequence[TaskConfig]) -> tuple[Task, ...]:
@@ -162,6 +166,18 @@ def open_tasks(wanted: Sequence[TaskConfig]) -> tuple[Task, ...]:
         tasks.append(load_task(Path(task.name).stem, definition, limits))
     check_disjoint(tasks)
     return tuple(tasks)
+
+
+def _scarce_splits(wanted: Sequence[TaskConfig], tasks: Sequence[Task]) -> Iterator[str]:
+    """Of each split with fewer items than are wanted, that all it has are taken."""
+    for asked, task in zip(wanted, tasks, strict=True):
+        for split, limit in (("search", asked.search_items), ("holdout", asked.holdout_items)):
+            count = len(task.items[split])
+            if limit is not None and count < limit:
+                yield (
+                    f"task {task.name}: {split}_items is {limit}, but its {split} split has {count} items: "
+                    "all of them are taken"
+                )
 
 
 def _check_experts(config: CampaignConfig, father: Checkpoint) -> None:

@@ -85,9 +85,12 @@ def load_recipe_file(
             "(darwin recipe)"
         )
     translated = from_mergekit(path, data, opened)
-    loaded = load_recipe_data(path, translated.data, opened)
-    # What mergekit merges is merged; the numbers of our rules would mean nothing to the user.
-    problems = dict.fromkeys(problem.partition(": ")[2] for problem in _degenerate(loaded))
+    try:
+        loaded = load_recipe_data(path, translated.data, opened)
+    except BadInputError as error:
+        raise BadInputError(_without_rule(str(error))) from error
+    # What mergekit merges is merged.
+    problems = dict.fromkeys(map(_without_rule, _degenerate(loaded)))
     return RecipeFile(
         loaded.parents,
         loaded.base,
@@ -95,6 +98,11 @@ def load_recipe_file(
         translated.files,
         tuple(f"{path}: {problem}" for problem in (*translated.warnings, *problems)),
     )
+
+
+def _without_rule(problem: str) -> str:
+    """A problem of a translated recipe; the numbers of our rules would mean nothing to the user."""
+    return re.sub(r"\brules\.\d+: ", "", problem, count=1)
 
 
 def read_recipe_data(path: str) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from orchestrator.console import json_alone, print_json
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.mri.prescription import prescribe
 from tests.checkpoint_files import write_checkpoint
+from tests.compose import ROOT
 from tests.families import write_family
 from workers.checkpoints import open_checkpoint
 from workers.storage import StorageError, open_store
@@ -526,6 +528,12 @@ def test_run_refuses_an_override_by_its_key(darwin: Darwin) -> None:
 
 
 # -- how it ends -----------------------------------------------------------------------------
+
+
+def test_it_says_its_version(darwin: Darwin) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    done = darwin("--version")
+    assert (done.code, done.out, done.err) == (0, f"darwin {project['version']}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

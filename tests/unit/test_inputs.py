@@ -129,6 +129,15 @@ def test_the_limits_of_a_task_are_kept(project: Project) -> None:
     assert [len(task.items[split]) for split in ("search", "holdout")] == [2, 1]
 
 
+def test_more_items_than_there_are_is_said(project: Project) -> None:
+    assert project.open("tasks.0.search_items=3", "tasks.0.holdout_items=3").warnings == []
+    (warning,) = project.open("tasks.0.search_items=4", "tasks.0.holdout_items=3").warnings
+    assert (
+        warning
+        == "task t: search_items is 4, but its search split has 3 items: all of them are taken"
+    )
+
+
 def test_a_text_model_and_the_text_part_of_another_fit_together(project: Project) -> None:
     assert len(project.open(f"parents.1.path={project.model('seeing')}").parents) == 2
 

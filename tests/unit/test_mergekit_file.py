@@ -664,6 +664,17 @@ def test_what_is_not_supported_is_named(
     assert key in configs.refusal(configs.two_models(**changes))
 
 
+def test_a_value_that_its_method_refuses_is_named_without_a_rule_of_ours(
+    configs: ConfigFolder,
+) -> None:
+    data = configs.two_models(
+        merge_method="ties", base_model=configs.base, parameters={"weight": 1, "density": 2}
+    )
+    message = configs.refusal(data)
+    assert message.startswith("method ties: parameter 'density' for ")
+    assert message.endswith(": 2.0 is outside [0, 1]")
+
+
 def test_a_base_must_be_among_the_sources_of_a_slice(configs: ConfigFolder) -> None:
     data = {
         "slices": [{"sources": [{"model": configs.one, "layer_range": [0, 4]}]}],
