@@ -8,6 +8,9 @@ VLLM := .venv-vllm
 LM_EVAL := .venv-lm-eval
 AUDIT := .venv-audit
 
+# Hundreds of processes are started here, and each would compile all of Darwin anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo up example-smollm test lint unit integration end-to-end faults chaos bench bench-merge bench-genomes parity test-vllm test-lm-eval audit sbom clean
 
 demo: $(VENV)/installed
