@@ -136,16 +136,18 @@ def test_interrupted_and_terminated_drivers_save_their_state(tmp_path: Path) -> 
     assert len(items) == len(set(items)), "what the first driver had scored was scored again"
 
 
-def test_two_drivers_and_changed_configurations_are_refused(tmp_path: Path) -> None:
-    campaign = write_campaign(tmp_path, search=ENDLESS)
+def test_two_drivers_and_changed_configurations_are_refused(
+    tmp_path: Path, ray_address: str
+) -> None:
+    campaign = write_campaign(tmp_path, search=ENDLESS, address=ray_address)
     store = open_store(str(tmp_path / "store" / "small"))
-    process = start_darwin("run", str(campaign))
+    process = start_joined("run", str(campaign))
     wait_for(lambda: any(r["kind"] == "asked" for r in records(store)), process)
-    refused = run_darwin("run", str(campaign), expect=2)
+    refused = run_joined("run", str(campaign), expect=2)
     assert f"process {process.pid}" in refused["error"]
     process.send_signal(signal.SIGINT)
     process.communicate()
-    changed = run_darwin("run", str(campaign), "seed=1", "search.step=0.5", expect=2)
+    changed = run_joined("run", str(campaign), "seed=1", "search.step=0.5", expect=2)
     assert "search.step, seed" in changed["error"]
 
 
@@ -254,12 +256,12 @@ def test_the_whole_demo_on_a_real_s3_server(s3_location: str) -> None:
     assert b"</html>" in open_store(result["campaign"]).read("report.html")
 
 
-def test_a_configuration_that_did_not_work_may_be_mended(tmp_path: Path) -> None:
+def test_a_configuration_that_did_not_work_may_be_mended(tmp_path: Path, ray_address: str) -> None:
     """As long as nothing was scored, the campaign's name is not taken."""
-    campaign = write_campaign(tmp_path)
-    refused = run_darwin("run", str(campaign), "engine.device=cuda", expect=2)
+    campaign = write_campaign(tmp_path, address=ray_address)
+    refused = run_joined("run", str(campaign), "engine.device=cuda", expect=2)
     assert "engine.device" in refused["error"]
-    assert run_darwin("run", str(campaign), "search.evaluations=4")["evaluations"] == 4
+    assert run_joined("run", str(campaign), "search.evaluations=4")["evaluations"] == 4
 
 
 def test_a_moved_campaign_is_where_it_is(undisturbed: dict, tmp_path: Path) -> None:
